@@ -1,0 +1,516 @@
+"""A GPT in tinygrad: the model, what it computes, how it writes text and how it is kept.
+
+Shapes, after each line that changes one:
+
+    B batch   T query length   S key length    C n_embd
+    H heads   G kv heads       D head size     V vocabulary
+"""
+
+import functools
+import math
+import weakref
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+from tinygrad import Tensor, TinyJit, UOp, dtypes
+from tinygrad.nn.state import get_state_dict
+
+from tinygpt import checkpoint, device, kernels
+from tinygpt.config import SampleConfig, TrainConfig, check_choice, check_range
+from tinygpt.kernels.random import make_key, next_key
+from tinygpt.sampling import Controls, sample
+from tinygpt.tokenizer import BPETokenizer, Tokenizer, load_tokenizer
+
+__all__ = ["GPT", "GPTConfig", "KVCache", "TrainConfig", "SampleConfig", "BPETokenizer"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class GPTConfig:
+    """The architecture. The defaults are GPT-2's, 124M parameters."""
+
+    block_size: int = field(default=1024, metadata={"help": "context length in tokens"})
+    vocab_size: int = field(default=50257, metadata={
+        "help": "number of token ids; with --tokenizer bpe the size of the trained vocabulary"})
+    n_layer: int = field(default=12, metadata={"help": "number of blocks"})
+    n_head: int = field(default=12, metadata={"help": "number of query heads"})
+    n_kv_head: int | None = field(default=None, metadata={
+        "help": "number of key and value heads; unset: as many as n_head"})
+    n_embd: int = field(default=768, metadata={"help": "width of the residual stream"})
+    n_inner: int | None = field(default=None, metadata={
+        "help": "width of the MLP; unset: 4 n_embd, with swiglu 8/3 n_embd up to a multiple of 8"})
+    dropout: float = field(default=0.0, metadata={"help": "dropout probability while training"})
+    bias: bool = field(default=True, metadata={"help": "biases in linear layers and LayerNorm"})
+    norm: str = field(default="layernorm", metadata={"help": "layernorm or rmsnorm"})
+    norm_eps: float = field(default=1e-5, metadata={"help": "epsilon inside the norms"})
+    activation: str = field(default="gelu", metadata={
+        "help": "of the MLP: gelu (exact), gelu_tanh (GPT-2's approximation) or swiglu"})
+    position: str = field(default="learned", metadata={"help": "learned or rope"})
+    rope_theta: float = field(default=10000.0, metadata={"help": "base wavelength of RoPE"})
+    qk_norm: bool = field(default=False, metadata={"help": "RMSNorm on queries and keys"})
+    sliding_window: int | None = field(default=None, metadata={
+        "help": "attend to the last so many positions only; unset: to all"})
+    parallel: bool = field(default=False, metadata={
+        "help": "attention and MLP side by side on one norm, as GPT-J has them"})
+    tie_weights: bool = field(default=True, metadata={
+        "help": "token embedding and output layer share their weights"})
+
+    def __post_init__(self):
+        for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
+            check_range(self, name, low=1)
+        for name in ("n_kv_head", "n_inner", "sliding_window"):
+            check_range(self, name, low=1)
+        check_range(self, "dropout", low=0, below=1)
+        check_range(self, "norm_eps", above=0)
+        check_range(self, "rope_theta", above=0)
+        check_choice(self, "norm", ("layernorm", "rmsnorm"))
+        check_choice(self, "activation", ("gelu", "gelu_tanh", "swiglu"))
+        check_choice(self, "position", ("learned", "rope"))
+        if self.n_embd % self.n_head:
+            raise ValueError(f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}: "
+                             f"choose n_embd={self.head_size * self.n_head} or another n_head")
+        if self.n_head % self.kv_heads:
+            raise ValueError(f"n_head={self.n_head} is not divisible by n_kv_head="
+                             f"{self.n_kv_head}: choose a divisor of n_head")
+        if self.position == "rope" and self.head_size % 2:
+            raise ValueError(f"rope rotates pairs, but the head size n_embd / n_head = "
+                             f"{self.head_size} is odd: choose an even one, or position=learned")
+
+    @property
+    def head_size(self) -> int:
+        return self.n_embd // self.n_head
+
+    @property
+    def kv_heads(self) -> int:
+        return self.n_kv_head or self.n_head
+
+    @property
+    def inner_size(self) -> int:
+        wide = math.ceil(self.n_embd / 3) * 8 if self.activation == "swiglu" else 4 * self.n_embd
+        return self.n_inner or wide
+
+
+class Linear:
+    """y = x W^T + b. weight (N, C), bias (N,) or None, float32."""
+
+    def __init__(self, draw, n_in: int, n_out: int, bias: bool, std: float = 0.02):
+        self.weight = draw((n_out, n_in), std)
+        self.bias = draw((n_out,), 0.0) if bias else None
+
+    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        return kernels.linear(x, self.weight, self.bias, residual)
+
+
+class Norm:
+    """LayerNorm or RMSNorm over the last axis."""
+
+    def __init__(self, draw, config: GPTConfig, size: int, kind: str | None = None):
+        self.kind, self.eps = kind or config.norm, config.norm_eps
+        self.weight = draw((size,), None)
+        self.bias = draw((size,), 0.0) if config.bias and self.kind == "layernorm" else None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self.kind == "rmsnorm":
+            return kernels.rms_norm(x, self.weight, self.eps)
+        return kernels.layer_norm(x, self.weight, self.bias, self.eps)
+
+
+class Embedding:
+    """Rows of weight (V, C) by token id, or by position."""
+
+    def __init__(self, draw, rows: int, size: int):
+        self.weight = draw((rows, size), 0.02)
+
+    def __call__(self, idx: Tensor) -> Tensor:
+        return kernels.embedding(idx, self.weight)
+
+
+class CausalSelfAttention:
+    def __init__(self, draw, config: GPTConfig):
+        self.config = config
+        H, G, D, C = config.n_head, config.kv_heads, config.head_size, config.n_embd
+        self.c_attn = Linear(draw, C, (H + 2 * G) * D, config.bias)
+        self.c_proj = Linear(draw, C, C, config.bias, std=0.02 / math.sqrt(2 * config.n_layer))
+        self.q_norm = Norm(draw, config, D, "rmsnorm") if config.qk_norm else None
+        self.k_norm = Norm(draw, config, D, "rmsnorm") if config.qk_norm else None
+
+    def __call__(self, x: Tensor, run: "Pass", layer: int, residual: Tensor | None) -> Tensor:
+        B, T, C = x.shape
+        H, G, D = self.config.n_head, self.config.kv_heads, self.config.head_size
+        q, k, v = self.c_attn(x).split([H * D, G * D, G * D], dim=-1)
+        q = q.reshape(B, T, H, D).transpose(1, 2)  # (B, H, T, D)
+        k = k.reshape(B, T, G, D).transpose(1, 2)  # (B, G, T, D)
+        v = v.reshape(B, T, G, D).transpose(1, 2)  # (B, G, T, D)
+        if self.q_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if self.config.position == "rope":
+            cos, sin = run.rotation(self.config)  # (T, D/2)
+            q, k = kernels.rope(q, cos, sin), kernels.rope(k, cos, sin)
+        if run.cache is not None:
+            k, v = run.cache.update(layer, k, v, run.position)  # (B, G, S, D)
+        y = kernels.attention(q, k, v, run.position, self.config.sliding_window,
+                              self.config.dropout, run.next_dropout_key())  # (B, H, T, D)
+        y = y.transpose(1, 2).reshape(B, T, C)
+        return run.dropout(self.c_proj, y, residual, self.config.dropout)
+
+
+class MLP:
+    def __init__(self, draw, config: GPTConfig):
+        self.config = config
+        C, inner = config.n_embd, config.inner_size
+        self.c_fc = Linear(draw, C, inner, config.bias)
+        self.c_gate = Linear(draw, C, inner, config.bias) if config.activation == "swiglu" else None
+        self.c_proj = Linear(draw, inner, C, config.bias, std=0.02 / math.sqrt(2 * config.n_layer))
+
+    def __call__(self, x: Tensor, run: "Pass", residual: Tensor) -> Tensor:
+        if self.c_gate is not None:
+            h = kernels.swiglu(self.c_gate(x), self.c_fc(x))  # (B, T, inner)
+        else:
+            h = kernels.gelu(self.c_fc(x), tanh=self.config.activation == "gelu_tanh")
+        return run.dropout(self.c_proj, h, residual, self.config.dropout)  # (B, T, C)
+
+
+class Block:
+    def __init__(self, draw, config: GPTConfig):
+        self.ln_1 = Norm(draw, config, config.n_embd)
+        self.attn = CausalSelfAttention(draw, config)
+        self.ln_2 = None if config.parallel else Norm(draw, config, config.n_embd)
+        self.mlp = MLP(draw, config)
+
+    def __call__(self, x: Tensor, run: "Pass", layer: int) -> Tensor:
+        if self.ln_2 is None:
+            h = self.ln_1(x)
+            return self.mlp(h, run, self.attn(h, run, layer, residual=x))
+        x = self.attn(self.ln_1(x), run, layer, residual=x)
+        return self.mlp(self.ln_2(x), run, residual=x)
+
+
+class KVCache:
+    """Keys and values of the positions that a model has seen, so that it need not see them again.
+
+    Two tensors (B, G, S, D) a layer with S = block_size; position p of the text lies at index p.
+    """
+
+    def __init__(self, config: GPTConfig, batch_size: int, dtype=dtypes.float32):
+        shape = (batch_size, config.kv_heads, config.block_size, config.head_size)
+        def empty() -> Tensor:
+            return Tensor.zeros(shape, dtype=dtype).contiguous().realize()
+        self.layers = [(empty(), empty()) for _ in range(config.n_layer)]
+
+    def update(self, layer: int, k: Tensor, v: Tensor,
+               position: int | UOp) -> tuple[Tensor, Tensor]:
+        """Writes k and v (B, G, T, D) at position and returns the whole (B, G, S, D)."""
+        keys, values = self.layers[layer]
+        T = k.shape[2]
+        keys[:, :, position:position + T, :] = k.cast(keys.dtype)
+        values[:, :, position:position + T, :] = v.cast(values.dtype)
+        return keys, values
+
+
+class Pass:
+    """What one forward pass knows beside its input: position, cache, and random keys."""
+
+    def __init__(self, T: int, position: int | UOp = 0, cache: KVCache | None = None,
+                 dropout_key: Tensor | None = None):
+        self.T, self.position, self.cache, self._key = T, position, cache, dropout_key
+
+    def rotation(self, config: GPTConfig) -> tuple[Tensor, Tensor]:
+        """cos and sin (T, D/2) of RoPE's angles at the positions of this pass."""
+        cos, sin = rope_tables(config.block_size, config.head_size, config.rope_theta,
+                               device.default())
+        here = slice(self.position, self.position + self.T)
+        return cos[here], sin[here]
+
+    def next_dropout_key(self) -> Tensor | None:
+        if self._key is not None:
+            self._key = next_key(self._key)
+        return self._key
+
+    def dropout(self, layer: Linear, x: Tensor, residual: Tensor | None, p: float) -> Tensor:
+        """residual + dropout(layer(x)), in one kernel where there is no dropout."""
+        key = self.next_dropout_key() if p else None
+        if key is None:
+            return layer(x, residual)
+        return residual + kernels.dropout(layer(x), p, key)
+
+
+@functools.cache
+def rope_tables(length: int, head_size: int, theta: float, device: str) -> tuple[Tensor, Tensor]:
+    """cos and sin (length, D/2) float32 of position * theta^(-2i/D)."""
+    frequency = theta ** (-np.arange(0, head_size, 2) / head_size)
+    angle = np.outer(np.arange(length), frequency)
+    return (Tensor(np.cos(angle).astype(np.float32), device=device).realize(),
+            Tensor(np.sin(angle).astype(np.float32), device=device).realize())
+
+
+class GPT:
+    """The model. Weights are float32 tensors drawn as GPT-2's are, from `seed`.
+
+    `compute_dtype` ("float32" or "bfloat16") is what activations are kept in; `tokenizer` is what
+    the weights were trained with, where that is known. Raises ValueError where no device is
+    usable.
+    """
+
+    def __init__(self, config: GPTConfig, seed: int = 1337):
+        device.default()
+        self.config = config
+        self.compute_dtype = "float32"
+        self.tokenizer: Tokenizer | None = None
+        rng = np.random.default_rng(seed)
+
+        def draw(shape: tuple[int, ...], std: float | None) -> Tensor:
+            """Normal with that deviation; ones where it is None."""
+            if not std:
+                array = np.full(shape, 1.0 if std is None else 0.0, dtype=np.float32)
+            else:
+                array = rng.standard_normal(shape, dtype=np.float32) * np.float32(std)
+            return Tensor(array).realize()
+
+        C = config.n_embd
+        self.wte = Embedding(draw, config.vocab_size, C)
+        self.wpe = Embedding(draw, config.block_size, C) if config.position == "learned" else None
+        self.h = [Block(draw, config) for _ in range(config.n_layer)]
+        self.ln_f = Norm(draw, config, C)
+        self.lm_head = None if config.tie_weights else Linear(draw, C, config.vocab_size, False)
+
+    def __call__(self, idx: Tensor, targets: Tensor | None = None,
+                 dropout_key: Tensor | None = None, label_smoothing: float = 0.0,
+                 z_loss: float = 0.0) -> Tensor | tuple[Tensor, Tensor]:
+        """Logits (B, T, V) of the token after each position of idx (B, T) int, T <= block_size.
+
+        With targets (B, T) int, -1 where none counts: (logits, loss), the loss a scalar in nats.
+        Dropout acts only where dropout_key (1,) uint32 says how. Raises ValueError on a wrong
+        shape.
+        """
+        if idx.ndim != 2 or not 1 <= idx.shape[1] <= self.config.block_size:
+            raise ValueError(f"idx has shape {idx.shape}: give (B, T) with 1 <= T <= "
+                             f"block_size={self.config.block_size}")
+        logits = self._head(self._features(idx, Pass(idx.shape[1], dropout_key=dropout_key)))
+        if targets is None:
+            return logits
+        if targets.shape != idx.shape:
+            raise ValueError(f"targets has shape {targets.shape}, idx {idx.shape}: "
+                             "give one target a position")
+        loss = kernels.cross_entropy(logits.reshape(-1, self.config.vocab_size),
+                                     targets.reshape(-1), label_smoothing, z_loss)
+        return logits, loss
+
+    def _features(self, idx: Tensor, run: Pass) -> Tensor:
+        """What the last block says of each position: idx (B, T) -> (B, T, C)."""
+        x = self.wte(idx)  # (B, T, C)
+        if self.wpe is not None:
+            x = x + self.wpe.weight[run.position:run.position + run.T]
+        x = kernels.dropout(x.cast(self.compute_dtype), self.config.dropout,
+                            run.next_dropout_key())
+        for layer, block in enumerate(self.h):
+            x = block(x, run, layer)
+        return x
+
+    def _head(self, x: Tensor) -> Tensor:
+        """(B, T, C) -> logits (B, T, V)."""
+        x = self.ln_f(x)
+        if self.lm_head is not None:
+            return self.lm_head(x)
+        return kernels.linear(x, self.wte.weight)
+
+    # ---- writing text
+
+    def generate(self, idx, max_new_tokens: int | None = None, *, max_tokens: int | None = None,
+                 temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None,
+                 min_p: float | None = None, repetition_penalty: float = 1.0,
+                 seed: int = 1337) -> Tensor:
+        """Continues each row of idx (B, T): int32 (B, T + max_new_tokens).
+
+        idx is a Tensor, array or nested list of token ids. The model sees the last block_size
+        tokens at most. temperature 0 takes the likeliest token; the other options are those of
+        `tinygpt.config.SampleConfig`. `max_tokens` is another name of max_new_tokens, 100 where
+        neither is given. Raises ValueError on ids outside the vocabulary or an option out of
+        range.
+        """
+        count = max_new_tokens if max_new_tokens is not None else max_tokens
+        config = SampleConfig(max_new_tokens=100 if count is None else count,
+                              temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
+                              repetition_penalty=repetition_penalty, seed=seed)
+        ids = self._check_ids(idx)
+        new = list(self._decode(ids, config))
+        return Tensor(np.concatenate([ids, *(t[:, None] for t in new)], axis=1), dtype="int32")
+
+    def stream(self, idx, config: SampleConfig | None = None, **options) -> Iterator[int]:
+        """Yields the ids that continue idx (1, T), one by one as they are drawn.
+
+        Options are those of `generate`, or a SampleConfig that holds them.
+        """
+        if "max_tokens" in options:
+            options["max_new_tokens"] = options.pop("max_tokens")
+        ids = self._check_ids(idx)
+        if len(ids) != 1:
+            raise ValueError(f"stream takes one sequence, not {len(ids)}: use generate")
+        return (int(t[0]) for t in self._decode(ids, config or SampleConfig(**options)))
+
+    def _decode(self, ids: np.ndarray, config: SampleConfig) -> Iterator[np.ndarray]:
+        decoders = _DECODERS.setdefault(self, {})
+        key = (len(ids), Controls.of(config).enabled, self.compute_dtype)
+        if key not in decoders:
+            decoders[key] = Decoder(self, len(ids), Controls.of(config).enabled)
+        return decoders[key].run(ids, config)
+
+    def _check_ids(self, idx) -> np.ndarray:
+        ids = np.asarray(idx.numpy() if isinstance(idx, Tensor) else idx)
+        if ids.ndim != 2 or ids.size == 0 or not np.issubdtype(ids.dtype, np.integer):
+            raise ValueError(f"idx has shape {ids.shape} and dtype {ids.dtype}: "
+                             "give integers (B, T) with at least one token")
+        if ids.min() < 0 or ids.max() >= self.config.vocab_size:
+            bad = ids.max() if ids.max() >= self.config.vocab_size else ids.min()
+            raise ValueError(f"token id {bad} is outside the vocabulary 0.."
+                             f"{self.config.vocab_size - 1}: was it made by another tokenizer?")
+        return ids.astype(np.int32)
+
+    # ---- weights and sizes
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Every weight by its name, GPT-2's names; a tied lm_head is wte.weight and not listed."""
+        return get_state_dict({"wte": self.wte, "wpe": self.wpe, "h": self.h, "ln_f": self.ln_f,
+                               "lm_head": self.lm_head})
+
+    def load_state_dict(self, arrays: dict[str, np.ndarray]) -> None:
+        """Puts arrays of the same names and shapes in place of the weights.
+
+        Raises ValueError, before anything is changed, where a name or a shape differs.
+        """
+        weights = self.state_dict()
+        checkpoint.check_shapes(arrays, {k: w.shape for k, w in weights.items()})
+        for name, weight in weights.items():
+            weight.assign(Tensor(arrays[name].astype(np.float32))).realize()
+
+    def num_params(self, non_embedding: bool = False) -> int:
+        """The number of weights, tied ones once; without the position table if asked so."""
+        total = sum(w.numel() for w in self.state_dict().values())
+        if non_embedding and self.wpe is not None:
+            total -= self.wpe.weight.numel()
+        return total
+
+    def estimate_flops(self) -> int:
+        """Floating-point operations of a training step, forward and backward, per token.
+
+        6 for each weight of a matrix that multiplies, 12 C a layer and visible position for
+        attention, at the full block_size (PaLM, arXiv:2204.02311, appendix B).
+        """
+        c = self.config
+        matrices = sum(w.numel() for name, w in self.state_dict().items()
+                       if w.ndim == 2 and not name.startswith(("wpe", "wte")))
+        matrices += c.vocab_size * c.n_embd if c.tie_weights else 0
+        seen = min(c.block_size, c.sliding_window or c.block_size)
+        return 6 * matrices + 12 * c.n_layer * c.n_embd * seen
+
+    # ---- checkpoints
+
+    def save_checkpoint(self, iter_num: int, optimizer=None, out_dir: str | Path = "checkpoints",
+                        metadata: dict | None = None) -> Path:
+        """Writes out_dir/ckpt_<iter_num>.safetensors, whole or not at all, and returns its path.
+
+        It holds the weights, the optimizer's state where one is given, and in its metadata the
+        configuration, the tokenizer and whatever `metadata` adds. Raises ValueError where it
+        cannot be written.
+        """
+        tensors = {f"model.{k}": w.numpy() for k, w in self.state_dict().items()}
+        if optimizer is not None:
+            tensors |= {f"optimizer.{k}": t.numpy() for k, t in optimizer.state_dict().items()}
+        facts = {"model_config": asdict(self.config), "iter_num": iter_num,
+                 "tokenizer": self.tokenizer and self.tokenizer.to_json()}
+        return checkpoint.save(Path(out_dir) / checkpoint.name(iter_num), tensors,
+                               facts | (metadata or {}))
+
+    def load_checkpoint(self, path: str | Path, optimizer=None) -> dict:
+        """Takes weights, and the optimizer's state, from a checkpoint; returns its metadata.
+
+        Raises ValueError, with nothing changed, where the file is missing, damaged or of another
+        architecture, or has no optimizer though one is given.
+        """
+        tensors, facts = checkpoint.load(path)
+        theirs = GPTConfig(**facts["model_config"])
+        checkpoint.check_same(path, asdict(theirs), asdict(self.config), ignore=("dropout",))
+        weights = checkpoint.part(tensors, "model.")
+        checkpoint.check_shapes(weights, {k: w.shape for k, w in self.state_dict().items()}, path)
+        if optimizer is not None:
+            optimizer.load_state_dict(checkpoint.part(tensors, "optimizer."), path)
+        self.load_state_dict(weights)
+        if facts.get("tokenizer"):
+            self.tokenizer = load_tokenizer(facts["tokenizer"])
+        return facts
+
+    @classmethod
+    def from_checkpoint(cls, path: str | Path) -> "GPT":
+        """The model that a checkpoint holds, with its tokenizer. Raises ValueError."""
+        model = cls(GPTConfig(**checkpoint.load_metadata(path)["model_config"]))
+        model.load_checkpoint(path)
+        return model
+
+
+class Decoder:
+    """Draws token after token for a batch, over a KV cache, through two compiled steps.
+
+    Prompts are read in chunks of a fixed length, new tokens one at a time; where a text stands is
+    a symbolic number, so that neither step is ever compiled again as the text grows.
+    """
+
+    def __init__(self, model: GPT, batch_size: int, enabled: tuple[str, ...]):
+        self.model = weakref.proxy(model)  # the model owns the decoder, not the reverse
+        self.config = model.config
+        self.chunk = min(64, self.config.block_size)
+        self.cache = KVCache(self.config, batch_size, model.compute_dtype)
+        self.controls = Controls(enabled)
+        self.seen = Tensor.zeros(batch_size, self.config.vocab_size,
+                                 dtype=dtypes.bool).contiguous().realize()
+        self.tokens = {T: Tensor.zeros(batch_size, T, dtype=dtypes.int32).contiguous().realize()
+                       for T in {1, self.chunk}}
+        self.key = Tensor.zeros(1, dtype=dtypes.uint32).contiguous().realize()
+        self.steps = {T: TinyJit(self._step) for T in self.tokens}
+
+    def run(self, ids: np.ndarray, config: SampleConfig) -> Iterator[np.ndarray]:
+        """Yields the tokens (B,) int32 that follow ids (B, T), max_new_tokens times."""
+        block = self.config.block_size
+        text = np.concatenate([ids, np.zeros((len(ids), config.max_new_tokens), np.int32)], axis=1)
+        self.controls.set(config)
+        if self.controls.has("repetition_penalty"):
+            seen = np.zeros(self.seen.shape, dtype=bool)
+            np.put_along_axis(seen, ids, True, axis=1)
+            device.write(self.seen, seen)
+        start = max(0, ids.shape[1] - block)  # where the window begins in the text
+        cached = 0  # how many tokens of the window the cache holds
+        for n in range(ids.shape[1], text.shape[1]):
+            if n - start > block:  # the window slides, and every position in it changes
+                start, cached = n - block + config.window_hop - 1, 0
+            device.write(self.key, make_key(config.seed, n))
+            text[:, n] = self._next(text[:, start:n], cached)
+            cached = n - start
+            yield text[:, n]
+
+    def _next(self, window: np.ndarray, cached: int) -> np.ndarray:
+        """The tokens (B,) after window (B, n), of which the cache holds the first `cached`."""
+        n = window.shape[1]
+        if n - cached == 1 and n > 1:
+            return self._call(window[:, -1:], n - 1, last=0)
+        T = self.chunk
+        for begin in range(cached, n - T, T):
+            self._call(window[:, begin:begin + T], begin, last=T - 1)
+        begin = max(0, n - T)  # the last chunk may overlap what is cached: it writes the same
+        padded = np.zeros((len(window), T), np.int32)
+        padded[:, :n - begin] = window[:, begin:]
+        return self._call(padded, begin, last=n - begin - 1)
+
+    def _call(self, tokens: np.ndarray, position: int, last: int) -> np.ndarray:
+        T, block = tokens.shape[1], self.config.block_size
+        device.write(self.tokens[T], tokens)
+        where = UOp.variable("position", 0, block - T).bind(position) if block > T else 0
+        row = UOp.variable("last", 0, T - 1).bind(last) if T > 1 else 0
+        return self.steps[T](self.tokens[T], where, row).numpy()
+
+    def _step(self, tokens: Tensor, position: UOp, last: UOp | int) -> Tensor:
+        """Reads tokens (B, T) at position; draws (B,) int32 after row `last`."""
+        x = self.model._features(tokens, Pass(tokens.shape[1], position, self.cache))
+        logits = self.model._head(x[:, last:last + 1])[:, 0].cast(dtypes.float32)  # (B, V)
+        return sample(logits, self.seen, self.key, self.controls).realize()
+
+
+_DECODERS: weakref.WeakKeyDictionary[GPT, dict] = weakref.WeakKeyDictionary()

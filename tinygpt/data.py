@@ -1,0 +1,297 @@
+"""Text or .bin files -> memory-mapped token ids -> batches in an order that can be resumed."""
+
+import glob
+import hashlib
+import json
+import os
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import requests
+from requests.adapters import HTTPAdapter
+from tqdm import tqdm
+from urllib3.util import Retry
+
+from tinygpt import device
+from tinygpt.tokenizer import Tokenizer, load_tokenizer, make_tokenizer
+
+DATA_DIR = Path(__file__).parent.parent / "data"
+SHIPPED = DATA_DIR / "lantern_and_tide.txt"
+SHAKESPEARE_URL = ("https://raw.githubusercontent.com/karpathy/char-rnn/master/data/"
+                   "tinyshakespeare/input.txt")
+SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+
+
+class DataError(ValueError):
+    """Data that is missing, unreadable, or does not fit what is asked of it."""
+
+
+@dataclass
+class TokenData:
+    """Token ids of the training and the validation split (1-d, unsigned), and what made them.
+
+    tokenizer is None where bare ids were given. source says where they come from, in words.
+    """
+
+    train: np.ndarray
+    val: np.ndarray
+    tokenizer: Tokenizer | None
+    source: str
+
+    def bytes_per_token(self) -> float | None:
+        """Mean UTF-8 bytes that a validation token stands for; None without a tokenizer."""
+        if self.tokenizer is None:
+            return None
+        return float(self.tokenizer.token_lengths()[self.val].mean())
+
+
+class Batches:
+    """Batches of windows of a token array, as a pure function of their number.
+
+    An epoch is every window of block_size tokens once, in an order and from an offset drawn from
+    (seed, epoch). Raises DataError where the array is shorter than a window and its next token.
+    """
+
+    def __init__(self, tokens: np.ndarray, block_size: int, batch_size: int, seed: int):
+        if len(tokens) < block_size + 1:
+            raise DataError(f"a split has {len(tokens)} tokens, fewer than block_size + 1 = "
+                            f"{block_size + 1}: give more text or a smaller --block_size")
+        self.tokens, self.block_size, self.batch_size = tokens, block_size, batch_size
+        self.seed = seed
+        self.windows = max(1, len(tokens) // block_size - 1)  # a random offset uses the rest
+        self._epoch: tuple[int, np.ndarray] | None = None
+
+    def batch(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """Batch `number`, 0 the first: ids and the ids that follow them, both (B, T) int32."""
+        positions = np.arange(self.batch_size) + number * self.batch_size
+        return self._cut([self._start(int(p)) for p in positions])
+
+    def spread(self, count: int):
+        """`count` batches of windows spread evenly over the array, always the same."""
+        last = (len(self.tokens) - 1) // self.block_size - 1
+        index = np.linspace(0, last, count * self.batch_size).round().astype(np.int64)
+        for rows in index.reshape(count, self.batch_size) * self.block_size:
+            yield self._cut(rows)
+
+    def _start(self, position: int) -> int:
+        epoch, index = divmod(position, self.windows)
+        if self._epoch is None or self._epoch[0] != epoch:
+            rng = np.random.default_rng([self.seed, epoch])
+            slack = len(self.tokens) - 1 - self.windows * self.block_size
+            offset = rng.integers(0, min(slack, self.block_size - 1) + 1)
+            self._epoch = epoch, offset + rng.permutation(self.windows) * self.block_size
+        return int(self._epoch[1][index])
+
+    def _cut(self, starts) -> tuple[np.ndarray, np.ndarray]:
+        T = self.block_size
+        rows = np.stack([self.tokens[s:s + T + 1] for s in starts]).astype(np.int64)
+        if rows.max() >= np.iinfo(np.int32).max:
+            raise DataError(f"token id {rows.max()} does not fit in 31 bits")
+        return rows[:, :-1].astype(np.int32), rows[:, 1:].astype(np.int32)
+
+
+def load_data(source, tokenizer: str | Tokenizer, vocab_size: int) -> TokenData:
+    """Token ids of whatever `source` is, split 90 to 10 as nanoGPT splits.
+
+    source: the name "shakespeare"; a path or glob of text files; a folder of them; a folder with
+    train.bin and val.bin; text itself (a string with a line break); or a 1-d array of token ids.
+    tokenizer: one, or the kind of one to make. Raises DataError, or ValueError from a tokenizer.
+    """
+    if not isinstance(source, str | Path):
+        return _from_ids(source, None if isinstance(tokenizer, str) else tokenizer)
+    if isinstance(source, str) and "\n" in source:
+        return _from_text(source, tokenizer, vocab_size, "a string of text")
+    if str(source) == "shakespeare":
+        source = shakespeare()
+    if (Path(source) / "train.bin").is_file():
+        return _from_bins(Path(source), tokenizer, vocab_size)
+    files = _text_files(str(source))
+    if not isinstance(tokenizer, str):
+        return _from_text(read_text(files), tokenizer, vocab_size, str(source))
+    return _from_cache(files, str(source), tokenizer, vocab_size)
+
+
+def shakespeare() -> Path:
+    """Tiny Shakespeare, downloaded once, or where that fails the play that ships with us."""
+    path = _cache_root() / "tinyshakespeare.txt"
+    try:
+        return download(SHAKESPEARE_URL, path, SHAKESPEARE_SHA256)
+    except DataError as error:
+        print(f"{error}; training on {SHIPPED.name}, which comes with this project",
+              file=sys.stderr)
+        return SHIPPED
+
+
+def download(url: str, path: Path, sha256: str) -> Path:
+    """Fetches url into path, unless a file with that hash is there; whole or not at all.
+
+    Raises DataError where it cannot be had or has another hash.
+    """
+    if path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == sha256:
+        return path
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    digest = hashlib.sha256()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with requests.Session() as session:
+            session.mount(url, HTTPAdapter(max_retries=Retry(2, backoff_factor=0.5,
+                                                             status_forcelist=[500, 502, 503])))
+            with session.get(url, stream=True, timeout=(5, 20)) as reply, open(part, "wb") as file:
+                reply.raise_for_status()
+                total = int(reply.headers.get("Content-Length", 0)) or None
+                with tqdm(total=total, unit="B", unit_scale=True, desc=path.name,
+                          disable=not sys.stderr.isatty()) as bar:
+                    for block in reply.iter_content(1 << 16):
+                        file.write(block)
+                        digest.update(block)
+                        bar.update(len(block))
+        if digest.hexdigest() != sha256:
+            raise DataError(f"{path.name} arrived damaged")
+        part.replace(path)
+    except (OSError, requests.RequestException) as error:
+        raise DataError(f"{path.name} cannot be downloaded ({type(error).__name__})") from error
+    finally:
+        part.unlink(missing_ok=True)
+    return path
+
+
+def read_text(files: list[Path]) -> str:
+    """The text of UTF-8 files, one after another. Raises DataError that names what is wrong."""
+    return "\n".join(_read_one(path) for path in files)
+
+
+def _read_one(path: Path) -> str:
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error.strerror})") from error
+    if b"\0" in raw:
+        raise DataError(f"{path} is binary, not text: it has a zero byte at {raw.index(0)}")
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8 at byte {error.start}: convert it first") from error
+
+
+def _text_files(source: str) -> list[Path]:
+    path = Path(source)
+    if path.is_dir():
+        files = sorted(p for p in path.iterdir() if p.is_file() and not p.name.startswith("."))
+    else:
+        files = [path] if path.is_file() else sorted(map(Path, glob.glob(source)))
+    files = [p for p in files if p.is_file()]
+    if not files:
+        raise DataError(f"there is no data at {source}: give a text file, a folder or glob of "
+                        "them, or a folder with train.bin and val.bin")
+    return files
+
+
+def _split(text):
+    """90 to 10, cut where nanoGPT cuts."""
+    return text[:int(len(text) * 0.9)], text[int(len(text) * 0.9):]
+
+
+def _from_ids(ids, tokenizer: Tokenizer | None) -> TokenData:
+    ids = np.asarray(ids)
+    if ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer) or (ids < 0).any():
+        raise DataError(f"token ids have shape {ids.shape} and dtype {ids.dtype}: "
+                        "give a 1-d array of non-negative integers")
+    return TokenData(*_split(ids), tokenizer, "an array of token ids")
+
+
+def _from_text(text: str, tokenizer: str | Tokenizer, vocab_size: int, source: str) -> TokenData:
+    if not text.strip():
+        raise DataError(f"{source} is empty: give text")
+    train, val = _split(text)
+    if isinstance(tokenizer, str):
+        # characters have to cover all of the text; merges are learned without the validation split
+        tokenizer = make_tokenizer(tokenizer, text if tokenizer == "char" else train, vocab_size)
+    dtype = np.uint16 if tokenizer.vocab_size <= 65536 else np.uint32
+    ids = [np.array(tokenizer.encode(part), dtype=dtype) for part in (train, val)]
+    return TokenData(*ids, tokenizer, source)
+
+
+def _from_bins(folder: Path, tokenizer: str | Tokenizer, vocab_size: int) -> TokenData:
+    meta, dtype = {}, np.dtype("<u2")
+    if (folder / "meta.json").is_file():
+        meta = _read_meta(folder)
+        made_with = meta["made_with"]
+        if isinstance(tokenizer, str) and made_with != _made_with(tokenizer, vocab_size):
+            raise DataError(f"{folder} was made with {made_with}, not "
+                            f"{_made_with(tokenizer, vocab_size)}: ask for the same")
+        dtype = np.dtype(meta["dtype"])
+        tokenizer = load_tokenizer(meta["tokenizer"])
+    elif tokenizer in ("bpe", "char"):
+        raise DataError(f"{folder} has no meta.json that tells its tokenizer: pass "
+                        "--tokenizer gpt2 (or byte), or the text itself as --data")
+    elif isinstance(tokenizer, str):
+        tokenizer = make_tokenizer(tokenizer, "", vocab_size)
+    splits = []
+    for name in ("train", "val"):
+        path = folder / f"{name}.bin"
+        if not path.is_file():
+            raise DataError(f"there is no {path}")
+        size = path.stat().st_size
+        if size == 0 or size % dtype.itemsize or meta.get(f"{name}_bytes", size) != size:
+            raise DataError(f"{path} is damaged: it has {size} bytes. Delete {folder} to have it "
+                            "made again, or make it again yourself")
+        splits.append(np.memmap(path, dtype=dtype, mode="r"))
+    return TokenData(*splits, tokenizer, str(folder))
+
+
+def _made_with(kind: str, vocab_size: int) -> str:
+    return f"--tokenizer {kind}" + (f" --vocab_size {vocab_size}" if kind == "bpe" else "")
+
+
+def _read_meta(folder: Path) -> dict:
+    try:
+        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        meta = None
+    if not isinstance(meta, dict) or not {"made_with", "dtype", "tokenizer", "files"} <= set(meta):
+        raise DataError(f"{folder / 'meta.json'} is damaged: delete {folder} to have it made again")
+    return meta
+
+
+def _from_cache(files: list[Path], source: str, kind: str, vocab_size: int) -> TokenData:
+    """The tokens of text files, from the cache where it is newer than they are."""
+    signature = [[str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns] for f in files]
+    label = hashlib.sha256(f"{Path(source).resolve()} {_made_with(kind, vocab_size)}".encode())
+    folder = _cache_root() / f"{Path(files[0]).stem}-{kind}-{label.hexdigest()[:10]}"
+    if not (folder / "meta.json").is_file() or _read_meta(folder)["files"] != signature:
+        data = _from_text(read_text(files), kind, vocab_size, source)
+        _write_cache(folder, data, {"files": signature, "made_with": _made_with(kind, vocab_size)})
+    data = _from_bins(folder, kind, vocab_size)
+    data.source = source
+    return data
+
+
+def _write_cache(folder: Path, data: TokenData, meta: dict) -> None:
+    part = folder.with_name(f".{folder.name}.{os.getpid()}")
+    try:
+        part.mkdir(parents=True, exist_ok=True)
+        for name, ids in (("train", data.train), ("val", data.val)):
+            ids.astype(ids.dtype.newbyteorder("<")).tofile(part / f"{name}.bin")
+            meta[f"{name}_bytes"] = ids.nbytes
+        meta |= {"dtype": data.train.dtype.newbyteorder("<").str,
+                 "tokenizer": data.tokenizer.to_json()}
+        (part / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
+        shutil.rmtree(folder, ignore_errors=True)
+        part.rename(folder)
+    except OSError as error:
+        raise DataError(f"tokens cannot be cached in {folder} ({error.strerror})") from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def _cache_root() -> Path:
+    """data/cache, or where that cannot be written the user's cache."""
+    root = DATA_DIR / "cache"
+    try:
+        root.mkdir(exist_ok=True)
+    except OSError:
+        pass
+    return root if os.access(root, os.W_OK) else device.cache_dir() / "data"

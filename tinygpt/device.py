@@ -1,0 +1,145 @@
+"""Which device computes, what compiles for it, and the few of tinygrad's inner interfaces that
+code outside the kernels needs."""
+
+import functools
+import hashlib
+import importlib.util
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+from tinygrad import Device, Tensor
+from tinygrad.helpers import DEV
+
+NO_COMPILER = ("tinygrad's CPU device needs clang, and none was found: "
+               "pip install ziglang, or install clang, or name one in CC")
+
+
+class DeviceError(ValueError):
+    """No device, or none of that name, can be used here."""
+
+
+def cache_dir() -> Path:
+    """Where this user's caches belong."""
+    if base := os.environ.get("XDG_CACHE_HOME"):
+        return Path(base) / "tinygpt"
+    return Path.home() / ("Library/Caches" if sys.platform == "darwin" else ".cache") / "tinygpt"
+
+
+def export_compiler() -> None:
+    """Names a C compiler in CC, where tinygrad's CPU device looks for one when it first compiles:
+    CC itself, clang on the PATH, or the clang inside the wheel `ziglang`."""
+    if "CC" in os.environ or shutil.which("clang"):
+        return
+    if zig := importlib.util.find_spec("ziglang"):
+        os.environ["CC"] = str(_zig_script(Path(zig.origin).with_name("zig")))
+
+
+def _zig_script(zig: Path) -> Path:
+    """A script that runs zig's clang as if it were clang, made once per installation of zig."""
+    script = cache_dir() / f"clang-{hashlib.sha256(str(zig).encode()).hexdigest()[:12]}"
+    text = f'#!/bin/sh\nexec {shlex.quote(str(zig))} clang "$@"\n'
+    if not (script.is_file() and script.read_text() == text):
+        try:
+            script.parent.mkdir(parents=True, exist_ok=True)
+        except OSError:
+            script = Path(tempfile.mkdtemp(prefix="tinygpt-")) / script.name
+        part = script.with_name(f"{script.name}.{os.getpid()}")
+        part.write_text(text)
+        part.chmod(0o755)
+        part.replace(script)
+    return script
+
+
+@functools.cache
+def default() -> str:
+    """The device that tensors live on, e.g. "CPU" or "CUDA". Raises DeviceError without one."""
+    try:
+        name = Device.DEFAULT
+    except (RuntimeError, AssertionError) as error:
+        raise DeviceError(NO_COMPILER) from error
+    if name.startswith("CPU"):
+        _check_compiler()
+    return name
+
+
+def choose(name: str) -> str:
+    """Makes `name` ("auto", "cpu", "cuda", "metal", "cuda:1", ...) the default device.
+
+    Returns its canonical name. Raises DeviceError where it cannot be opened.
+    """
+    if name.lower() != "auto":
+        try:
+            canonical = Device.canonicalize(name.upper())
+            Device[canonical]
+        except Exception as error:  # whatever a driver raises: the device cannot be opened
+            raise DeviceError(f"device {name!r} cannot be used here: "
+                              f"{str(error).strip().splitlines()[0]}") from error
+        DEV.value = canonical
+        default.cache_clear()
+    return default()
+
+
+def _check_compiler() -> None:
+    compiler = os.environ.get("CC", "clang")
+    try:
+        done = subprocess.run([compiler, "--version"], capture_output=True, text=True)
+    except OSError as error:
+        raise DeviceError(NO_COMPILER if "CC" not in os.environ else
+                          f"CC={compiler} cannot be run: name a clang, or unset CC") from error
+    if "clang" not in done.stdout:
+        raise DeviceError(f"CC={compiler} is no clang, which tinygrad's CPU device needs: "
+                          "name one, or unset CC")
+
+
+def describe() -> str:
+    """What computes, in one line."""
+    name = default()
+    if not name.startswith("CPU"):
+        return name
+    compiler = os.environ.get("CC") or shutil.which("clang")
+    return f"CPU ({cpu_count()} cores, {platform.machine()}, compiler {compiler})"
+
+
+def cpu_count() -> int:
+    """CPUs that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+def peak_flops() -> float:
+    """What model FLOPs utilisation is measured against, in floating-point operations a second.
+
+    On a GPU an A100's 312e12 in bfloat16, as nanoGPT has it. On a CPU an estimate of this one's
+    in float32: cores x clock x 2 x lanes x fused multiply-add units.
+    """
+    if not default().startswith("CPU"):
+        return 312e12
+    lanes, clock = 4, 3e9  # NEON, and a clock that modern cores reach
+    try:
+        info = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        info = ""
+    lanes = 16 if "avx512f" in info else 8 if "avx2" in info else lanes
+    speeds = [float(line.split(":")[1]) for line in info.splitlines() if line.startswith("cpu MHz")]
+    return cpu_count() * (max(speeds) * 1e6 if speeds else clock) * 2 * lanes * 2
+
+
+def write(tensor: Tensor, data) -> None:
+    """Puts data into a realized tensor's own memory, whatever compiled step reads it next."""
+    from tinygrad.dtype import _to_np_dtype
+
+    array = np.ascontiguousarray(data, dtype=_to_np_dtype(tensor.dtype)).reshape(tensor.shape)
+    buffer = tensor.uop.base.realized
+    if tensor.device.startswith("CPU"):
+        Device[tensor.device].synchronize()
+        buffer.as_memoryview(force_zero_copy=True).cast("B")[:] = array.data.cast("B")
+    elif hasattr(buffer, "copyin"):  # tinygrad 0.13
+        buffer.copyin(array.data)
+    else:  # tinygrad 0.14
+        tensor.assign(Tensor(array, device=tensor.device)).realize()

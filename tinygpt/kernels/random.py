@@ -1,0 +1,35 @@
+"""Counter-based random numbers: a pure function of a key and an element's index.
+
+Nothing is kept between calls, so a draw can be repeated exactly: by the backward pass, by a
+resumed run, by another device. The mixer is Wellons' `lowbias32`, a bijection of 32-bit words.
+"""
+
+import numpy as np
+from tinygrad import Tensor, dtypes
+
+
+def make_key(*words: int) -> np.ndarray:
+    """A key (1,) uint32 from any non-negative integers, e.g. seed and step."""
+    return np.random.SeedSequence(words).generate_state(1, np.uint32)
+
+
+def next_key(key: Tensor) -> Tensor:
+    """The key (1,) uint32 that follows `key`; a chain of them serves one forward pass."""
+    return _mix(key + 0x9E3779B9).contiguous()
+
+
+def random_bits(key: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Independent uniform uint32 words of the given shape."""
+    index = Tensor.arange(int(np.prod(shape)), device=key.device).cast(dtypes.uint32)
+    return _mix(_mix(index) + key).reshape(shape)
+
+
+def uniform(key: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Independent float32 numbers, uniform over the open interval (0, 1)."""
+    return ((random_bits(key, shape) >> 8).cast(dtypes.float32) + 0.5) * 2.0**-24
+
+
+def _mix(x: Tensor) -> Tensor:
+    x = (x ^ (x >> 16)) * 0x7FEB352D
+    x = (x ^ (x >> 15)) * 0x846CA68B
+    return x ^ (x >> 16)

@@ -1,0 +1,86 @@
+"""The specification of every operation, in plain Tensor code.
+
+Nothing here is tuned. Every other implementation has to agree with this one, forward and
+gradients, and tests and benchmarks measure against it alone. The docstrings of the operations
+are in `tinygpt/kernels/__init__.py`.
+"""
+
+import math
+
+from tinygrad import Tensor, dtypes
+
+from tinygpt.kernels.random import random_bits
+
+
+def linear(x, weight, bias=None, residual=None):
+    y = x @ weight.cast(x.dtype).T
+    if bias is not None:
+        y = y + bias.cast(x.dtype)
+    return y if residual is None else residual + y
+
+
+def embedding(idx, weight):
+    return weight[idx]
+
+
+def layer_norm(x, weight, bias=None, eps=1e-5):
+    z = x.cast(dtypes.float32)
+    z = z - z.mean(-1, keepdim=True)
+    z = z * (z.square().mean(-1, keepdim=True) + eps).rsqrt() * weight
+    return (z if bias is None else z + bias).cast(x.dtype)
+
+
+def rms_norm(x, weight, eps=1e-5):
+    z = x.cast(dtypes.float32)
+    return (z * (z.square().mean(-1, keepdim=True) + eps).rsqrt() * weight).cast(x.dtype)
+
+
+def gelu(x, tanh=False):
+    if tanh:
+        return 0.5 * x * (1 + (math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x)).tanh())
+    return 0.5 * x * (1 + (x / math.sqrt(2)).erf())
+
+
+def swiglu(gate, up):
+    return gate * gate.sigmoid() * up
+
+
+def rope(x, cos, sin):
+    a, b = x.cast(dtypes.float32).chunk(2, dim=-1)
+    return (a * cos - b * sin).cat(b * cos + a * sin, dim=-1).cast(x.dtype)
+
+
+def dropout(x, p, key):
+    if p == 0 or key is None:
+        return x
+    keep = random_bits(key, x.shape) >= int(p * 2**32)
+    return keep.where(x / (1 - p), 0)
+
+
+def attention_mask(T, S, offset, window, device):
+    """(T, S) bool: query i stands at offset + i and sees itself and what lies before it."""
+    i = Tensor.arange(T, device=device).reshape(T, 1) + offset
+    j = Tensor.arange(S, device=device).reshape(1, S)
+    mask = i >= j
+    return mask if window is None else mask & (i < j + window)
+
+
+def attention(q, k, v, offset=0, window=None, dropout_p=0.0, dropout_key=None):
+    B, H, T, D = q.shape
+    G, S = k.shape[1:3]
+    q = q.reshape(B, G, H // G, T, D)
+    k, v = k.unsqueeze(2), v.unsqueeze(2)  # (B, G, 1, S, D)
+    scores = (q @ k.transpose(-1, -2)).cast(dtypes.float32) / math.sqrt(D)  # (B, G, H/G, T, S)
+    mask = attention_mask(T, S, offset, window, q.device)
+    weights = mask.where(scores, -float("inf")).softmax(-1).cast(q.dtype)
+    return (dropout(weights, dropout_p, dropout_key) @ v).reshape(B, H, T, D)
+
+
+def cross_entropy(logits, targets, label_smoothing=0.0, z_loss=0.0, ignore_index=-1):
+    logits = logits.cast(dtypes.float32)
+    V = logits.shape[-1]
+    log_z = logits.logsumexp(-1)
+    target = (Tensor.arange(V, device=logits.device) == targets.unsqueeze(-1)).where(logits, 0)
+    loss = log_z - (1 - label_smoothing) * target.sum(-1) - label_smoothing * logits.mean(-1)
+    counted = targets != ignore_index
+    return counted.where(loss + z_loss * log_z.square(), 0).sum() / counted.sum()

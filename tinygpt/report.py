@@ -1,0 +1,141 @@
+"""What a run tells: log lines, a progress bar, metrics.jsonl and loss.png."""
+
+import json
+import math
+import os
+import sys
+import time
+from pathlib import Path
+
+from tqdm import tqdm
+
+SPIKE = 1.5  # a loss this many times the running average is reported
+
+
+class Report:
+    """Tells of one run, on stdout in nanoGPT's words and in files in out_dir.
+
+    flops_per_iter and tokens_per_iter are those of a training step, peak_flops the device's.
+    Records of steps after `start`, which a resumed run takes again, are dropped.
+    """
+
+    def __init__(self, out_dir: Path, start: int, max_iters: int, log_interval: int,
+                 tokens_per_iter: int, flops_per_iter: float, peak_flops: float):
+        self.out_dir, self.max_iters, self.log_interval = out_dir, max_iters, log_interval
+        self.tokens_per_iter, self.flops_per_iter = tokens_per_iter, flops_per_iter
+        self.peak_flops = peak_flops
+        self.records = [r for r in _read_records(out_dir / "metrics.jsonl") if r["iter"] <= start]
+        _write_atomically(out_dir / "metrics.jsonl",
+                          "".join(json.dumps(r) + "\n" for r in self.records).encode())
+        self.file = open(out_dir / "metrics.jsonl", "a", encoding="utf-8")
+        self.bar = tqdm(total=max_iters, initial=start, unit="it", dynamic_ncols=True,
+                        disable=not sys.stderr.isatty())
+        self.seconds: float | None = None  # of a step, a running average
+        self.average: float | None = None  # of the loss
+
+    def close(self) -> None:
+        self.bar.close()
+        self.file.close()
+
+    def line(self, text: str) -> None:
+        """One line on stdout, above the bar where there is one."""
+        tqdm.write(text, file=sys.stdout)
+        sys.stdout.flush()
+
+    def remark(self, text: str) -> None:
+        """One line for a person, on stderr."""
+        tqdm.write(text, file=sys.stderr)
+
+    def step(self, iter_num: int, loss: float, norm: float, lr: float, seconds: float,
+             compiled: bool) -> None:
+        """Tells of a step whose loss is finite. Steps that compile do not count in averages."""
+        if not compiled:
+            old = seconds if self.seconds is None else self.seconds
+            self.seconds = 0.9 * old + 0.1 * seconds
+        if self.average is not None and loss > SPIKE * self.average:
+            self.line(f"iter {iter_num}: loss spike, {loss:.4f} over an average of "
+                      f"{self.average:.4f}")
+        self.average = loss if self.average is None else 0.95 * self.average + 0.05 * loss
+        mean = self.seconds or seconds
+        rate = self.tokens_per_iter / mean
+        eta = (self.max_iters - iter_num) * mean
+        self.bar.set_postfix_str(f"loss {loss:.4f}, {rate:,.0f} tok/s, ETA {_clock(eta)}",
+                                 refresh=False)
+        self.bar.update(1)
+        if iter_num % self.log_interval == 0:
+            mfu = self.flops_per_iter / mean / self.peak_flops
+            if self.bar.disable:
+                self.line(f"iter {iter_num}: loss {loss:.4f}, time {seconds * 1e3:.2f}ms, "
+                          f"mfu {mfu:.2%}, {rate:,.0f} tok/s, ETA {_clock(eta)}")
+            self._record(iter=iter_num, loss=loss, grad_norm=norm, lr=lr,
+                         ms=seconds * 1e3, tokens_per_second=rate, mfu=mfu)
+
+    def evaluation(self, iter_num: int, train: float, val: float, lr: float,
+                   bits_per_byte: float | None) -> None:
+        """Tells of an evaluation, in nats per token and bits per byte, and draws loss.png."""
+        tail = "" if bits_per_byte is None else f", {bits_per_byte:.4f} bits per byte"
+        self.line(f"step {iter_num}: train loss {train:.4f}, val loss {val:.4f}{tail}")
+        self._record(iter=iter_num, train_loss=train, val_loss=val, lr=lr,
+                     bits_per_byte=bits_per_byte, time=time.time())
+        self.draw()
+
+    def draw(self) -> None:
+        """loss.png: training and validation loss, the learning rate below."""
+        from matplotlib.figure import Figure
+
+        steps = [r for r in self.records if "loss" in r]
+        evals = [r for r in self.records if "val_loss" in r]
+        figure = Figure(figsize=(8, 6), layout="constrained")
+        top, low = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
+        top.plot([r["iter"] for r in steps], [r["loss"] for r in steps], color="0.75",
+                 linewidth=1, label="training batches")
+        for key, text, style in (("train_loss", "training", "C0.-"),
+                                 ("val_loss", "validation", "C1.-")):
+            top.plot([r["iter"] for r in evals], [r[key] for r in evals], style, label=text)
+        top.set_ylabel("loss, nats per token")
+        top.legend()
+        low.plot([r["iter"] for r in steps], [r["lr"] for r in steps], color="C2")
+        low.set_ylabel("learning rate")
+        low.set_xlabel("step")
+        for axes in (top, low):
+            axes.grid(alpha=0.3)
+        part = self.out_dir / ".loss.png.part"
+        figure.savefig(part, dpi=110, format="png")
+        part.replace(self.out_dir / "loss.png")
+
+    def _record(self, **facts) -> None:
+        self.records.append(facts)
+        self.file.write(json.dumps(facts) + "\n")
+        self.file.flush()
+
+
+def bits_per_byte(loss: float, bytes_per_token: float | None) -> float | None:
+    """A loss in nats per token as bits per byte of text, which does not depend on tokens."""
+    return None if bytes_per_token is None else loss / math.log(2) / bytes_per_token
+
+
+def _read_records(path: Path) -> list[dict]:
+    """What a former run recorded; a last line that was cut off does not count."""
+    records = []
+    if path.is_file():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                records.append(json.loads(line))
+            except ValueError:
+                break
+    return records
+
+
+def _write_atomically(path: Path, data: bytes) -> None:
+    part = path.with_name(f".{path.name}.part")
+    with open(part, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(path)
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

@@ -1,0 +1,114 @@
+"""Drawing the next token: repetition penalty -> temperature -> top-k -> top-p -> min-p -> draw.
+
+Everything happens on the device, inside the decode step. What a token needs to stay in the draw
+is always a threshold on its logit, found by a search over the bits of a float: nothing is sorted.
+"""
+
+from tinygrad import Tensor, dtypes
+
+from tinygpt import device
+from tinygpt.config import SampleConfig
+from tinygpt.kernels.random import uniform
+
+OPTIONS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+
+
+class Controls:
+    """The options of a draw as one float32 tensor, so that new values need no new compilation.
+
+    `enabled` names the options that the compiled step contains; the others cost nothing.
+    """
+
+    def __init__(self, enabled: tuple[str, ...]):
+        self.enabled = enabled
+        self.values = Tensor.zeros(len(OPTIONS)).contiguous().realize()
+
+    @classmethod
+    def of(cls, config: SampleConfig) -> "Controls":
+        """Controls that hold what config asks for."""
+        on = {"temperature": config.temperature > 0, "top_k": config.top_k is not None,
+              "top_p": config.top_p is not None and config.top_p < 1,
+              "min_p": bool(config.min_p), "repetition_penalty": config.repetition_penalty != 1}
+        if not on["temperature"]:  # greedy: what could be cut away would not be drawn anyway
+            on |= {"top_k": False, "top_p": False, "min_p": False}
+        controls = cls(tuple(name for name in OPTIONS if on[name]))
+        controls.set(config)
+        return controls
+
+    def set(self, config: SampleConfig) -> None:
+        device.write(self.values, [float(getattr(config, name) or 0) for name in OPTIONS])
+
+    def has(self, name: str) -> bool:
+        return name in self.enabled
+
+    def __getitem__(self, name: str) -> Tensor:
+        i = OPTIONS.index(name)
+        return self.values[i:i + 1]  # (1,)
+
+
+def sample(logits: Tensor, seen: Tensor, key: Tensor, controls: Controls) -> Tensor:
+    """One token id for each row of logits (B, V) float32: (B,) int32.
+
+    seen (B, V) bool marks the tokens of the text so far and gains the drawn ones; key (1,) uint32
+    decides the draw. Without a temperature the likeliest token is taken.
+    """
+    logits = logits.contiguous()
+    if controls.has("repetition_penalty"):
+        logits = penalize(logits, seen, controls["repetition_penalty"])
+    if controls.has("temperature"):
+        logits = (logits / controls["temperature"]).contiguous()
+    if controls.has("top_k"):
+        logits = keep_top_k(logits, controls["top_k"])
+    if controls.has("top_p"):
+        logits = keep_top_p(logits, controls["top_p"])
+    if controls.has("min_p"):
+        logits = keep_min_p(logits, controls["min_p"])
+    if controls.has("temperature"):  # the Gumbel-max trick draws from the softmax
+        logits = logits - (-uniform(key, logits.shape).log()).log()
+    token = logits.contiguous().argmax(-1).cast(dtypes.int32).contiguous()  # (B,)
+    if controls.has("repetition_penalty"):
+        drawn = Tensor.arange(logits.shape[1]) == token.unsqueeze(-1)
+        Tensor.realize(token, seen.assign(seen | drawn))
+    return token
+
+
+def penalize(logits: Tensor, seen: Tensor, penalty: Tensor) -> Tensor:
+    """Divides the positive logits of seen tokens by penalty and multiplies the negative ones
+    (CTRL, arXiv:1909.05858)."""
+    return seen.where((logits > 0).where(logits / penalty, logits * penalty), logits).contiguous()
+
+
+def keep_top_k(logits: Tensor, k: Tensor) -> Tensor:
+    """The k largest logits, and those equal to the k-th; -inf for the rest."""
+    return _keep_heaviest(logits, logits.ones_like(), k)
+
+
+def keep_top_p(logits: Tensor, p: Tensor) -> Tensor:
+    """The likeliest tokens that together reach probability p (nucleus, arXiv:1904.09751), and
+    those as likely as the last of them; -inf for the rest."""
+    return _keep_heaviest(logits, logits.softmax(-1).contiguous(), p)
+
+
+def keep_min_p(logits: Tensor, p: Tensor) -> Tensor:
+    """The tokens at least p times as likely as the likeliest (arXiv:2407.01082); -inf for the
+    rest."""
+    return (logits >= logits.max(-1, keepdim=True) + p.log()).where(logits, -float("inf"))
+
+
+def _keep_heaviest(logits: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    """Keeps logits >= the largest threshold above which weight (B, V) sums to target (1,)."""
+    order = _ordered_bits(logits).contiguous()  # (B, V)
+    threshold = Tensor.zeros(logits.shape[0], 1, dtype=dtypes.uint32)
+    for shift in range(30, -2, -2):  # two bits a round: 0..3 is how many guesses hold
+        guesses = threshold.unsqueeze(1) + Tensor([1, 2, 3], dtype=dtypes.uint32).reshape(
+            1, 3, 1) * (1 << shift)  # (B, 3, 1)
+        above = (order.unsqueeze(1) >= guesses).where(weight.unsqueeze(1), 0).sum(-1)  # (B, 3)
+        holds = (above >= target).cast(dtypes.uint32).sum(-1, keepdim=True)  # (B, 1)
+        threshold = (threshold + holds * (1 << shift)).contiguous()
+    return (order >= threshold).where(logits, -float("inf")).contiguous()
+
+
+def _ordered_bits(x: Tensor) -> Tensor:
+    """uint32 words that compare as the float32 numbers x do."""
+    bits = x.bitcast(dtypes.uint32)
+    return (bits >> 31 == 1).where(bits ^ 0xFFFFFFFF, bits | 0x80000000)

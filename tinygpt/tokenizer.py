@@ -1,0 +1,210 @@
+"""Text to token ids and back: byte-level BPE, characters, or bytes.
+
+A tokenizer is written whole into `to_json()`, which travels inside a checkpoint, and
+`load_tokenizer` makes it again without any file or download.
+"""
+
+import base64
+import codecs
+import functools
+from typing import Protocol
+
+import numpy as np
+import rustbpe
+import tiktoken
+
+# GPT-2's rule of where a word ends (its published encoder, and tiktoken's "gpt2")
+GPT2_PATTERN = (r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+"
+                r"|\s+(?!\S)|\s+")
+END_OF_TEXT = "<|endoftext|>"
+
+
+class Tokenizer(Protocol):
+    """What every tokenizer offers. Ids are 0..vocab_size-1."""
+
+    vocab_size: int
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of text. Raises ValueError that names a character it has no ids for."""
+
+    def decode_bytes(self, ids: list[int]) -> bytes:
+        """The UTF-8 bytes that ids stand for. Raises ValueError on an id out of range."""
+
+    def decode(self, ids: list[int]) -> str:
+        """The text that ids stand for; bytes that are not UTF-8 become U+FFFD."""
+
+    def to_json(self) -> dict:
+        """Everything that `load_tokenizer` needs, as JSON values."""
+
+
+class _Base:
+    def decode(self, ids: list[int]) -> str:
+        return self.decode_bytes(ids).decode("utf-8", errors="replace")
+
+    def token_lengths(self) -> np.ndarray:
+        """The number of bytes (V,) that each id stands for."""
+        return np.array([len(self.decode_bytes([i])) for i in range(self.vocab_size)])
+
+    def _check_ids(self, ids: list[int]) -> None:
+        for i in ids:
+            if not 0 <= i < self.vocab_size:
+                raise ValueError(f"token id {i} is outside the vocabulary 0..{self.vocab_size - 1}")
+
+
+class BPETokenizer(_Base):
+    """Byte-level byte-pair encoding (arXiv:1508.07909), by tiktoken.
+
+    `BPETokenizer()` is GPT-2's, with tiktoken's own files; `BPETokenizer.train` makes one for a
+    text. The last id is the end-of-text token, which no text encodes to.
+    """
+
+    kind = "bpe"
+
+    def __init__(self, encoding: tiktoken.Encoding | None = None):
+        self._encoding = encoding or _gpt2_encoding()
+        self.vocab_size = self._encoding.n_vocab
+        self.end_of_text = self._encoding.eot_token
+
+    @classmethod
+    def train(cls, text: str, vocab_size: int) -> "BPETokenizer":
+        """The tokenizer of at most vocab_size ids, 257 or more, that merges what is commonest."""
+        if vocab_size < 257:
+            raise ValueError(f"vocab_size={vocab_size} is too small for bpe: choose 257 or more "
+                             "(256 bytes and end-of-text), or --tokenizer byte")
+        trainer = rustbpe.Tokenizer()
+        trainer.train_from_iterator([_check_text(text)], vocab_size - 1, pattern=GPT2_PATTERN)
+        return cls(_encoding([bytes(token) for token, _ in trainer.get_mergeable_ranks()]))
+
+    def encode(self, text: str) -> list[int]:
+        return self._encoding.encode_ordinary(_check_text(text))
+
+    def decode_bytes(self, ids: list[int]) -> bytes:
+        self._check_ids(ids)
+        return self._encoding.decode_bytes(ids)
+
+    def to_json(self) -> dict:
+        return {"kind": self.kind, "tokens": [base64.b64encode(t).decode() for t in self._tokens()]}
+
+    @classmethod
+    def from_json(cls, data: dict) -> "BPETokenizer":
+        return cls(_encoding([base64.b64decode(t) for t in data["tokens"]]))
+
+    def _tokens(self) -> list[bytes]:
+        """The bytes of every id but end-of-text, in order of rank."""
+        return [self._encoding.decode_single_token_bytes(i) for i in range(self.vocab_size - 1)]
+
+
+class CharTokenizer(_Base):
+    """One id for each character of `chars`, in that order."""
+
+    kind = "char"
+
+    def __init__(self, chars: str):
+        self.chars = chars
+        self.vocab_size = len(chars)
+        self._ids = {c: i for i, c in enumerate(chars)}
+
+    @classmethod
+    def train(cls, text: str) -> "CharTokenizer":
+        """The tokenizer of exactly the characters that text has, sorted."""
+        return cls("".join(sorted(set(_check_text(text)))))
+
+    def encode(self, text: str) -> list[int]:
+        try:
+            return [self._ids[c] for c in text]
+        except KeyError:
+            missing = sorted(set(text) - set(self._ids))
+            raise ValueError("the tokenizer, which has the characters of its training text only, "
+                             f"lacks {', '.join(map(ascii, missing))}") from None
+
+    def decode_bytes(self, ids: list[int]) -> bytes:
+        self._check_ids(ids)
+        return "".join(self.chars[i] for i in ids).encode("utf-8")
+
+    def to_json(self) -> dict:
+        return {"kind": self.kind, "chars": self.chars}
+
+    @classmethod
+    def from_json(cls, data: dict) -> "CharTokenizer":
+        return cls(data["chars"])
+
+
+class ByteTokenizer(_Base):
+    """The 256 bytes of UTF-8."""
+
+    kind = "byte"
+    vocab_size = 256
+
+    def encode(self, text: str) -> list[int]:
+        return list(_check_text(text).encode("utf-8"))
+
+    def decode_bytes(self, ids: list[int]) -> bytes:
+        self._check_ids(ids)
+        return bytes(ids)
+
+    def to_json(self) -> dict:
+        return {"kind": self.kind}
+
+    @classmethod
+    def from_json(cls, data: dict) -> "ByteTokenizer":
+        return cls()
+
+
+def load_tokenizer(data: dict) -> Tokenizer:
+    """The tokenizer that to_json() described. Raises ValueError where it describes none."""
+    kinds = {cls.kind: cls for cls in (BPETokenizer, CharTokenizer, ByteTokenizer)}
+    try:
+        return kinds[data["kind"]].from_json(data)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"this describes no tokenizer ({error!r})") from error
+
+
+def make_tokenizer(kind: str, text: str, vocab_size: int) -> Tokenizer:
+    """A tokenizer of that kind; text is what bpe and char learn from."""
+    if kind == "bpe":
+        return BPETokenizer.train(text, vocab_size)
+    if kind == "char":
+        return CharTokenizer.train(text)
+    return {"gpt2": BPETokenizer, "byte": ByteTokenizer}[kind]()
+
+
+class StreamDecoder:
+    """Turns ids that come one at a time into text, and never splits a character."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._tokenizer = tokenizer
+        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def push(self, token: int) -> str:
+        """The characters that this id completes."""
+        return self._utf8.decode(self._tokenizer.decode_bytes([token]))
+
+    def finish(self) -> str:
+        """What is left: U+FFFD where the last character is incomplete."""
+        return self._utf8.decode(b"", final=True)
+
+
+def _check_text(text: str) -> str:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{ascii(text[error.start])} at character {error.start} is half of a "
+                         "surrogate pair and no text: remove it") from None
+    return text
+
+
+@functools.cache
+def _gpt2_encoding() -> tiktoken.Encoding:
+    try:
+        return tiktoken.get_encoding("gpt2")
+    except Exception as error:  # whatever the download raises; a cached file needs none
+        raise ValueError(
+            "GPT-2's tokenizer files are neither cached nor to be downloaded "
+            f"({type(error).__name__}): connect once, name a folder that holds them in "
+            "TIKTOKEN_CACHE_DIR, or choose --tokenizer bpe") from error
+
+
+def _encoding(tokens: list[bytes]) -> tiktoken.Encoding:
+    return tiktoken.Encoding("tinygpt", pat_str=GPT2_PATTERN,
+                             mergeable_ranks={t: i for i, t in enumerate(tokens)},
+                             special_tokens={END_OF_TEXT: len(tokens)})

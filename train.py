@@ -1,0 +1,363 @@
+"""Trains a GPT: `python train.py`, or `from train import train`."""
+
+import signal
+import sys
+import threading
+import time
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from tinygrad import Tensor, TinyJit, dtypes
+
+from gpt import GPT, GPTConfig
+from tinygpt import checkpoint, device, kernels
+from tinygpt.config import PRESETS, SampleConfig, TrainConfig, parse_flags, to_json
+from tinygpt.data import Batches, TokenData, load_data
+from tinygpt.kernels.random import make_key
+from tinygpt.optim import AdamW, clip_scale, global_norm
+from tinygpt.report import Report, bits_per_byte
+from tinygpt.schedule import learning_rate
+
+PATIENCE = 10  # steps in a row without a finite loss after which training stops
+
+
+@dataclass
+class TrainResult:
+    """How a run ended: losses in nats per token, the path of the last and the best checkpoint."""
+
+    iter_num: int
+    train_loss: float
+    val_loss: float
+    best_val_loss: float
+    last: Path
+    best: Path
+
+
+class Interrupted(Exception):
+    """A signal asked the run to stop, and it has been saved."""
+
+    def __init__(self, signum: int, path: Path):
+        super().__init__(f"stopped and saved in {path}; continue with: "
+                         f"python train.py --resume --out_dir {path.parent}")
+        self.signum = signum
+
+
+def train(model: GPT, train_config: TrainConfig, train_data, tokenizer=None) -> TrainResult:
+    """Trains model on train_data, saves checkpoints, and returns how it ended.
+
+    train_data is a path, a glob, a string of text, an array of token ids, or a TokenData; see
+    `tinygpt.data.load_data`. Text is tokenized by `tokenizer`, or by one that is made as
+    train_config.tokenizer says for the model's vocabulary; a model of GPT-2's vocabulary, 50257,
+    gets GPT-2's. A run that out_dir already holds is continued with train_config.resume and moved
+    into a folder of its own without. Raises ValueError where model, data and checkpoint do not
+    fit, or where the loss stays non-finite; Interrupted after a saved Ctrl-C or SIGTERM.
+    """
+    kernels.use(train_config.kernels)
+    if not isinstance(train_data, TokenData):
+        kind = train_config.tokenizer
+        if kind == "bpe" and model.config.vocab_size == 50257:
+            kind = "gpt2"
+        train_data = load_data(train_data, tokenizer or kind, model.config.vocab_size)
+    return Run(model, train_config, train_data).train()
+
+
+class Run:
+    """One training run: its data, its compiled steps and where it stands.
+
+    Batches, dropout and learning rate are pure functions of the step, so that weights, optimizer
+    and step are all that a resumed run needs.
+    """
+
+    def __init__(self, model: GPT, config: TrainConfig, data: TokenData):
+        self.model, self.config, self.data = model, config, data
+        self.out_dir = Path(config.out_dir)
+        self.iter_num, self.best_val_loss = 0, float("inf")
+        model.compute_dtype = config.dtype
+        self._check_vocabulary()
+        block, rows = model.config.block_size, config.batch_size
+        self.batches = Batches(data.train, block, rows, config.seed)
+        self.val_batches = Batches(data.val, block, rows, config.seed)
+        self.params = model.state_dict()
+        self.optimizer = AdamW(self.params, config.beta1, config.beta2, config.weight_decay)
+        self._claim_out_dir()
+        model.tokenizer = data.tokenizer
+
+        def buffer(*shape: int, dtype=dtypes.int32) -> Tensor:
+            return Tensor.zeros(*shape, dtype=dtype).contiguous().realize()
+        self.x, self.y = buffer(rows, block), buffer(rows, block)
+        self.lr, self.key = buffer(1, dtype=dtypes.float32), buffer(1, dtype=dtypes.uint32)
+        self.eval_step = TinyJit(self._eval_step)
+        if config.gradient_accumulation_steps == 1:
+            self.train_step = TinyJit(self._train_step)
+        else:
+            self.share = buffer(1, dtype=dtypes.float32)  # of a micro-batch in the step
+            self.sums = [buffer(*p.shape, dtype=dtypes.float32) for p in self.params.values()]
+            self.loss_sum = buffer(1, dtype=dtypes.float32)
+            self.accumulate = TinyJit(self._accumulate)
+            self.apply = TinyJit(self._apply)
+
+    # ---- the compiled steps
+
+    def _gradients(self, x: Tensor, y: Tensor, key: Tensor) -> tuple[Tensor, list[Tensor]]:
+        config = self.config
+        _, loss = self.model(x, y, key if self.model.config.dropout else None,
+                             config.label_smoothing, config.z_loss)
+        grads = loss.gradient(*self.params.values())
+        return loss, [g.cast(dtypes.float32).contiguous() for g in grads]
+
+    def _update(self, loss: Tensor, grads: list[Tensor], lr: Tensor) -> Tensor:
+        """Clips and takes the optimizer's step where all is finite: (2,) loss and norm."""
+        norm = global_norm(grads).contiguous()
+        scale = clip_scale(norm, self.config.grad_clip).contiguous()
+        finite = (loss + norm).isfinite().contiguous()
+        updates = self.optimizer.update([g * scale for g in grads], lr, finite)
+        return Tensor.stack(loss.reshape(()), norm).realize(*updates)
+
+    def _train_step(self, x: Tensor, y: Tensor, key: Tensor, lr: Tensor) -> Tensor:
+        loss, grads = self._gradients(x, y, key)
+        return self._update(loss, grads, lr)
+
+    def _accumulate(self, x: Tensor, y: Tensor, key: Tensor, share: Tensor) -> None:
+        loss, grads = self._gradients(x, y, key)
+        assigns = [s.assign(s + g * share) for s, g in zip(self.sums, grads, strict=True)]
+        Tensor.realize(self.loss_sum.assign(self.loss_sum + loss * share), *assigns)
+
+    def _apply(self, lr: Tensor) -> Tensor:
+        stats = self._update(self.loss_sum, self.sums, lr)
+        Tensor.realize(*(s.assign(s.zeros_like()) for s in (self.loss_sum, *self.sums)))
+        return stats
+
+    def _eval_step(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.model(x, y)[1].realize()
+
+    # ---- the run
+
+    def train(self) -> TrainResult:
+        config, model = self.config, self.model
+        micro = config.gradient_accumulation_steps
+        tokens = micro * config.batch_size * model.config.block_size
+        self.report = Report(self.out_dir, self.iter_num, config.max_iters, config.log_interval,
+                             tokens, model.estimate_flops() * tokens, device.peak_flops())
+        self._greet(tokens)
+        try:
+            with _signals() as pending:
+                return self._loop(pending)
+        finally:
+            self.report.close()
+
+    def _loop(self, pending: list[int]) -> TrainResult:
+        config = self.config
+        bad, losses, saved = 0, None, None
+        if self.iter_num == 0 or self.iter_num >= config.max_iters:
+            losses = self._evaluate()
+        began, first = time.perf_counter(), self.iter_num
+        while self.iter_num < config.max_iters:
+            start = time.perf_counter()
+            lr = learning_rate(self.iter_num, config)
+            loss, norm = self._step(lr)
+            self.iter_num += 1
+            seconds = time.perf_counter() - start
+            done = self.iter_num - first
+            if np.isfinite(loss + norm):
+                bad = 0
+                self.report.step(self.iter_num, loss, norm, lr, seconds, compiled=done <= 2)
+            else:
+                bad += 1
+                self._skipped(loss, norm, bad)
+            if done == 2:
+                self.report.remark(f"compiled in {time.perf_counter() - began:.1f} s; "
+                                   "the steps from here on are fast")
+            ended = self.iter_num == config.max_iters
+            if ended or self.iter_num % config.eval_interval == 0:
+                losses = self._evaluate()
+                saved = self._save(losses[1])
+            if config.sample_interval and self.iter_num % config.sample_interval == 0 and not ended:
+                self._sample()
+            if pending and not ended:
+                self._save(None)
+                raise Interrupted(pending[0], self._checkpoint_path())
+        saved = saved or checkpoint.newest(self.out_dir)
+        self._sample()
+        self.report.remark(f"saved in {saved}; write with: python generate.py "
+                           f"--checkpoint {self._best_path()}")
+        return TrainResult(self.iter_num, *losses, self.best_val_loss, saved, self._best_path())
+
+    def _step(self, lr: float) -> tuple[float, float]:
+        """One training step: its loss, and the norm of its gradient before clipping."""
+        micro = self.config.gradient_accumulation_steps
+        device.write(self.lr, [lr])
+        for i in range(micro):
+            number = self.iter_num * micro + i
+            self._load(*self.batches.batch(number))
+            device.write(self.key, make_key(self.config.seed, number))
+            if micro == 1:
+                stats = self.train_step(self.x, self.y, self.key, self.lr)
+            else:
+                device.write(self.share, [1 / micro])
+                self.accumulate(self.x, self.y, self.key, self.share)
+        if micro > 1:
+            stats = self.apply(self.lr)
+        loss, norm = stats.tolist()
+        return loss, norm
+
+    def _load(self, x: np.ndarray, y: np.ndarray) -> None:
+        if (largest := max(x.max(), y.max())) >= self.model.config.vocab_size:
+            raise ValueError(f"the data has token id {largest}, outside the model's vocabulary of "
+                             f"{self.model.config.vocab_size}: is it another tokenizer's?")
+        device.write(self.x, x)
+        device.write(self.y, y)
+
+    def _evaluate(self) -> tuple[float, float]:
+        """Mean loss on windows spread over each split, in nats per token."""
+        means = []
+        for batches in (self.batches, self.val_batches):
+            losses = []
+            for x, y in batches.spread(self.config.eval_iters):
+                self._load(x, y)
+                losses.append(self.eval_step(self.x, self.y).item())
+            means.append(float(np.mean(losses)))
+        self.report.evaluation(self.iter_num, *means, learning_rate(self.iter_num, self.config),
+                               bits_per_byte(means[1], self.data.bytes_per_token()))
+        return means[0], means[1]
+
+    def _skipped(self, loss: float, norm: float, count: int) -> None:
+        self.report.line(f"iter {self.iter_num}: loss {loss}, gradient norm {norm}: skipped")
+        if count >= PATIENCE:
+            raise ValueError(f"the loss was not finite for {count} steps, the last at "
+                             f"{self.iter_num}: lower --learning_rate, lengthen --warmup_iters, "
+                             "or use --dtype float32; the checkpoints before are good")
+
+    def _sample(self) -> None:
+        """A piece of text that the model writes now, on stdout."""
+        if self.model.tokenizer is None:
+            return
+        tokenizer = self.model.tokenizer
+        try:
+            prompt = tokenizer.encode("\n")
+        except ValueError:  # a tokenizer of characters that knows no line break
+            prompt = [int(self.data.val[0])]
+        ids = self.model.stream([prompt], SampleConfig(max_new_tokens=200, seed=self.config.seed))
+        self.report.line(f"sample {self.iter_num}:\n{tokenizer.decode(list(ids))}\n")
+
+    # ---- saving and resuming
+
+    def _save(self, val_loss: float | None) -> Path:
+        """Saves where the run stands, as the best too where val_loss is the lowest so far."""
+        best = val_loss is not None and val_loss < self.best_val_loss
+        if best:
+            self.best_val_loss = val_loss
+        config = self.config
+        path = self.model.save_checkpoint(self.iter_num, self.optimizer, self.out_dir, {
+            "train_config": asdict(config), "best_val_loss": self.best_val_loss,
+            "data_position": self.iter_num * config.gradient_accumulation_steps,
+            "random_state": {"seed": config.seed}})
+        if best:
+            checkpoint.mark_best(path)
+        checkpoint.rotate(self.out_dir, config.keep)
+        return path
+
+    def _claim_out_dir(self) -> None:
+        """Continues the run in out_dir, or makes room for a new one and says what it is."""
+        try:
+            self.out_dir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"out_dir {self.out_dir} cannot be made ({error.strerror})") from error
+        if self.config.resume:
+            self._resume()
+        elif moved := checkpoint.set_aside(self.out_dir):
+            print(f"the run in {self.out_dir} is now in {moved}", file=sys.stderr)
+        settings = to_json(self.model.config, replace(self.config, resume=False))
+        (self.out_dir / "config.json").write_text(settings, encoding="utf-8")
+
+    def _resume(self) -> None:
+        path = checkpoint.newest(self.out_dir)
+        if path is None:
+            raise ValueError(f"there is no checkpoint in {self.out_dir} to resume: "
+                             "leave out --resume, or name another --out_dir")
+        theirs = checkpoint.load_metadata(path).get("tokenizer")
+        ours = self.data.tokenizer and self.data.tokenizer.to_json()
+        if theirs != ours:
+            raise ValueError(f"{path} was trained with another tokenizer than the data has now: "
+                             "use the same --data and --tokenizer, or start a new run")
+        facts = self.model.load_checkpoint(path, self.optimizer)
+        self.iter_num, self.best_val_loss = facts["iter_num"], facts["best_val_loss"]
+
+    def _checkpoint_path(self) -> Path:
+        return self.out_dir / checkpoint.name(self.iter_num)
+
+    def _best_path(self) -> Path:
+        return self.out_dir / checkpoint.BEST
+
+    def _check_vocabulary(self) -> None:
+        tokenizer, size = self.data.tokenizer, self.model.config.vocab_size
+        if tokenizer is not None and tokenizer.vocab_size > size:
+            raise ValueError(f"the tokenizer has {tokenizer.vocab_size} ids, the model "
+                             f"vocab_size={size}: give it at least as many")
+
+    def _greet(self, tokens: int) -> None:
+        data, say = self.data, self.report.remark
+        say(f"device {device.describe()}")
+        say(f"data {data.source}: {len(data.train):,} training and {len(data.val):,} validation "
+            f"tokens")
+        say(f"model {self.model.num_params():,} parameters; {tokens:,} tokens a step")
+        if self.iter_num:
+            say(f"resuming after step {self.iter_num}")
+        say("compiling: the first evaluation and two steps are slow, the first time most of all")
+
+
+@contextmanager
+def _signals():
+    """A list that Ctrl-C and SIGTERM put their number on; the second one acts at once."""
+    pending: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield pending
+        return
+
+    def note(signum, frame):
+        pending.append(signum)
+        signal.signal(signum, before[signum])
+        print("\nstopping after this step; again to stop at once", file=sys.stderr)
+
+    before = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield pending
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+
+
+def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        flags = _parse(argv)
+        config = flags["train"]
+        if config.resume:  # what is not said again is as the run had it
+            saved = Path(config.out_dir) / "config.json"
+            if not saved.is_file():
+                raise ValueError(f"there is no run in {config.out_dir} to resume: leave out "
+                                 "--resume, or name another --out_dir")
+            flags = _parse(["--config", str(saved), *argv])
+            config = flags["train"]
+        device.choose(config.device)
+        data = load_data(config.data, config.tokenizer, flags["model"].vocab_size)
+        model = GPT(replace(flags["model"], vocab_size=data.tokenizer.vocab_size), config.seed)
+        train(model, config, data)
+    except Interrupted as stop:
+        print(stop, file=sys.stderr)
+        return 128 + stop.signum
+    except KeyboardInterrupt:
+        return 130
+    except ValueError as error:
+        print(f"train.py: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parse(argv: list[str]) -> dict:
+    return parse_flags({"model": GPTConfig, "train": TrainConfig}, argv, __doc__, PRESETS)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
