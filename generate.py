@@ -10,7 +10,7 @@ import numpy as np
 from gpt import GPT
 from tinygpt import checkpoint, device
 from tinygpt.config import SampleConfig, check_range, parse_flags
-from tinygpt.tokenizer import StreamDecoder, Tokenizer
+from tinygpt.tokenizer import StreamDecoder
 
 
 @dataclass(frozen=True, kw_only=True)

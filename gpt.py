@@ -10,7 +10,7 @@ import functools
 import math
 import weakref
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +23,7 @@ from tinygpt.kernels.random import make_key, next_key
 from tinygpt.sampling import Controls, sample
 from tinygpt.tokenizer import BPETokenizer, Tokenizer, load_tokenizer
 
-__all__ = ["GPT", "GPTConfig", "KVCache", "TrainConfig", "SampleConfig", "BPETokenizer"]
+__all__ = ["GPT", "BPETokenizer", "GPTConfig", "KVCache", "SampleConfig", "TrainConfig"]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -76,7 +76,8 @@ def load(path: str | Path) -> tuple[dict[str, np.ndarray], dict]:
     facts = load_metadata(path)
     try:
         with safe_open(path, framework="numpy") as file:
-            return {k: file.get_tensor(k) for k in file.keys()}, facts
+            names = list(file.keys())
+            return {k: file.get_tensor(k) for k in names}, facts
     except (OSError, SafetensorError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path} is damaged ({error}): use another one") from error
 

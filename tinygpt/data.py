@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -290,8 +291,6 @@ def _write_cache(folder: Path, data: TokenData, meta: dict) -> None:
 def _cache_root() -> Path:
     """data/cache, or where that cannot be written the user's cache."""
     root = DATA_DIR / "cache"
-    try:
+    with suppress(OSError):
         root.mkdir(exist_ok=True)
-    except OSError:
-        pass
     return root if os.access(root, os.W_OK) else device.cache_dir() / "data"

@@ -27,7 +27,7 @@ class Report:
         self.records = [r for r in _read_records(out_dir / "metrics.jsonl") if r["iter"] <= start]
         _write_atomically(out_dir / "metrics.jsonl",
                           "".join(json.dumps(r) + "\n" for r in self.records).encode())
-        self.file = open(out_dir / "metrics.jsonl", "a", encoding="utf-8")
+        self.file = (out_dir / "metrics.jsonl").open("a", encoding="utf-8")
         self.bar = tqdm(total=max_iters, initial=start, unit="it", dynamic_ncols=True,
                         disable=not sys.stderr.isatty())
         self.seconds: float | None = None  # of a step, a running average

@@ -188,7 +188,7 @@ def _check_text(text: str) -> str:
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise ValueError(f"{ascii(text[error.start])} at character {error.start} is half of a "
+        raise ValueError(f"{text[error.start]!a} at character {error.start} is half of a "
                          "surrogate pair and no text: remove it") from None
     return text
 

@@ -22,7 +22,7 @@ def linear(x, weight, bias=None, residual=None):
 
 def embedding(idx, weight):
     # a sum over a one-hot matrix: its gradient is a matrix product instead of a scatter
-    one_hot = (Tensor.arange(weight.shape[0], device=weight.device) == idx.unsqueeze(-1))
+    one_hot = Tensor.arange(weight.shape[0]) == idx.unsqueeze(-1)
     return _barrier(one_hot.cast(weight.dtype).contiguous() @ weight)
 
 
@@ -60,7 +60,7 @@ def attention(q, k, v, offset=0, window=None, dropout_p=0.0, dropout_key=None):
     q = _barrier(q.reshape(B, G, H // G, T, D))
     k, v = _barrier(k.unsqueeze(2)), _barrier(v.unsqueeze(2))  # (B, G, 1, S, D)
     scores = _barrier(q @ k.transpose(-1, -2)).cast(dtypes.float32)  # (B, G, H/G, T, S)
-    mask = attention_mask(T, S, offset, window, q.device)
+    mask = attention_mask(T, S, offset, window)
     scores = mask.where(scores * (1 / math.sqrt(D)), -float("inf"))
     weights = _barrier((scores - scores.max(-1, keepdim=True).detach().contiguous()).exp())
     weights = _barrier(weights / _barrier(weights.sum(-1, keepdim=True))).cast(q.dtype)
@@ -73,7 +73,7 @@ def cross_entropy(logits, targets, label_smoothing=0.0, z_loss=0.0, ignore_index
     V = logits.shape[-1]
     top = logits.max(-1, keepdim=True).detach().contiguous()
     log_z = _barrier((logits - top).exp().sum(-1).log()) + top.squeeze(-1)
-    target = (Tensor.arange(V, device=logits.device) == targets.unsqueeze(-1)).where(logits, 0)
+    target = (Tensor.arange(V) == targets.unsqueeze(-1)).where(logits, 0)
     loss = log_z - (1 - label_smoothing) * _barrier(target.sum(-1))
     if label_smoothing:
         loss = loss - label_smoothing * _barrier(logits.mean(-1))

@@ -20,7 +20,7 @@ def next_key(key: Tensor) -> Tensor:
 
 def random_bits(key: Tensor, shape: tuple[int, ...]) -> Tensor:
     """Independent uniform uint32 words of the given shape."""
-    index = Tensor.arange(int(np.prod(shape)), device=key.device).cast(dtypes.uint32)
+    index = Tensor.arange(int(np.prod(shape))).cast(dtypes.uint32)
     return _mix(_mix(index) + key).reshape(shape)
 
 

@@ -57,10 +57,10 @@ def dropout(x, p, key):
     return keep.where(x / (1 - p), 0)
 
 
-def attention_mask(T, S, offset, window, device):
+def attention_mask(T, S, offset, window):
     """(T, S) bool: query i stands at offset + i and sees itself and what lies before it."""
-    i = Tensor.arange(T, device=device).reshape(T, 1) + offset
-    j = Tensor.arange(S, device=device).reshape(1, S)
+    i = Tensor.arange(T).reshape(T, 1) + offset
+    j = Tensor.arange(S).reshape(1, S)
     mask = i >= j
     return mask if window is None else mask & (i < j + window)
 
@@ -71,7 +71,7 @@ def attention(q, k, v, offset=0, window=None, dropout_p=0.0, dropout_key=None):
     q = q.reshape(B, G, H // G, T, D)
     k, v = k.unsqueeze(2), v.unsqueeze(2)  # (B, G, 1, S, D)
     scores = (q @ k.transpose(-1, -2)).cast(dtypes.float32) / math.sqrt(D)  # (B, G, H/G, T, S)
-    mask = attention_mask(T, S, offset, window, q.device)
+    mask = attention_mask(T, S, offset, window)
     weights = mask.where(scores, -float("inf")).softmax(-1).cast(q.dtype)
     return (dropout(weights, dropout_p, dropout_key) @ v).reshape(B, H, T, D)
 
@@ -80,7 +80,7 @@ def cross_entropy(logits, targets, label_smoothing=0.0, z_loss=0.0, ignore_index
     logits = logits.cast(dtypes.float32)
     V = logits.shape[-1]
     log_z = logits.logsumexp(-1)
-    target = (Tensor.arange(V, device=logits.device) == targets.unsqueeze(-1)).where(logits, 0)
+    target = (Tensor.arange(V) == targets.unsqueeze(-1)).where(logits, 0)
     loss = log_z - (1 - label_smoothing) * target.sum(-1) - label_smoothing * logits.mean(-1)
     counted = targets != ignore_index
     return counted.where(loss + z_loss * log_z.square(), 0).sum() / counted.sum()
