@@ -59,7 +59,8 @@ def train(model: GPT, train_config: TrainConfig, train_data, tokenizer=None) -> 
         kind = train_config.tokenizer
         if kind == "bpe" and model.config.vocab_size == 50257:
             kind = "gpt2"
-        train_data = load_data(train_data, tokenizer or kind, model.config.vocab_size)
+        train_data = load_data(train_data, tokenizer or kind, model.config.vocab_size,
+                               model.config.block_size)
     return Run(model, train_config, train_data).train()
 
 
@@ -341,8 +342,9 @@ def main(argv: list[str] | None = None) -> int:
             flags = _parse(["--config", str(saved), *argv])
             config = flags["train"]
         device.choose(config.device)
-        data = load_data(config.data, config.tokenizer, flags["model"].vocab_size)
-        model = GPT(replace(flags["model"], vocab_size=data.tokenizer.vocab_size), config.seed)
+        shape = flags["model"]
+        data = load_data(config.data, config.tokenizer, shape.vocab_size, shape.block_size)
+        model = GPT(replace(shape, vocab_size=data.tokenizer.vocab_size), config.seed)
         train(model, config, data)
     except Interrupted as stop:
         print(stop, file=sys.stderr)

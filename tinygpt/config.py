@@ -172,21 +172,24 @@ def parse_flags(classes: dict[str, type], argv: list[str], description: str,
     """Reads argv into one instance of each dataclass, by its key.
 
     Every flag can be written with `-` or `_`. With presets, --preset and --config are flags too,
-    and the first preset holds where nothing else is said. Prints one line and exits with status 2
-    on a flag that does not exist or does not parse; raises ValueError on a value out of range.
+    and the first preset holds where no other is named. Prints one line and exits with status 2 on
+    a flag that does not exist or does not parse; raises ValueError on a value out of range.
     """
     parser = Parser(description=description, allow_abbrev=False, add_config_path_arg=False)
     if presets:
-        parser.add_argument("--preset", choices=tuple(presets), help="a recipe by name "
-                            f"(default: {next(iter(presets))})")
+        parser.add_argument("--preset", metavar="NAME", default=next(iter(presets)),
+                            help=f"a recipe: {', '.join(presets)}")
         parser.add_argument("--config", metavar="FILE", help="settings from a JSON file, such as "
                             "the config.json that a run leaves beside its checkpoints")
-    for name, cls in classes.items():
-        parser.add_arguments(cls, dest=name)
-    flags = [_underscored(word) for word in argv]
+    flags, base = [_underscored(word) for word in argv], {}
     if presets:
         known = {f.name for cls in classes.values() for f in fields(cls)}
+        if not any(word.split("=")[0] == "--preset" for word in flags):
+            base = next(iter(presets.values()))
         flags = _expand(flags, presets, known)
+    for name, cls in classes.items():
+        own = {f.name: base[f.name] for f in fields(cls) if f.name in base}
+        parser.add_arguments(cls, dest=name, default=cls(**own))
     return vars(parser.parse_args(flags))
 
 
@@ -200,8 +203,6 @@ def _underscored(word: str) -> str:
 
 def _expand(flags: list[str], presets: dict[str, dict], known: set[str]) -> list[str]:
     """Puts in place of every --preset and --config the flags that it stands for."""
-    if not any(word.split("=")[0] == "--preset" for word in flags):
-        flags = ["--preset", next(iter(presets)), *flags]
     result, words = [], iter(flags)
     for word in words:
         name, equals, value = word.partition("=")

@@ -57,9 +57,7 @@ class Batches:
     """
 
     def __init__(self, tokens: np.ndarray, block_size: int, batch_size: int, seed: int):
-        if len(tokens) < block_size + 1:
-            raise DataError(f"a split has {len(tokens)} tokens, fewer than block_size + 1 = "
-                            f"{block_size + 1}: give more text or a smaller --block_size")
+        check_length(tokens, block_size)
         self.tokens, self.block_size, self.batch_size = tokens, block_size, batch_size
         self.seed = seed
         self.windows = max(1, len(tokens) // block_size - 1)  # a random offset uses the rest
@@ -94,12 +92,21 @@ class Batches:
         return rows[:, :-1].astype(np.int32), rows[:, 1:].astype(np.int32)
 
 
-def load_data(source, tokenizer: str | Tokenizer, vocab_size: int) -> TokenData:
+def check_length(tokens: np.ndarray, block_size: int) -> None:
+    """Raises DataError unless a window and the token after it fit into a split."""
+    if len(tokens) < block_size + 1:
+        raise DataError(f"a split of the data has {len(tokens)} tokens, fewer than block_size + 1 "
+                        f"= {block_size + 1}: give more text or a smaller --block_size")
+
+
+def load_data(source, tokenizer: str | Tokenizer, vocab_size: int,
+              block_size: int = 1) -> TokenData:
     """Token ids of whatever `source` is, split 90 to 10 as nanoGPT splits.
 
     source: the name "shakespeare"; a path or glob of text files; a folder of them; a folder with
     train.bin and val.bin; text itself (a string with a line break); or a 1-d array of token ids.
-    tokenizer: one, or the kind of one to make. Raises DataError, or ValueError from a tokenizer.
+    tokenizer: one, or the kind of one to make. Raises DataError, also where a split is shorter
+    than block_size + 1 tokens, or ValueError from a tokenizer; nothing is cached then.
     """
     if not isinstance(source, str | Path):
         return _from_ids(source, None if isinstance(tokenizer, str) else tokenizer)
@@ -112,7 +119,7 @@ def load_data(source, tokenizer: str | Tokenizer, vocab_size: int) -> TokenData:
     files = _text_files(str(source))
     if not isinstance(tokenizer, str):
         return _from_text(read_text(files), tokenizer, vocab_size, str(source))
-    return _from_cache(files, str(source), tokenizer, vocab_size)
+    return _from_cache(files, str(source), tokenizer, vocab_size, block_size)
 
 
 def shakespeare() -> Path:
@@ -257,13 +264,16 @@ def _read_meta(folder: Path) -> dict:
     return meta
 
 
-def _from_cache(files: list[Path], source: str, kind: str, vocab_size: int) -> TokenData:
+def _from_cache(files: list[Path], source: str, kind: str, vocab_size: int,
+                block_size: int) -> TokenData:
     """The tokens of text files, from the cache where it is newer than they are."""
     signature = [[str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns] for f in files]
     label = hashlib.sha256(f"{Path(source).resolve()} {_made_with(kind, vocab_size)}".encode())
     folder = _cache_root() / f"{Path(files[0]).stem}-{kind}-{label.hexdigest()[:10]}"
     if not (folder / "meta.json").is_file() or _read_meta(folder)["files"] != signature:
         data = _from_text(read_text(files), kind, vocab_size, source)
+        for ids in (data.train, data.val):
+            check_length(ids, block_size)
         _write_cache(folder, data, {"files": signature, "made_with": _made_with(kind, vocab_size)})
     data = _from_bins(folder, kind, vocab_size)
     data.source = source

@@ -78,6 +78,9 @@ def choose(name: str) -> str:
         try:
             canonical = Device.canonicalize(name.upper())
             Device[canonical]
+        except ModuleNotFoundError as error:
+            raise DeviceError(f"there is no device {name!r}: choose auto, cpu, cuda, metal or "
+                              "another that tinygrad knows") from error
         except Exception as error:  # whatever a driver raises: the device cannot be opened
             raise DeviceError(f"device {name!r} cannot be used here: "
                               f"{str(error).strip().splitlines()[0]}") from error

@@ -1,0 +1,54 @@
+"""What several test files share."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+VERSES = """ROMEO:
+The harbour sleeps, and I that know her dreams
+Must wake and walk them with a lead and line.
+
+JULIET:
+Then walk them softly: they are lightly made.
+
+"""
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(20261121)
+
+
+@pytest.fixture
+def text():
+    """A little English text, enough for a tiny model's data."""
+    words = VERSES.split(" ")
+    order = np.random.default_rng(7).integers(0, len(words), 4000)
+    return " ".join(words[i] for i in order)
+
+
+@pytest.fixture
+def text_file(tmp_path, text):
+    path = tmp_path / "verses.txt"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def command(tmp_path):
+    """Runs one of the project's commands in an empty folder, as a user would."""
+
+    def run(script: str, *flags, **kwargs) -> subprocess.CompletedProcess:
+        env = os.environ | {"PYTHONPATH": str(ROOT)} | kwargs.pop("env", {})
+        return subprocess.run([sys.executable, str(ROOT / script), *map(str, flags)],
+                              cwd=kwargs.pop("cwd", tmp_path), env=env, text=True,
+                              capture_output=True, timeout=300, **kwargs)
+
+    return run

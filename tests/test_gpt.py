@@ -1,0 +1,218 @@
+"""The model: every combination of options, decoding with and without the cache, checkpoints."""
+
+import itertools
+from dataclasses import asdict
+
+import numpy as np
+import pytest
+from tinygrad import Tensor
+from tinygrad.nn.state import get_state_dict
+
+from gpt import GPT, GPTConfig, KVCache
+from tinygpt.optim import AdamW
+
+SMALL = dict(block_size=8, vocab_size=61, n_layer=2, n_head=4, n_embd=24)
+OPTIONS = dict(norm=["layernorm", "rmsnorm"], activation=["gelu", "gelu_tanh", "swiglu"],
+               position=["learned", "rope"], qk_norm=[False, True], sliding_window=[None, 3],
+               parallel=[False, True], n_kv_head=[None, 2, 1], bias=[True, False],
+               tie_weights=[True, False])
+
+
+def covering(options: dict[str, list]) -> list[dict]:
+    """Few combinations in which every pair of values of two options occurs."""
+    names = list(options)
+    todo = {(a, x, b, y) for a, b in itertools.combinations(names, 2)
+            for x in options[a] for y in options[b]}
+    rows, rng = [], np.random.default_rng(0)
+    while todo:
+        tries = [{n: options[n][rng.integers(len(options[n]))] for n in names} for _ in range(60)]
+        def pairs(row):
+            return {(a, row[a], b, row[b]) for a, b in itertools.combinations(names, 2)}
+        best = max(tries, key=lambda row: len(pairs(row) & todo))
+        todo -= pairs(best)
+        rows.append(best)
+    return rows
+
+
+COMBINATIONS = covering(OPTIONS)
+
+
+def make(seed=3, **options) -> GPT:
+    """A tiny model whose weights are large enough for its tokens to differ clearly."""
+    model = GPT(GPTConfig(**SMALL | options), seed)
+    rng = np.random.default_rng(seed)
+    model.load_state_dict({k: w.numpy() + rng.normal(0, 0.3, w.shape).astype(np.float32)
+                           for k, w in model.state_dict().items()})
+    return model
+
+
+def ids(rng, *shape, vocab=61) -> np.ndarray:
+    return rng.integers(0, vocab, shape).astype(np.int32)
+
+
+def test_the_covering_set_covers_every_pair():
+    for a, b in itertools.combinations(OPTIONS, 2):
+        seen = {(row[a], row[b]) for row in COMBINATIONS}
+        assert seen == set(itertools.product(OPTIONS[a], OPTIONS[b]))
+
+
+@pytest.mark.parametrize("options", COMBINATIONS, ids=lambda row: "-".join(map(str, row.values())))
+def test_every_combination_decodes_as_the_full_forward_saves_and_loads(options, rng, tmp_path):
+    model = make(**options)
+    prompt = ids(rng, 2, 3)
+    text = model.generate(prompt, 13, temperature=0).numpy()  # past block_size: the window slides
+    assert text.shape == (2, 16)
+    assert (text[:, :3] == prompt).all()
+    for end in range(8, 16):  # windows of block_size
+        window = np.ascontiguousarray(text[:, end - 8:end])
+        logits = model(Tensor(window)).numpy()
+        assert (logits[:, -1].argmax(-1) == text[:, end]).all(), end
+        if end == 8:  # causal: earlier rows are the predictions of shorter texts
+            assert (logits[:, 2:7].argmax(-1) == text[:, 3:8]).all()
+
+    path = model.save_checkpoint(5, None, tmp_path)
+    twin = GPT.from_checkpoint(path)
+    assert twin.config == model.config
+    assert all((twin.state_dict()[k].numpy() == w.numpy()).all()
+               for k, w in model.state_dict().items())
+
+
+@pytest.mark.parametrize("options", COMBINATIONS[:4], ids=lambda o: "-".join(map(str, o.values())))
+def test_combinations_train_every_weight(options, rng):
+    model = make(**options)
+    x, y = Tensor(ids(rng, 2, 8)), Tensor(ids(rng, 2, 8))
+    weights = model.state_dict()
+    grads = model(x, y)[1].gradient(*weights.values())
+    for name, g in zip(weights, grads, strict=True):
+        assert np.isfinite(g.numpy()).all() and np.abs(g.numpy()).max() > 0, name
+
+
+def test_one_new_token_depends_only_on_what_comes_before(rng):
+    model = make()
+    x = ids(rng, 1, 8)
+    other = x.copy()
+    other[0, 5] = (x[0, 5] + 1) % 61
+    a, b = model(Tensor(x)).numpy(), model(Tensor(other)).numpy()
+    assert np.array_equal(a[:, :5], b[:, :5])
+    assert np.abs(a[:, 5:] - b[:, 5:]).max() > 1e-3
+
+
+def test_long_prompts_are_read_in_chunks_and_in_the_last_window(rng):
+    model = GPT(GPTConfig(**SMALL | dict(block_size=100)), 3)  # chunks of 64
+    prompt = ids(rng, 1, 130)
+    logits = model(Tensor(np.ascontiguousarray(prompt[:, -100:]))).numpy()
+    assert model.generate(prompt, 1, temperature=0).numpy()[0, -1] == logits[0, -1].argmax()
+
+
+def test_same_seed_same_text_other_seed_other_text(rng):
+    model, prompt = make(), ids(rng, 1, 4)
+    a, b, c = (model.generate(prompt, 20, seed=s).numpy() for s in (1, 1, 2))
+    assert (a == b).all() and (a != c).any()
+
+
+def test_stream_yields_what_generate_returns(rng):
+    model, prompt = make(), ids(rng, 1, 4)
+    options = dict(temperature=0.9, top_k=7, top_p=0.9, min_p=0.01, repetition_penalty=1.3)
+    whole = model.generate(prompt, max_tokens=6, **options).numpy()
+    assert list(model.stream(prompt, max_tokens=6, **options)) == whole[0, 4:].tolist()
+
+
+def test_a_jump_of_the_window_keeps_decoding_right(rng):
+    model = make()
+    prompt = ids(rng, 1, 7)
+    text = prompt[0].tolist() + list(model.stream(prompt, max_tokens=12, temperature=0,
+                                                  window_hop=4))
+    start = 0
+    for n in range(7, 19):
+        if n - start > 8:
+            start = n - 8 + 3
+        window = np.zeros((1, 8), np.int32)
+        window[0, :n - start] = text[start:n]
+        assert model(Tensor(window)).numpy()[0, n - start - 1].argmax() == text[n]
+
+
+def test_weights_that_change_are_used_by_the_compiled_steps(rng):
+    model, prompt = make(), ids(rng, 1, 4)
+    before = model.generate(prompt, 6, temperature=0).numpy()
+    model.load_state_dict({k: w.numpy() for k, w in make(seed=11).state_dict().items()})
+    after = model.generate(prompt, 6, temperature=0).numpy()
+    assert (before != after).any()
+    assert (after == make(seed=11).generate(prompt, 6, temperature=0).numpy()).all()
+
+
+def test_state_dict_has_gpt2_names_and_weights_only(rng):
+    model = make()
+    model.generate(ids(rng, 1, 2), 2)
+    names = set(model.state_dict())
+    assert {"wte.weight", "wpe.weight", "h.0.ln_1.weight", "h.0.attn.c_attn.weight",
+            "h.1.mlp.c_fc.bias", "h.1.mlp.c_proj.weight", "ln_f.bias"} <= names
+    assert "lm_head.weight" not in names
+    assert "lm_head.weight" in make(tie_weights=False).state_dict()
+    assert set(get_state_dict(model)) == names  # neither cache nor tables are found by tinygrad
+
+
+def test_gpt2_has_124_million_weights_and_its_flops():
+    sizes = dict(n_layer=12, C=768, V=50257, T=1024)
+    L, C, V, T = sizes.values()
+    block = 4 * C + 3 * C * C + 3 * C + C * C + C + 4 * C * C + 4 * C + 4 * C * C + C
+    tiny = GPT(GPTConfig(block_size=16, vocab_size=97, n_layer=3, n_head=2, n_embd=32))
+    blocks = 3 * (4 * 32 + 12 * 32 * 32 + 9 * 32)
+    assert tiny.num_params() == 97 * 32 + 16 * 32 + blocks + 2 * 32
+    assert tiny.num_params(non_embedding=True) == tiny.num_params() - 16 * 32
+    assert tiny.estimate_flops() == 6 * (3 * 12 * 32 * 32 + 97 * 32) + 12 * 3 * 32 * 16
+    assert V * C + T * C + L * block + 2 * C == 124_439_808  # the same formula at GPT-2's size
+
+
+def test_a_checkpoint_of_another_shape_is_refused_and_nothing_changes(tmp_path):
+    model, other = make(), make(n_embd=32)
+    path = other.save_checkpoint(1, None, tmp_path)
+    before = {k: w.numpy() for k, w in model.state_dict().items()}
+    with pytest.raises(ValueError, match="n_embd=32, but n_embd=24"):
+        model.load_checkpoint(path)
+    assert all((w.numpy() == before[k]).all() for k, w in model.state_dict().items())
+
+
+def test_a_checkpoint_keeps_model_optimizer_and_facts(tmp_path, rng):
+    model = make()
+    optimizer = AdamW(model.state_dict())
+    optimizer.m["wte.weight"].assign(Tensor.ones(61, 24)).realize()
+    path = model.save_checkpoint(1000, optimizer, tmp_path, {"note": [1, 2]})
+    assert path.name == "ckpt_1000.safetensors"
+    twin, twins = make(seed=8), AdamW(make(seed=8).state_dict())
+    facts = twin.load_checkpoint(path, twins)
+    assert facts["iter_num"] == 1000 and facts["note"] == [1, 2]
+    assert facts["model_config"] == asdict(model.config)
+    assert (twins.m["wte.weight"].numpy() == 1).all()
+    with pytest.raises(ValueError, match="optimizer|tensor"):
+        twin.load_checkpoint(model.save_checkpoint(1, None, tmp_path), twins)
+
+
+@pytest.mark.parametrize("wrong", [[[61]], [[-1]], [[]], [3], [[0.5]]])
+def test_token_ids_that_no_model_could_take_are_refused(wrong):
+    with pytest.raises(ValueError, match="token id|idx has shape"):
+        make().generate(wrong, 1)
+
+
+@pytest.mark.parametrize("shape", [(2, 9), (2, 0), (8,)])
+def test_forward_refuses_other_shapes(shape):
+    with pytest.raises(ValueError, match="block_size"):
+        make()(Tensor.zeros(*shape, dtype="int32"))
+
+
+@pytest.mark.parametrize(("options", "names"), [
+    (dict(n_embd=25), "n_embd=25.*n_head=4"), (dict(n_kv_head=3), "n_kv_head=3"),
+    (dict(n_embd=20, position="rope"), "head size.*5"), (dict(dropout=1.0), "dropout=1.0"),
+    (dict(norm="batch"), "norm='batch'"), (dict(n_layer=0), "n_layer=0"),
+    (dict(sliding_window=0), "sliding_window=0")])
+def test_a_wrong_configuration_names_the_field(options, names):
+    with pytest.raises(ValueError, match=names):
+        GPTConfig(**SMALL | options)
+
+
+def test_the_cache_is_an_object_of_its_own(rng):
+    cache = KVCache(GPTConfig(**SMALL), batch_size=2)
+    k, v = (rng.normal(size=(2, 4, 3, 6)).astype(np.float32) for _ in "kv")
+    keys, values = cache.update(1, Tensor(k), Tensor(v), 2)
+    assert (keys.numpy()[:, :, 2:5] == k).all() and (values.numpy()[:, :, 2:5] == v).all()
+    assert (keys.numpy()[:, :, :2] == 0).all() and (keys.numpy()[:, :, 5:] == 0).all()
+    assert (cache.layers[0][0].numpy() == 0).all()
