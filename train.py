@@ -55,6 +55,8 @@ def train(model: GPT, train_config: TrainConfig, train_data, tokenizer=None) -> 
     fit, or where the loss stays non-finite; Interrupted after a saved Ctrl-C or SIGTERM.
     """
     kernels.use(train_config.kernels)
+    if train_config.threads:
+        kernels.set_threads(train_config.threads)
     if not isinstance(train_data, TokenData):
         kind = train_config.tokenizer
         if kind == "bpe" and model.config.vocab_size == 50257:
@@ -113,7 +115,7 @@ class Run:
         norm = global_norm(grads).contiguous()
         scale = clip_scale(norm, self.config.grad_clip).contiguous()
         finite = (loss + norm).isfinite().contiguous()
-        updates = self.optimizer.update([g * scale for g in grads], lr, finite)
+        updates = self.optimizer.update(grads, lr, scale, finite)
         return Tensor.stack(loss.reshape(()), norm).realize(*updates)
 
     def _train_step(self, x: Tensor, y: Tensor, key: Tensor, lr: Tensor) -> Tensor:

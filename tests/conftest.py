@@ -52,3 +52,13 @@ def command(tmp_path):
                               capture_output=True, timeout=300, **kwargs)
 
     return run
+
+
+@pytest.fixture
+def gpt2_files(monkeypatch):
+    """tiktoken's files of GPT-2's encoding, or a skip."""
+    shared = ROOT.parent / "shared" / "tiktoken"
+    if "TIKTOKEN_CACHE_DIR" not in os.environ:
+        if not shared.is_dir():
+            pytest.skip("GPT-2's tokenizer files are not here: set TIKTOKEN_CACHE_DIR")
+        monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(shared))

@@ -183,13 +183,13 @@ def test_a_checkpoint_keeps_model_optimizer_and_facts(tmp_path, rng):
     assert facts["iter_num"] == 1000 and facts["note"] == [1, 2]
     assert facts["model_config"] == asdict(model.config)
     assert (twins.m["wte.weight"].numpy() == 1).all()
-    with pytest.raises(ValueError, match="optimizer|tensor"):
+    with pytest.raises(ValueError, match=r"optimizer|tensor"):
         twin.load_checkpoint(model.save_checkpoint(1, None, tmp_path), twins)
 
 
 @pytest.mark.parametrize("wrong", [[[61]], [[-1]], [[]], [3], [[0.5]]])
 def test_token_ids_that_no_model_could_take_are_refused(wrong):
-    with pytest.raises(ValueError, match="token id|idx has shape"):
+    with pytest.raises(ValueError, match=r"token id|idx has shape"):
         make().generate(wrong, 1)
 
 

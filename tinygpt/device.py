@@ -17,6 +17,8 @@ import numpy as np
 from tinygrad import Device, Tensor
 from tinygrad.helpers import DEV
 
+from tinygpt.kernels.cpu.launch import cpu_count
+
 NO_COMPILER = ("tinygrad's CPU device needs clang, and none was found: "
                "pip install ziglang, or install clang, or name one in CC")
 
@@ -108,11 +110,6 @@ def describe() -> str:
         return name
     compiler = os.environ.get("CC") or shutil.which("clang")
     return f"CPU ({cpu_count()} cores, {platform.machine()}, compiler {compiler})"
-
-
-def cpu_count() -> int:
-    """CPUs that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def peak_flops() -> float:

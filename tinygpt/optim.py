@@ -5,6 +5,7 @@ import math
 import numpy as np
 from tinygrad import Tensor
 
+from tinygpt import kernels
 from tinygpt.checkpoint import check_shapes
 
 
@@ -33,24 +34,31 @@ class AdamW:
         self.m = {name: _zeros_like(p) for name, p in params.items()}
         self.v = {name: _zeros_like(p) for name, p in params.items()}
 
-    def update(self, grads: list[Tensor], learning_rate: Tensor, apply: Tensor) -> list[Tensor]:
+    def update(self, grads: list[Tensor], learning_rate: Tensor, scale: Tensor,
+               apply: Tensor) -> list[Tensor]:
         """The assignments of one step, to be realized together.
 
-        grads are in the order of params; learning_rate (1,) float32. Where apply, a scalar bool,
-        is false, nothing changes, the count of steps included.
+        grads are in the order of params and are multiplied by scale, a scalar; learning_rate (1,)
+        float32. Where apply, a scalar bool, is false, nothing changes, the count of steps included.
         """
-        b1, b2 = self.beta1, self.beta2
-        self.step.assign(self.step + apply.where(1.0, 0.0))
-        debias1 = (1 / (1 - (self.step * math.log(b1)).exp())).contiguous() if b1 else 1.0
-        debias2 = (1 / (1 - (self.step * math.log(b2)).exp())).contiguous() if b2 else 1.0
+        apply = apply.where(1.0, 0.0).reshape(1)
+        self.step.assign(self.step + apply)
+        shared = [scale.reshape(1), apply]
+        options = {decay: self._options(learning_rate, decay, shared)
+                   for decay in (self.weight_decay, 0.0)}
+        updated = [self.step]
         for (name, p), g in zip(self.params.items(), grads, strict=True):
-            m, v = self.m[name], self.v[name]
-            m.assign(apply.where(b1 * m + (1 - b1) * g, m))
-            v.assign(apply.where(b2 * v + (1 - b2) * g * g, v))
-            decay = 1 - learning_rate * self.weight_decay if p.ndim >= 2 else 1.0
-            moved = p * decay - learning_rate * (m * debias1) / ((v * debias2).sqrt() + self.eps)
-            p.assign(apply.where(moved, p))
-        return [self.step, *self.m.values(), *self.v.values(), *self.params.values()]
+            decay = self.weight_decay if p.ndim >= 2 else 0.0
+            updated += kernels.adamw(p, self.m[name], self.v[name], g, options[decay])
+        return updated
+
+    def _options(self, learning_rate: Tensor, decay: float, shared: list[Tensor]) -> Tensor:
+        """What `kernels.adamw` is told, (9,) float32."""
+        def debias(beta: float) -> Tensor:
+            return 1 / (1 - (self.step * math.log(beta)).exp()) if beta else self.step.ones_like()
+        fixed = [Tensor([x], dtype="float32") for x in (self.beta1, self.beta2, self.eps, decay)]
+        return Tensor.cat(learning_rate, *fixed, debias(self.beta1), debias(self.beta2),
+                          *shared).contiguous()
 
     def state_dict(self) -> dict[str, Tensor]:
         """The state beside the parameters: step, m.<name>, v.<name>."""

@@ -1,26 +1,35 @@
 """The operations of the model, each one function whatever implements it.
 
     reference   plain Tensor code: the specification
+    cpu         C for float32 on the CPU (kernels/cpu/)
     portable    Tensor code that tinygrad compiles well on every device
     tinygrad    tinygrad's own scaled_dot_product_attention (attention only)
 
-`implementation="auto"` takes the fastest one that can run here, which `use()` narrows for the
-whole process; an implementation asked for by name runs or raises ValueError. All of them take
-float32 or bfloat16 activations; weights are float32 and are cast to the activations' dtype.
+`implementation="auto"` takes the fastest one that can run, `cpu` where it can and else `portable`;
+`use()` narrows that for the whole process. An implementation asked for by name runs or raises
+ValueError. Activations are float32 or, but for `cpu`, bfloat16; weights are float32 and are cast
+to the activations' dtype.
 """
 
 from tinygrad import Tensor, UOp
 
-from tinygpt.kernels import portable, reference, stock
+from tinygpt.kernels import cpu, portable, reference, stock
+from tinygpt.kernels.cpu.launch import set_threads
 
-IMPLEMENTATIONS = {"reference": reference, "portable": portable, "tinygrad": stock}
-_default = portable
+__all__ = ["IMPLEMENTATIONS", "adamw", "attention", "cross_entropy", "dropout", "embedding", "gelu",
+           "layer_norm", "linear", "rms_norm", "rope", "set_threads", "swiglu", "use"]
+
+IMPLEMENTATIONS = {"reference": reference, "cpu": cpu, "portable": portable, "tinygrad": stock}
+_in_use = "auto"
 
 
 def use(implementation: str) -> None:
     """Makes `implementation` what "auto" means from now on; "auto" itself undoes that."""
-    global _default
-    _default = portable if implementation == "auto" else _module("", implementation)
+    global _in_use
+    if implementation not in ("auto", *IMPLEMENTATIONS):
+        raise ValueError(f"no kernels are called {implementation!r}: "
+                         f"choose auto, {', '.join(IMPLEMENTATIONS)}")
+    _in_use = implementation
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None,
@@ -29,34 +38,34 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tens
 
     x (..., C), weight (N, C), bias (N,), residual (..., N) -> (..., N) in x's dtype.
     """
-    return _module("linear", implementation).linear(x, weight, bias, residual)
+    return _run("linear", implementation, (x, weight, bias, residual))
 
 
 def embedding(idx: Tensor, weight: Tensor, implementation: str = "auto") -> Tensor:
     """Rows of weight (V, C) at idx (...,) int32 -> (..., C). Ids outside 0..V-1 are undefined."""
-    return _module("embedding", implementation).embedding(idx, weight)
+    return _run("embedding", implementation, (idx, weight))
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-5,
                implementation: str = "auto") -> Tensor:
     """LayerNorm over the last axis, in float32 inside (arXiv:1607.06450). x (..., C) -> same."""
-    return _module("layer_norm", implementation).layer_norm(x, weight, bias, eps)
+    return _run("layer_norm", implementation, (x, weight, bias), eps)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5,
              implementation: str = "auto") -> Tensor:
     """RMSNorm over the last axis, in float32 inside (arXiv:1910.07467). x (..., C) -> same."""
-    return _module("rms_norm", implementation).rms_norm(x, weight, eps)
+    return _run("rms_norm", implementation, (x, weight), eps)
 
 
 def gelu(x: Tensor, tanh: bool = False, implementation: str = "auto") -> Tensor:
     """GELU (arXiv:1606.08415), exact or, as GPT-2 has it, by its tanh approximation."""
-    return _module("gelu", implementation).gelu(x, tanh)
+    return _run("gelu", implementation, (x,), tanh)
 
 
 def swiglu(gate: Tensor, up: Tensor, implementation: str = "auto") -> Tensor:
     """silu(gate) * up (arXiv:2002.05202), elementwise."""
-    return _module("swiglu", implementation).swiglu(gate, up)
+    return _run("swiglu", implementation, (gate, up))
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor, implementation: str = "auto") -> Tensor:
@@ -64,7 +73,7 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, implementation: str = "auto") -> T
 
     x (B, H, T, D), cos and sin (T, D/2) float32 -> (B, H, T, D).
     """
-    return _module("rope", implementation).rope(x, cos, sin)
+    return _run("rope", implementation, (x, cos, sin))
 
 
 def dropout(x: Tensor, p: float, key: Tensor | None) -> Tensor:
@@ -86,8 +95,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, offset: int | UOp = 0, window: in
     positions up to its own, with `window` only the last `window` of them. Keys behind the last
     query are never looked at. dropout_p acts on the softmax's weights where there is a key.
     """
-    return _module("attention", implementation).attention(
-        q, k, v, offset, window, dropout_p, dropout_key)
+    return _run("attention", implementation, (q, k, v), offset, window, dropout_p, dropout_key)
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, label_smoothing: float = 0.0,
@@ -98,16 +106,35 @@ def cross_entropy(logits: Tensor, targets: Tensor, label_smoothing: float = 0.0,
     logits (N, V), targets (N,) int32. Label smoothing mixes the target with the uniform
     distribution (arXiv:1512.00567); z_loss adds z_loss * log(Z)^2 (arXiv:2204.02311).
     """
-    return _module("cross_entropy", implementation).cross_entropy(
-        logits, targets, label_smoothing, z_loss, ignore_index)
+    return _run("cross_entropy", implementation, (logits, targets), label_smoothing, z_loss,
+                ignore_index)
 
 
-def _module(operation: str, implementation: str):
-    if implementation == "auto":
-        return _default if hasattr(_default, operation) else portable
-    if implementation not in IMPLEMENTATIONS:
-        raise ValueError(f"no kernels are called {implementation!r}: "
+def adamw(p: Tensor, m: Tensor, v: Tensor, grad: Tensor, options: Tensor,
+          implementation: str = "auto") -> list[Tensor]:
+    """One AdamW step (arXiv:1711.05101) on a weight p and its moments m and v, in place.
+
+    All four are float32 of one shape. options (9,) float32: learning rate, beta1, beta2, epsilon,
+    weight decay, 1 / (1 - beta1^t), 1 / (1 - beta2^t), a scale of the gradient, and 0 where
+    nothing may change. Returns p, m and v, to be realized.
+    """
+    return _run("adamw", implementation, (p, m, v, grad), options)
+
+
+def _run(operation: str, implementation: str, tensors: tuple, *options):
+    """Calls the operation of an implementation; `tensors` decide whether `cpu` can take them."""
+    name = _in_use if implementation == "auto" else implementation
+    if name not in ("auto", *IMPLEMENTATIONS):
+        raise ValueError(f"no kernels are called {name!r}: "
                          f"choose auto, {', '.join(IMPLEMENTATIONS)}")
-    if not hasattr(module := IMPLEMENTATIONS[implementation], operation or "__name__"):
-        raise ValueError(f"{implementation} has no {operation}")
-    return module
+    if implementation == "auto" and not _offers(name, operation, tensors):
+        name = "cpu" if name == "auto" and _offers("cpu", operation, tensors) else "portable"
+    if not _offers(name, operation, tensors):
+        kinds = ", ".join(f"{t.dtype} on {t.device}" for t in tensors if t is not None)
+        raise ValueError(f"the kernels {name!r} have no {operation} for {kinds}")
+    return getattr(IMPLEMENTATIONS[name], operation)(*tensors, *options)
+
+
+def _offers(name: str, operation: str, tensors: tuple) -> bool:
+    module = IMPLEMENTATIONS.get(name)
+    return hasattr(module, operation) and (module is not cpu or cpu.fits(*tensors))

@@ -10,7 +10,10 @@ import math
 from tinygrad import Tensor, dtypes
 
 from tinygpt.kernels import reference
-from tinygpt.kernels.reference import attention_mask, dropout
+from tinygpt.kernels.reference import adamw, attention_mask, dropout
+
+__all__ = ["adamw", "attention", "cross_entropy", "embedding", "gelu", "layer_norm", "linear",
+           "rms_norm", "rope", "swiglu"]
 
 
 def linear(x, weight, bias=None, residual=None):

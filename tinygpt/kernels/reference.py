@@ -84,3 +84,14 @@ def cross_entropy(logits, targets, label_smoothing=0.0, z_loss=0.0, ignore_index
     loss = log_z - (1 - label_smoothing) * target.sum(-1) - label_smoothing * logits.mean(-1)
     counted = targets != ignore_index
     return counted.where(loss + z_loss * log_z.square(), 0).sum() / counted.sum()
+
+
+def adamw(p, m, v, grad, options):
+    lr, beta1, beta2, eps, decay, debias1, debias2, scale, apply = (
+        options[i:i + 1] for i in range(9))
+    grad = grad * scale
+    m.assign((apply != 0).where(beta1 * m + (1 - beta1) * grad, m))
+    v.assign((apply != 0).where(beta2 * v + (1 - beta2) * grad * grad, v))
+    moved = p * (1 - lr * decay) - lr * (m * debias1) / ((v * debias2).sqrt() + eps)
+    p.assign((apply != 0).where(moved, p))
+    return [p, m, v]

@@ -1,0 +1,289 @@
+"""Dataclass <-> flags <-> JSON."""
+
+import itertools
+import json
+from dataclasses import asdict, fields, replace
+
+import pytest
+
+from gpt import GPTConfig
+from tinygpt.config import PRESETS, SampleConfig, TrainConfig, parse_flags, to_json
+
+CLASSES = {"model": GPTConfig, "train": TrainConfig}
+
+
+def parse(*argv: str) -> tuple[GPTConfig, TrainConfig]:
+    """What train.py would be told by these words."""
+    found = parse_flags(CLASSES, [str(word) for word in argv], "text", PRESETS)
+    return found["model"], found["train"]
+
+
+def settings(*argv: str) -> dict:
+    return {k: v for config in parse(*argv) for k, v in asdict(config).items()}
+
+
+def complaint(capsys, *argv: str, classes=None) -> str:
+    """The one line on stderr of flags that end the command with status 2."""
+    with pytest.raises(SystemExit) as caught:
+        if classes:
+            parse_flags(classes, list(argv), "text")
+        else:
+            parse(*argv)
+    out, err = capsys.readouterr()
+    assert caught.value.code == 2 and out == "" and err.count("\n") == 1
+    return err
+
+
+# ---- fields
+
+@pytest.mark.parametrize("cls", [GPTConfig, TrainConfig, SampleConfig])
+def test_every_field_says_what_it_means(cls):
+    for field in fields(cls):
+        text = field.metadata["help"]
+        assert text == text.strip() and len(text) > 5 and not text.endswith("."), field.name
+
+
+@pytest.mark.parametrize("cls", [GPTConfig, TrainConfig, SampleConfig])
+def test_configs_are_frozen_and_keyword_only(cls):
+    with pytest.raises(AttributeError):
+        cls().seed = 2
+    with pytest.raises(TypeError):
+        cls(1)
+
+
+def test_no_name_stands_for_two_flags():
+    names = [f.name for cls in CLASSES.values() for f in fields(cls)]
+    assert len(names) == len(set(names)) and not {"preset", "config"} & set(names)
+
+
+def test_help_lists_every_flag_with_its_words(capsys):
+    with pytest.raises(SystemExit) as caught:
+        parse("--help")
+    text = " ".join(capsys.readouterr().out.split())
+    assert caught.value.code == 0
+    for cls in CLASSES.values():
+        for field in fields(cls):
+            assert f"--{field.name}" in text
+            assert field.metadata["help"][:20] in text
+
+
+NAN, INF = float("nan"), float("inf")
+OUT_OF_RANGE = {
+    TrainConfig: {
+        "batch_size": [0, -1], "gradient_accumulation_steps": [0], "max_iters": [0, -5],
+        "learning_rate": [0.0, -1e-3, NAN, INF], "warmup_iters": [-1], "lr_decay_iters": [0],
+        "min_lr": [-1e-9, NAN], "weight_decay": [-0.1, NAN, INF], "beta1": [-0.1, 1.0, NAN],
+        "beta2": [-0.1, 1.0, 1.5], "grad_clip": [-1.0, NAN], "label_smoothing": [-0.1, 1.0],
+        "z_loss": [-1e-4], "dtype": ["float16", ""], "eval_interval": [0], "eval_iters": [0],
+        "log_interval": [0], "sample_interval": [-1], "keep": [0], "seed": [-1],
+        "tokenizer": ["word", "BPE"], "kernels": ["cuda", ""]},
+    SampleConfig: {
+        "max_new_tokens": [-1], "temperature": [-0.1, NAN, INF], "top_k": [0, -3],
+        "top_p": [0.0, -0.1, 1.01, NAN], "min_p": [-0.1, 1.01], "repetition_penalty": [0.0, -1.0],
+        "seed": [-1], "window_hop": [0]},
+    GPTConfig: {
+        "block_size": [0, -1], "vocab_size": [0], "n_layer": [0, -1], "n_head": [0, -1],
+        "n_kv_head": [0, -2], "n_embd": [0, -8], "n_inner": [0], "dropout": [-0.1, 1.0, NAN],
+        "norm": ["batch", ""], "norm_eps": [0.0, -1e-5, NAN], "activation": ["relu"],
+        "position": ["alibi"], "rope_theta": [0.0, -1.0, INF], "sliding_window": [0, -1]},
+}
+
+
+@pytest.mark.parametrize("cls, name, value", [
+    (cls, name, value) for cls, cases in OUT_OF_RANGE.items()
+    for name, values in cases.items() for value in values])
+def test_a_value_out_of_range_is_named_with_its_field(cls, name, value):
+    with pytest.raises(ValueError) as caught:
+        cls(**{name: value})
+    message = str(caught.value)
+    assert message.startswith(f"{name}={value!r}") and "choose" in message and "\n" not in message
+
+
+def test_every_field_with_a_range_is_tested_above():
+    free = {"data", "out_dir", "resume", "decay_lr", "device", "bias", "qk_norm", "parallel",
+            "tie_weights"}
+    for cls, cases in OUT_OF_RANGE.items():
+        assert {f.name for f in fields(cls)} - free == set(cases)
+
+
+@pytest.mark.parametrize("wrong, names", [
+    ({"n_embd": 100, "n_head": 12}, ["n_embd=100", "n_head=12"]),
+    ({"n_head": 12, "n_kv_head": 5}, ["n_head=12", "n_kv_head=5"]),
+    ({"n_embd": 36, "position": "rope"}, ["rope", "3"]),
+])
+def test_values_that_do_not_fit_each_other_are_named(wrong, names):
+    with pytest.raises(ValueError) as caught:
+        GPTConfig(**wrong)
+    assert all(name in str(caught.value) for name in names) and "choose" in str(caught.value)
+
+
+def test_a_min_lr_above_the_learning_rate_is_refused():
+    with pytest.raises(ValueError, match=r"min_lr=0\.1 .*learning_rate=0\.01"):
+        TrainConfig(learning_rate=0.01, min_lr=0.1)
+
+
+# ---- flags
+
+def test_dashes_and_underscores_are_the_same():
+    expected = settings("--n_layer=3", "--max_iters", "7", "--learning_rate=0.5", "--out_dir=a-b")
+    assert expected["n_layer"] == 3 and expected["out_dir"] == "a-b"
+    assert settings("--n-layer=3", "--max-iters", "7", "--learning-rate=0.5",
+                    "--out-dir=a-b") == expected
+
+
+@pytest.mark.parametrize("words, name, value", [
+    (["--bias"], "bias", True), (["--bias=False"], "bias", False),
+    (["--bias", "true"], "bias", True),
+    (["--decay-lr=false"], "decay_lr", False), (["--dropout=1e-1"], "dropout", 0.1),
+    (["--n_kv_head=2"], "n_kv_head", 2), (["--n_kv_head=2", "--n_kv_head"], "n_kv_head", None),
+    (["--out_dir=-x"], "out_dir", "-x"), (["--out_dir", "a b=c"], "out_dir", "a b=c"),
+    (["--min_lr=0"], "min_lr", 0.0), (["--data", "/a-b/*.txt"], "data", "/a-b/*.txt"),
+])
+def test_flags_of_every_type(words, name, value):
+    assert settings(*words) == settings() | {name: value}
+
+
+@pytest.mark.parametrize("words", [
+    ["--n_layers=3"], ["--n_lay=3"], ["--max", "3"], ["--learn=1"], ["stray"], ["-x"],
+    ["--n_layer"], ["--n_layer=three"], ["--n_layer=1.5"], ["--learning_rate=fast"],
+    ["--bias=perhaps"], ["--top_k=3"], ["--n_layer=3", "more"], ["--n_layer", "3", "4"]], ids=str)
+def test_a_flag_that_is_unknown_or_cut_short_gets_one_line_and_status_2(capsys, words):
+    assert "--help" in complaint(capsys, *words)
+
+
+def test_a_command_without_presets_has_no_preset_flags(capsys):
+    complaint(capsys, "--preset=gpt2", classes={"sample": SampleConfig})
+    found = parse_flags({"sample": SampleConfig}, ["--top-k", "3"], "text")["sample"]
+    assert found == SampleConfig(top_k=3)
+
+
+def test_a_flag_out_of_range_is_a_value_error():
+    with pytest.raises(ValueError, match=r"n_layer=0"):
+        parse("--n_layer=0")
+    with pytest.raises(ValueError, match=r"learning_rate=nan"):
+        parse("--learning_rate=nan")
+
+
+# ---- presets, word for word as nanoGPT has them
+
+CHAR = dict(  # config/train_shakespeare_char.py, and the defaults of train.py
+    eval_interval=250, eval_iters=200, log_interval=10, gradient_accumulation_steps=1,
+    batch_size=64, block_size=256, n_layer=6, n_head=6, n_embd=384, dropout=0.2,
+    learning_rate=1e-3, max_iters=5000, lr_decay_iters=5000, min_lr=1e-4, beta1=0.9, beta2=0.99,
+    warmup_iters=100, weight_decay=1e-1, grad_clip=1.0, decay_lr=True, bias=False)
+CHAR_CPU = CHAR | dict(  # the flags that nanoGPT's README adds for a CPU
+    eval_iters=20, log_interval=1, block_size=64, batch_size=12, n_layer=4, n_head=4, n_embd=128,
+    max_iters=2000, lr_decay_iters=2000, dropout=0.0)
+GPT2 = dict(  # config/train_gpt2.py, and the defaults of train.py
+    batch_size=12, block_size=1024, gradient_accumulation_steps=5 * 8, max_iters=600000,
+    lr_decay_iters=600000, eval_interval=1000, eval_iters=200, log_interval=10, weight_decay=1e-1,
+    n_layer=12, n_head=12, n_embd=768, dropout=0.0, learning_rate=6e-4, beta1=0.9, beta2=0.95,
+    grad_clip=1.0, decay_lr=True, warmup_iters=2000, min_lr=6e-5)
+# what nanoGPT's model.py has no choice in
+MODEL = dict(norm="layernorm", norm_eps=1e-5, position="learned", qk_norm=False,
+             sliding_window=None, parallel=False, tie_weights=True, n_kv_head=None, n_inner=None)
+
+
+@pytest.mark.parametrize("preset, published", [
+    ("shakespeare_char", CHAR | MODEL | dict(tokenizer="char", activation="gelu")),
+    ("shakespeare_char_cpu", CHAR_CPU | MODEL | dict(tokenizer="char", activation="gelu")),
+    ("gpt2", GPT2 | MODEL | dict(tokenizer="gpt2", vocab_size=50257)),
+])
+def test_a_preset_has_nanogpts_numbers(preset, published):
+    found = settings("--preset", preset)
+    assert {k: found[k] for k in published} == published
+
+
+def test_the_default_run_is_the_first_preset():
+    assert next(iter(PRESETS)) == "shakespeare"
+    assert settings() == settings("--preset=shakespeare")
+    assert settings()["data"] == "shakespeare" and settings()["tokenizer"] == "bpe"
+
+
+def test_another_preset_has_nothing_of_the_default_one():
+    for name, flags in PRESETS.items():
+        defaults = {**asdict(GPTConfig()), **asdict(TrainConfig())}
+        assert settings("--preset", name) == defaults | flags
+
+
+# ---- which of two settings wins
+
+@pytest.mark.parametrize("order", [*itertools.permutations(("preset", "config", "flag"))])
+def test_the_later_one_wins_in_every_order(tmp_path, order):
+    file = tmp_path / "some.json"
+    file.write_text(json.dumps({"n_layer": 3, "batch_size": 5}))
+    words = {"preset": ["--preset", "shakespeare_char"], "config": ["--config", str(file)],
+             "flag": ["--n-layer", "9"]}
+    value = {"preset": 6, "config": 3, "flag": 9}
+    found = settings(*(word for what in order for word in words[what]))
+    assert found["n_layer"] == value[order[-1]]
+    assert found["batch_size"] == (5 if order.index("config") > order.index("preset") else 64)
+    assert found["n_embd"] == 384  # which only the preset says
+
+
+def test_of_two_of_a_kind_the_later_one_wins(tmp_path):
+    for n in (1, 2):
+        (tmp_path / f"{n}.json").write_text(json.dumps({"keep": n}))
+    assert settings("--keep=3", "--keep=4")["keep"] == 4
+    assert settings(f"--config={tmp_path}/1.json", f"--config={tmp_path}/2.json")["keep"] == 2
+    found = settings("--preset=gpt2", "--preset=shakespeare_char_cpu")
+    assert found["n_layer"] == 4 and found["batch_size"] == 12
+
+
+# ---- JSON
+
+@pytest.mark.parametrize("model, train", [
+    (GPTConfig(), TrainConfig()),
+    (GPTConfig(n_kv_head=4, n_inner=7, bias=False, norm="rmsnorm", dropout=0.3, norm_eps=1e-12,
+               sliding_window=5, tie_weights=False, qk_norm=True),
+     TrainConfig(data="-a path, with = and \u00e9\U0001f600", out_dir="--x", lr_decay_iters=3,
+                 min_lr=1e-7, learning_rate=1 / 3, resume=True, decay_lr=False, seed=2**63)),
+])
+def test_to_json_and_config_give_an_equal_config(tmp_path, model, train):
+    file = tmp_path / "config.json"
+    file.write_text(to_json(model, train), encoding="utf-8")
+    assert parse("--config", file) == (model, train)
+    everything = ["--preset=gpt2", "--n_kv_head=3", "--min_lr=1e-9", "--lr_decay_iters=5",
+                  "--sliding_window=9"]  # None takes back what was set before
+    assert parse(*everything, "--config", file) == (model, train)
+    assert parse("--config", file, "--keep=9") == (model, replace(train, keep=9))
+
+
+@pytest.mark.parametrize("content", ["", "{", "[1]", "3", "null", "\"text\"", "{'a': 1}"])
+def test_a_config_file_that_is_no_object_is_a_value_error(tmp_path, content):
+    file = tmp_path / "bad.json"
+    file.write_text(content)
+    with pytest.raises(ValueError, match=r"bad\.json") as caught:
+        parse("--config", file)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_unknown_key_is_named(tmp_path):
+    file = tmp_path / "bad.json"
+    file.write_text(json.dumps({"n_layer": 2, "n_layers": 3}))
+    with pytest.raises(ValueError, match=r"bad\.json.*'n_layers'"):
+        parse("--config", file)
+
+
+@pytest.mark.parametrize("value", ["three", 1.5, True, [3], {"a": 1}, None], ids=repr)
+def test_a_value_of_another_type_is_refused(tmp_path, capsys, value):
+    file = tmp_path / "bad.json"
+    file.write_text(json.dumps({"n_layer": value}))
+    try:
+        assert "n_layer" in complaint(capsys, "--config", str(file))
+    except ValueError as error:  # as good, in one line
+        assert "n_layer" in str(error) and "\n" not in str(error)
+
+
+@pytest.mark.parametrize("words", [["--config"], ["--config="], ["--config", "none.json"],
+                                   ["--config", "."]])
+def test_a_missing_config_file_is_a_value_error(words):
+    with pytest.raises(ValueError, match="--config"):
+        parse(*words)
+
+
+@pytest.mark.parametrize("words", [["--preset"], ["--preset="], ["--preset", "gpt5"]])
+def test_an_unknown_preset_is_told_with_those_there_are(words):
+    with pytest.raises(ValueError, match=r"preset.*shakespeare_char_cpu") as caught:
+        parse(*words)
+    assert "\n" not in str(caught.value)

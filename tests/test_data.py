@@ -1,0 +1,545 @@
+"""Text or .bin files -> token ids -> batches; and the download."""
+
+import functools
+import hashlib
+import json
+import os
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import numpy as np
+import pytest
+
+from gpt import GPT, GPTConfig, TrainConfig
+from tinygpt import data as module
+from tinygpt.data import Batches, DataError, TokenData, download, load_data
+from tinygpt.tokenizer import ByteTokenizer, CharTokenizer
+from train import train
+
+T, B = 8, 3
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    """A cache of the test's own."""
+    root = tmp_path / "cache"
+    root.mkdir()
+    monkeypatch.setattr(module, "_cache_root", lambda: root)
+    return root
+
+
+# ---- batches. The tokens are 0, 1, 2, ..., so that an id tells its place.
+
+def epoch_of(batches: Batches, epoch: int) -> list[int]:
+    """Where the windows of an epoch begin, in their order."""
+    first, last = epoch * batches.windows, (epoch + 1) * batches.windows
+    rows = range(first // batches.batch_size, -(-last // batches.batch_size))
+    starts = np.concatenate([batches.batch(n)[0][:, 0] for n in rows])
+    skip = first - rows[0] * batches.batch_size
+    return starts[skip:skip + batches.windows].tolist()
+
+
+@pytest.mark.parametrize("length", [T + 1, T + 2, 2 * T, 2 * T + 1, 3 * T - 1, 100, 1000, 1001])
+def test_an_epoch_has_every_window_once_and_none_overlaps(length):
+    batches = Batches(np.arange(length), T, B, seed=0)
+    for epoch in (0, 1, 5):
+        starts = sorted(epoch_of(batches, epoch))
+        assert len(set(starts)) == len(starts) == batches.windows
+        assert (np.diff(starts) >= T).all()
+        assert starts[0] >= 0 and starts[-1] + T < length  # the last target is there too
+
+
+def test_an_epoch_leaves_out_less_than_two_windows():
+    for length in range(T + 1, 10 * T):
+        assert Batches(np.arange(length), T, B, 0).windows * T > length - 2 * T
+
+
+def test_targets_are_the_ids_that_follow():
+    batches = Batches(np.arange(100, dtype=np.uint16), T, B, seed=0)
+    for x, y in [batches.batch(n) for n in range(10)] + list(batches.spread(4)):
+        assert x.shape == y.shape == (B, T) and x.dtype == y.dtype == np.int32
+        assert (x == x[:, :1] + np.arange(T)).all() and (y == x + 1).all()
+
+
+def test_a_batch_is_a_pure_function_of_its_number(rng):
+    tokens = np.arange(300)
+    numbers = np.concatenate([np.arange(40), rng.integers(0, 40, 40), [10**6]])
+    batches = Batches(tokens, T, B, seed=4)
+    seen = {}
+    for n in rng.permutation(numbers):
+        x, y = batches.batch(int(n))
+        expected = seen.setdefault(n, (x, y))
+        fresh = Batches(tokens, T, B, seed=4).batch(int(n))
+        assert all(np.array_equal(a, b) and np.array_equal(a, c)
+                   for a, b, c in zip((x, y), expected, fresh, strict=True))
+
+
+def test_seeds_and_epochs_differ():
+    def order(seed, epoch):
+        return epoch_of(Batches(np.arange(1000), T, B, seed), epoch)
+
+    orders = [order(seed, epoch) for seed in (0, 1, 2**40) for epoch in (0, 1, 2)]
+    assert len({tuple(o) for o in orders}) == len(orders)
+    assert len({tuple(np.array(o) % T) for o in orders}) > 1  # offsets differ too
+
+
+def test_the_order_is_shuffled():
+    starts = epoch_of(Batches(np.arange(10_000), T, B, 0), 0)
+    assert abs(np.corrcoef(starts, np.arange(len(starts)))[0, 1]) < 0.1
+
+
+@pytest.mark.parametrize("length", [T + 1, 2 * T, 2 * T + 1, 100, 997])
+@pytest.mark.parametrize("count", [1, 2, 50])
+def test_spread_stays_in_range_and_is_always_the_same(length, count):
+    batches = Batches(np.arange(length), T, B, seed=0)
+    first, again = list(batches.spread(count)), list(batches.spread(count))
+    assert len(first) == count
+    assert all(x.min() >= 0 and y.max() < length and x.shape == (B, T) for x, y in first)
+    assert np.array_equal(first, again)
+    if count * B >= length // T:  # enough windows to see both ends
+        assert min(x.min() for x, _ in first) == 0
+        assert max(y.max() for _, y in first) >= length - T
+
+
+@pytest.mark.parametrize("length", [0, 1, T])
+def test_tokens_shorter_than_a_window_are_refused(length):
+    with pytest.raises(DataError, match=rf"{length} tokens.*{T + 1}"):
+        Batches(np.arange(length), T, B, 0)
+
+
+def test_ids_that_do_not_fit_in_31_bits_are_refused():
+    with pytest.raises(DataError, match="4294967295"):
+        Batches(np.full(20, 2**32 - 1, np.uint32), T, B, 0).batch(0)
+
+
+# ---- load_data
+
+def decoded(data: TokenData) -> tuple[str, str]:
+    return data.tokenizer.decode(data.train.tolist()), data.tokenizer.decode(data.val.tolist())
+
+
+def split_as_nanogpt(text: str) -> tuple[str, str]:
+    n = len(text)
+    return text[:int(n * 0.9)], text[int(n * 0.9):]
+
+
+@pytest.mark.parametrize("kind", ["bpe", "char", "byte"])
+def test_a_text_file_is_split_in_characters_as_nanogpt_splits(tmp_path, text, kind):
+    text += "\u4f60\U0001f600 na\u00efve " * 30  # so that bytes would be cut elsewhere
+    path = tmp_path / "some.txt"
+    path.write_bytes(text.encode())
+    data = load_data(path, kind, 300)
+    assert decoded(data) == split_as_nanogpt(text)
+    assert data.train.dtype == data.val.dtype == np.uint16 and isinstance(data.train, np.memmap)
+    assert data.source == str(path)
+
+
+def test_crlf_and_a_missing_last_newline_are_kept(tmp_path):
+    path = tmp_path / "dos.txt"
+    path.write_bytes(b"one\r\ntwo\r\nthree\rfour")
+    assert "".join(decoded(load_data(path, "byte", 256))) == "one\r\ntwo\r\nthree\rfour"
+
+
+def test_a_folder_and_a_glob_are_all_their_files_in_order(tmp_path):
+    folder = tmp_path / "texts"
+    (folder / "below").mkdir(parents=True)
+    for name, text in (("b.txt", "the second one"), ("a.txt", "the first"),
+                       (".hidden", "not this one"), ("c.md", "and the third")):
+        (folder / name).write_text(text)
+
+    def all_of(source):
+        return "".join(decoded(load_data(source, "byte", 256))).split("\n")
+
+    assert all_of(folder) == ["the first", "the second one", "and the third"]
+    assert all_of(str(folder / "*.txt")) == ["the first", "the second one"]
+    assert all_of(f"{folder}/[bc]*") == ["the second one", "and the third"]
+
+
+def test_a_string_of_text_is_text(text, cache):
+    data = load_data(text, "char", 0)
+    assert decoded(data) == split_as_nanogpt(text) and list(cache.iterdir()) == []
+
+
+def test_a_tokenizer_that_is_given_is_used(text, text_file):
+    tokenizer = CharTokenizer.train(text + "xyz")
+    for source in (text, text_file, str(text_file)):
+        data = load_data(source, tokenizer, 0)
+        assert data.tokenizer is tokenizer and decoded(data) == split_as_nanogpt(text)
+
+
+@pytest.mark.parametrize("dtype", [np.int64, np.uint16, np.int32, list])
+def test_an_array_of_ids_is_taken_as_it_is(dtype):
+    ids = list(range(95)) if dtype is list else np.arange(95, dtype=dtype)
+    data = load_data(ids, "bpe", 1024)
+    assert data.train.tolist() == list(range(85)) and data.val.tolist() == list(range(85, 95))
+    assert data.tokenizer is None and data.bytes_per_token() is None
+
+
+@pytest.mark.parametrize("ids", [np.zeros((3, 3), int), np.zeros(9), np.array([1, -1]), [[1], [2]],
+                                 np.array(["a"]), [1.5, 2.0]], ids=repr)
+def test_arrays_that_are_no_ids_are_refused(ids):
+    with pytest.raises(DataError, match="token ids"):
+        load_data(ids, "bpe", 1024)
+
+
+def nanogpt_folder(folder, ids=range(200)):
+    """What nanoGPT's prepare.py leaves: bare uint16 files."""
+    folder.mkdir()
+    np.array(list(ids), dtype=np.uint16).tofile(folder / "train.bin")
+    np.arange(50, dtype=np.uint16).tofile(folder / "val.bin")
+    return folder
+
+
+def test_nanogpts_own_files_are_taken_as_they_are(tmp_path):
+    data = load_data(nanogpt_folder(tmp_path / "bins"), "byte", 256)
+    assert data.train.tolist() == list(range(200)) and data.val.tolist() == list(range(50))
+    assert data.tokenizer.vocab_size == 256 and data.train.dtype == np.dtype("<u2")
+
+
+@pytest.mark.parametrize("kind", ["bpe", "char"])
+def test_bare_bins_need_a_tokenizer_that_is_known_without_the_text(tmp_path, kind):
+    folder = nanogpt_folder(tmp_path / "bins")
+    with pytest.raises(DataError, match=r"bins.*meta\.json.*--tokenizer gpt2"):
+        load_data(folder, kind, 1024)
+
+
+def test_bare_bins_take_a_tokenizer_that_is_given(tmp_path):
+    tokenizer = CharTokenizer.train("".join(map(chr, range(250))))
+    assert load_data(nanogpt_folder(tmp_path / "bins"), tokenizer, 0).tokenizer is tokenizer
+
+
+@pytest.mark.parametrize("size", [0, 7])
+def test_bins_of_half_an_id_or_none_are_refused(tmp_path, size):
+    folder = nanogpt_folder(tmp_path / "bins")
+    (folder / "val.bin").write_bytes(b"\1" * size)
+    with pytest.raises(DataError, match=rf"val\.bin.*{size} bytes"):
+        load_data(folder, "byte", 256)
+
+
+def test_a_missing_val_bin_is_named(tmp_path):
+    folder = nanogpt_folder(tmp_path / "bins")
+    (folder / "val.bin").unlink()
+    with pytest.raises(DataError, match=r"no .*val\.bin"):
+        load_data(folder, "byte", 256)
+
+
+def test_bytes_per_token_is_that_of_the_validation_text(text):
+    data = load_data(text, "bpe", 300)
+    size = len(split_as_nanogpt(text)[1].encode())
+    assert data.bytes_per_token() == pytest.approx(size / len(data.val), rel=1e-12)
+
+
+def test_more_than_65536_ids_are_kept_in_32_bits(text_file, monkeypatch):
+    class Wide(ByteTokenizer):
+        vocab_size = 70_000
+
+        def encode(self, text):
+            return [69_999 - b for b in text.encode()]
+
+        def to_json(self):
+            return {"kind": "wide"}
+
+    monkeypatch.setattr(module, "make_tokenizer", lambda *args: Wide())
+    monkeypatch.setattr(module, "load_tokenizer", lambda data: Wide())
+    text = text_file.read_text()
+    for data in (load_data(text_file, "byte", 0), load_data(text_file, "byte", 0)):
+        assert data.train.dtype == np.dtype("<u4")
+        assert data.train.tolist() == Wide().encode(split_as_nanogpt(text)[0])
+
+
+# ---- the cache
+
+@pytest.fixture
+def readings(monkeypatch):
+    """Counts how often the text itself is read."""
+    seen = []
+    read = module.read_text
+
+    def counted(files):
+        seen.append(files)
+        return read(files)
+
+    monkeypatch.setattr(module, "read_text", counted)
+    return seen
+
+
+def same(a: TokenData, b: TokenData) -> bool:
+    return (np.array_equal(a.train, b.train) and np.array_equal(a.val, b.val)
+            and a.tokenizer.to_json() == b.tokenizer.to_json())
+
+
+def test_a_second_load_reads_the_cache_only(text_file, readings, cache):
+    first = load_data(text_file, "bpe", 300)
+    assert len(readings) == 1
+    assert same(load_data(str(text_file), "bpe", 300), first) and len(readings) == 1
+    files = {p.name for p in cache.glob("*/*")}
+    assert files == {"train.bin", "val.bin", "meta.json"} and len(list(cache.iterdir())) == 1
+
+
+def test_a_changed_text_is_read_again(text_file, readings):
+    load_data(text_file, "char", 0)
+    changed = text_file.read_text().replace("harbour", "HARBOUR")  # of the same length
+    text_file.write_text(changed)
+    os.utime(text_file, ns=(1, 1))
+    assert "".join(decoded(load_data(text_file, "char", 0))) == changed and len(readings) == 2
+
+
+def test_a_file_more_in_a_folder_is_noticed(tmp_path, readings):
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    (folder / "a.txt").write_text("the first text")
+    load_data(folder, "byte", 256)
+    (folder / "b.txt").write_text("second")
+    assert "".join(decoded(load_data(folder, "byte", 256))) == "the first text\nsecond"
+
+
+def test_each_tokenizer_has_a_cache_of_its_own(text_file, readings, cache):
+    wanted = [("bpe", 300), ("bpe", 310), ("char", 300), ("byte", 300)]
+    first = [load_data(text_file, *what) for what in wanted]
+    assert len(readings) == len(list(cache.iterdir())) == len(wanted)
+    assert all(same(load_data(text_file, *what), data)
+               for what, data in zip(wanted, first, strict=True))
+    assert len(readings) == len(wanted)
+
+
+def test_files_of_one_name_do_not_share_a_cache(tmp_path, cache):
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "input.txt").write_text(f"the text of folder {name}")
+    for name in ("one", "two", "one"):
+        data = load_data(tmp_path / name / "input.txt", "byte", 256)
+        assert "".join(decoded(data)) == f"the text of folder {name}"
+
+
+@pytest.mark.parametrize("name", ["train.bin", "val.bin"])
+def test_a_truncated_cache_is_refused(text_file, cache, name):
+    load_data(text_file, "byte", 256)
+    path = next(cache.glob(f"*/{name}"))
+    os.truncate(path, path.stat().st_size - 2)
+    with pytest.raises(DataError, match=name) as caught:
+        load_data(text_file, "byte", 256)
+    assert "Delete" in str(caught.value)
+
+
+def damaged(**changes):
+    return lambda meta: json.dumps({**json.loads(meta), **changes})
+
+
+@pytest.mark.parametrize("damage", [
+    lambda meta: "", lambda meta: meta[:40], lambda meta: "[]", lambda meta: "{}",
+    lambda meta: "null", damaged(dtype="no type"), damaged(dtype="O"),
+    damaged(dtype=None), damaged(dtype="<f4"), damaged(tokenizer={"kind": "?"}),
+    damaged(tokenizer=None),
+], ids=["empty", "cut", "list", "no keys", "null", "unknown dtype", "object dtype",
+        "no dtype", "float dtype", "unknown tokenizer", "no tokenizer"])
+def test_a_damaged_meta_json_is_refused(text_file, cache, damage):
+    load_data(text_file, "byte", 256)
+    path = next(cache.glob("*/meta.json"))
+    path.write_text(damage(path.read_text()))
+    with pytest.raises(ValueError) as caught:
+        load_data(text_file, "byte", 256)
+    assert str(path.parent) in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("made", [("bpe", 300), ("char", 0), ("byte", 0)])
+def test_a_cache_given_as_data_needs_its_own_tokenizer(text_file, cache, made):
+    first = load_data(text_file, *made)
+    folder = next(cache.iterdir())
+    assert same(load_data(folder, *made), first)
+    for other in {("bpe", 300), ("bpe", 301), ("char", 0), ("byte", 0)} - {made}:
+        with pytest.raises(DataError, match=f"{made[0]}.*{other[0]}"):
+            load_data(folder, *other)
+
+
+def test_a_cache_given_as_data_refuses_another_tokenizer_object(text_file, cache, text):
+    load_data(text_file, "char", 0)
+    folder = next(cache.iterdir())
+    mine = CharTokenizer.train(text)
+    assert load_data(folder, mine, 0).tokenizer.to_json() == mine.to_json()
+    with pytest.raises(DataError, match="tokenizer"):
+        load_data(folder, CharTokenizer.train(text + "xyz"), 0)
+
+
+def test_a_failed_load_leaves_no_cache(tmp_path, cache, monkeypatch):
+    path = tmp_path / "short.txt"
+    path.write_text("two words")
+    with pytest.raises(DataError):
+        load_data(path, "byte", 256, block_size=64)
+
+    def full(self, target):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("pathlib.Path.rename", full)
+    path.write_text("a good many more words")
+    with pytest.raises(DataError, match="No space left"):
+        load_data(path, "byte", 256)
+    assert list(cache.iterdir()) == []
+
+
+# ---- what is refused, in one line that names it
+
+def refusal(source, kind="bpe") -> str:
+    with pytest.raises(ValueError) as caught:
+        load_data(source, kind, 300)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["nothing.txt", "no/such/folder", "*.nothing", "[", "x" * 5000])
+def test_missing_data_is_named(tmp_path, name):
+    assert str(tmp_path / name)[:200] in refusal(str(tmp_path / name))
+
+
+def test_the_current_folder_is_not_meant_by_an_empty_name(tmp_path, monkeypatch):
+    (tmp_path / "text.txt").write_text("what happens to lie here")
+    monkeypatch.chdir(tmp_path)
+    assert "data" in refusal("")
+
+
+@pytest.mark.parametrize("kind", ["bpe", "char", "byte"])
+@pytest.mark.parametrize("content", [b"", b" \n\n ", b"a"])
+def test_an_empty_file_is_named(tmp_path, kind, content):
+    path = tmp_path / "empty.txt"
+    path.write_bytes(content)
+    assert str(path) in refusal(path, kind) or content == b"a"  # which is merely too short
+
+
+def test_a_binary_file_is_named(tmp_path):
+    path = tmp_path / "picture.png"
+    path.write_bytes(b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR")
+    message = refusal(path)
+    assert str(path) in message and "binary" in message and " 8" in message
+
+
+@pytest.mark.parametrize("content", [b"caf\xe9", b"\xff\xfeh", b"cut \xe2\x82", b"\xed\xa0\x80"])
+def test_a_file_that_is_not_utf8_is_named(tmp_path, content):
+    path = tmp_path / "latin.txt"
+    path.write_bytes(content)
+    message = refusal(path)
+    assert str(path) in message and "UTF-8" in message
+
+
+def test_one_bad_file_in_a_folder_is_named(tmp_path):
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    (folder / "a.txt").write_text("good")
+    (folder / "b.txt").write_bytes(b"bad \xff")
+    assert str(folder / "b.txt") in refusal(folder)
+
+
+def test_ids_beyond_the_vocabulary_stop_the_training(tmp_path, capsys):
+    model = GPT(GPTConfig(block_size=4, vocab_size=16, n_layer=1, n_head=1, n_embd=4))
+    config = TrainConfig(out_dir=str(tmp_path / "run"), batch_size=2, eval_iters=2, max_iters=2)
+    with pytest.raises(ValueError, match=r"token id (16|99).*vocabulary of 16"):
+        train(model, config, np.array([1, 2, 3, 16, 99] * 40))
+
+
+def test_ids_beyond_the_tokenizer_are_told_where_bytes_are_counted(tmp_path):
+    folder = nanogpt_folder(tmp_path / "bins")
+    np.array([1, 300, 2], dtype=np.uint16).tofile(folder / "val.bin")
+    with pytest.raises(ValueError, match="300"):
+        load_data(folder, "byte", 256).bytes_per_token()
+
+
+# ---- the download, from a server of the test's own
+
+BODY = bytes(range(256)) * 1000
+HASH = hashlib.sha256(BODY).hexdigest()
+
+
+class Handler(BaseHTTPRequestHandler):
+    """/good, /missing, /busy (503 once, then good), /down (503 always), /cut (half the body)."""
+
+    asked: list[str] = []
+
+    def do_GET(self):
+        self.asked.append(self.path)
+        again = self.asked.count(self.path) > 1
+        if self.path in ("/missing", "/down") or (self.path == "/busy" and not again):
+            self.send_response(404 if self.path == "/missing" else 503)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return
+        self.send_response(200)
+        if self.path != "/cut-unsized":
+            self.send_header("Content-Length", str(len(BODY)))
+        self.end_headers()
+        self.wfile.write(BODY[:len(BODY) // 2] if self.path.startswith("/cut") else BODY)
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture(scope="module")
+def server():
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+@pytest.fixture
+def fetch(server, tmp_path, monkeypatch):
+    """download() of a path of the server; no proxy, and no waiting between tries."""
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setattr(module, "Retry", functools.partial(module.Retry, backoff_max=0.01))
+    Handler.asked.clear()
+    return lambda path, sha=HASH: download(server + path, tmp_path / "new" / "file.bin", sha)
+
+
+def leftovers(tmp_path) -> list:
+    return [p for p in (tmp_path / "new").rglob("*") if p.is_file()]
+
+
+def test_a_download_is_whole_and_made_once(fetch, tmp_path):
+    path = fetch("/good")
+    assert path.read_bytes() == BODY and leftovers(tmp_path) == [path]
+    assert fetch("/good") == path and Handler.asked == ["/good"]
+
+
+def test_a_file_with_another_hash_is_fetched_again(fetch, tmp_path):
+    path = fetch("/good")
+    path.write_bytes(b"damaged")
+    assert fetch("/good").read_bytes() == BODY
+
+
+@pytest.mark.parametrize("path", ["/good", "/missing", "/down", "/cut", "/cut-unsized"])
+def test_a_download_that_fails_leaves_nothing(fetch, tmp_path, path):
+    with pytest.raises(DataError, match=r"file\.bin") as caught:
+        fetch(path, "0" * 64 if path == "/good" else HASH)
+    assert "\n" not in str(caught.value) and leftovers(tmp_path) == []
+
+
+def test_a_download_that_fails_leaves_what_was_there(fetch, tmp_path):
+    (tmp_path / "new").mkdir()
+    old = tmp_path / "new" / "file.bin"
+    old.write_bytes(b"old")
+    with pytest.raises(DataError):
+        fetch("/cut")
+    assert old.read_bytes() == b"old" and leftovers(tmp_path) == [old]
+
+
+def test_a_busy_server_is_asked_again(fetch):
+    assert fetch("/busy").read_bytes() == BODY and Handler.asked == ["/busy", "/busy"]
+
+
+def test_no_server_and_no_folder_are_data_errors(tmp_path, server, monkeypatch):
+    monkeypatch.setattr(module, "Retry", functools.partial(module.Retry, backoff_max=0.01))
+    with pytest.raises(DataError):
+        download("http://127.0.0.1:9/file", tmp_path / "file.bin", HASH)
+    (tmp_path / "in_the_way").write_text("a file")
+    with pytest.raises(DataError):
+        download(server + "/good", tmp_path / "in_the_way" / "file.bin", HASH)
+
+
+def test_without_shakespeare_the_play_that_ships_is_read(monkeypatch, capsys):
+    def fails(*args):
+        raise DataError("tinyshakespeare.txt cannot be downloaded (ConnectionError)")
+
+    monkeypatch.setattr(module, "download", fails)
+    assert module.shakespeare() == module.SHIPPED
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1 and module.SHIPPED.name in message

@@ -1,0 +1,187 @@
+"""The compiler, the device, and writing into its memory."""
+
+import os
+import shlex
+import stat
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from conftest import ROOT
+from tinygrad import Tensor, TinyJit, dtypes
+
+from tinygpt import device
+from tinygpt.device import DeviceError
+
+
+@pytest.fixture
+def machine(tmp_path, monkeypatch):
+    """A machine with no CC, an empty PATH, a cache of its own, and a wheel `ziglang`."""
+    wheel = tmp_path / "site packages" / "ziglang"
+    wheel.mkdir(parents=True)
+    (wheel / "__init__.py").write_text("")
+    (wheel / "zig").write_text('#!/bin/sh\necho "$@"\n')
+    (wheel / "zig").chmod(0o755)
+    (tmp_path / "bin").mkdir()
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.delitem(sys.modules, "ziglang", raising=False)
+    monkeypatch.syspath_prepend(str(wheel.parent))
+    return tmp_path
+
+
+@pytest.fixture
+def default_again():
+    """The device is looked for anew, in the test and after it."""
+    device.default.cache_clear()
+    yield
+    device.default.cache_clear()
+
+
+def add_clang(machine) -> None:
+    (machine / "bin" / "clang").write_text("#!/bin/sh\n")
+    (machine / "bin" / "clang").chmod(0o755)
+
+
+def test_cc_wins(machine, monkeypatch):
+    add_clang(machine)
+    monkeypatch.setenv("CC", "my-clang")
+    device.export_compiler()
+    assert os.environ["CC"] == "my-clang" and not (machine / "cache").exists()
+
+
+def test_clang_on_the_path_comes_next(machine):
+    add_clang(machine)
+    device.export_compiler()
+    assert "CC" not in os.environ and not (machine / "cache").exists()
+
+
+def test_ziglangs_clang_comes_last_as_a_script_in_the_users_cache(machine, monkeypatch):
+    device.export_compiler()
+    script = os.environ["CC"]
+    assert script.startswith(str(machine / "cache" / "tinygpt"))
+    assert os.stat(script).st_mode & stat.S_IXUSR
+    done = subprocess.run([script, "-x", "a b"], capture_output=True, text=True, check=True)
+    assert done.stdout == "clang -x a b\n"  # the path of zig has a space in it
+    assert os.listdir(machine / "cache" / "tinygpt") == [os.path.basename(script)]
+    before = os.stat(script).st_mtime_ns
+    monkeypatch.delenv("CC")
+    device.export_compiler()
+    assert os.environ["CC"] == script and os.stat(script).st_mtime_ns == before
+
+
+def test_a_cache_that_cannot_be_made_is_not_needed(machine):
+    (machine / "cache").write_text("in the way")
+    device.export_compiler()
+    done = subprocess.run([os.environ["CC"], "-v"], capture_output=True, text=True, check=True)
+    assert done.stdout == "clang -v\n"
+
+
+def test_no_cache_is_made_in_the_repository(machine):
+    assert not device.cache_dir().is_relative_to(ROOT)
+
+
+def test_without_any_compiler_one_line_says_what_to_install(tmp_path):
+    """The whole command, on a machine without clang and without ziglang."""
+    (tmp_path / "a.txt").write_text("To sleep: perchance to dream.\n" * 50)
+    program = ("import sys; sys.modules['ziglang'] = None; import train;"
+               "sys.exit(train.main(['--data', 'a.txt', '--device', sys.argv[1], '--tokenizer',"
+               "'byte', '--block_size=4', '--n_embd=4', '--n_head=1']))")
+    env = {"PATH": "/nowhere", "HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    for name in ("auto", "cpu"):
+        done = subprocess.run([sys.executable, "-c", program, name], env=env, cwd=tmp_path,
+                              capture_output=True, text=True, timeout=120)
+        assert done.returncode == 2 and done.stdout == ""
+        assert done.stderr.count("\n") == 1 and done.stderr.startswith("train.py: ")
+        assert "pip install ziglang" in done.stderr
+        assert os.listdir(tmp_path) == ["a.txt"]  # and nothing was begun
+
+
+@pytest.mark.parametrize("compiler", ["/no/such/compiler", "", "false", "echo gcc"])
+def test_a_cc_that_is_no_clang_is_told(monkeypatch, default_again, tmp_path, compiler):
+    if compiler.startswith("echo"):
+        (tmp_path / "gcc").write_text("#!/bin/sh\necho gcc 13\n")
+        (tmp_path / "gcc").chmod(0o755)
+        compiler = str(tmp_path / "gcc")
+    monkeypatch.setenv("CC", compiler)
+    monkeypatch.setattr(device, "Device", SimpleNamespace(DEFAULT="CPU"))
+    with pytest.raises(DeviceError, match="clang") as caught:
+        device.default()
+    assert "\n" not in str(caught.value) and f"CC={compiler}" in str(caught.value)
+
+
+def test_a_machine_where_tinygrad_finds_no_device_says_what_to_install(monkeypatch, default_again):
+    class Nothing:
+        @property
+        def DEFAULT(self):
+            raise RuntimeError("no usable devices")
+
+    monkeypatch.setattr(device, "Device", Nothing())
+    with pytest.raises(DeviceError, match="pip install ziglang"):
+        device.default()
+
+
+@pytest.mark.parametrize("name", ["toaster", "", "cpuu", "no such\ndevice", "gpu:x", "cuda:99"])
+def test_a_device_that_is_unknown_or_missing_is_told(name):
+    before = device.default()
+    with pytest.raises(DeviceError, match="device") as caught:
+        device.choose(name)
+    assert "\n" not in str(caught.value)
+    assert device.default() == before
+
+
+def test_an_error_of_a_driver_without_any_words_is_told(monkeypatch):
+    class Silent:
+        def canonicalize(self, name):
+            raise RuntimeError
+
+    monkeypatch.setattr(device, "Device", Silent())
+    with pytest.raises(DeviceError, match="'cuda'"):
+        device.choose("cuda")
+
+
+def test_a_device_can_be_chosen_by_any_case():
+    before = device.default()
+    try:
+        assert device.choose("cpu") == device.choose("CPU") == "CPU"
+        assert Tensor([1.0]).device == "CPU"
+        assert "CPU" in device.describe() and "\n" not in device.describe()
+    finally:
+        device.choose(before)
+    assert device.choose("auto") == before
+
+
+def test_counts_and_flops_are_positive():
+    assert 1 <= device.cpu_count() <= os.cpu_count()
+    assert 1e9 < device.peak_flops() < 1e16
+
+
+@pytest.mark.parametrize("dtype", [dtypes.float32, dtypes.int32, dtypes.uint32, dtypes.bool])
+def test_write_changes_what_a_compiled_step_reads(dtype):
+    tensor = Tensor.zeros(3, 4, dtype=dtype).contiguous().realize()
+    step = TinyJit(lambda: (tensor + tensor).cast(dtypes.float32).realize())
+    for n in range(5):
+        data = (np.arange(12).reshape(3, 4) + n) % (2 if dtype == dtypes.bool else 100)
+        device.write(tensor, data.tolist() if n % 2 else data)
+        array = data.astype(tensor.numpy().dtype)
+        assert np.array_equal(tensor.numpy(), array)
+        assert np.array_equal(step().numpy(), (array + array).astype(np.float32))
+
+
+def test_write_takes_any_layout_and_nothing_of_another_size():
+    tensor = Tensor.zeros(2, 3).contiguous().realize()
+    device.write(tensor, np.arange(6.0).reshape(3, 2).T)
+    assert tensor.tolist() == [[0, 2, 4], [1, 3, 5]]
+    with pytest.raises(ValueError):
+        device.write(tensor, [1.0, 2.0])
+    assert tensor.tolist() == [[0, 2, 4], [1, 3, 5]]
+
+
+def test_the_compiler_of_this_machine_is_named():
+    if "CC" in os.environ:
+        done = subprocess.run([os.environ["CC"], "--version"], capture_output=True, text=True,
+                              check=False)
+        assert "clang" in done.stdout, shlex.quote(os.environ["CC"])

@@ -1,0 +1,159 @@
+"""AdamW, the gradient's norm and clipping against numpy."""
+
+import numpy as np
+import pytest
+from tinygrad import Tensor, TinyJit
+
+from tinygpt.optim import AdamW, clip_scale, global_norm
+
+SHAPES = {"matrix": (3, 5), "vector": (7,), "one": (1,), "cube": (2, 3, 2)}
+SKIPPED = (0, 13, 14)
+
+
+class NumpyAdamW:
+    """Algorithm 2 of arXiv:1711.05101 as PyTorch has it, in float64."""
+
+    def __init__(self, params, beta1, beta2, weight_decay, eps=1e-8):
+        self.params = {name: p.astype(np.float64) for name, p in params.items()}
+        self.betas, self.weight_decay, self.eps, self.count = (beta1, beta2), weight_decay, eps, 0
+        self.m = {name: np.zeros(p.shape) for name, p in params.items()}
+        self.v = {name: np.zeros(p.shape) for name, p in params.items()}
+
+    def update(self, grads, lr):
+        self.count += 1
+        b1, b2 = self.betas
+        for name, p in self.params.items():
+            self.m[name] = b1 * self.m[name] + (1 - b1) * grads[name]
+            self.v[name] = b2 * self.v[name] + (1 - b2) * grads[name] ** 2
+            if p.ndim >= 2:
+                p *= 1 - lr * self.weight_decay
+            m, v = self.m[name] / (1 - b1**self.count), self.v[name] / (1 - b2**self.count)
+            p -= lr * m / (np.sqrt(v) + self.eps)
+
+
+def draw(rng) -> dict[str, np.ndarray]:
+    return {name: rng.standard_normal(shape, dtype=np.float32) for name, shape in SHAPES.items()}
+
+
+def make(arrays, **options) -> AdamW:
+    return AdamW({name: Tensor(a).realize() for name, a in arrays.items()}, **options)
+
+
+def stepper(optimizer):
+    """The optimizer's step, compiled once: (gradients, learning rate, apply) as numpy has them."""
+    @TinyJit
+    def step(lr, apply, **grads):
+        Tensor.realize(*optimizer.update([grads[name] for name in SHAPES], lr, apply[0]))
+
+    def call(grads, lr, apply=True):
+        step(Tensor(np.array([lr], np.float32)).realize(), Tensor(np.array([apply])).realize(),
+             **{name: Tensor(g).realize() for name, g in grads.items()})
+    return call
+
+
+def everything(optimizer) -> dict[str, np.ndarray]:
+    return {name: t.numpy() for name, t in (optimizer.state_dict() | optimizer.params).items()}
+
+
+def assert_same(ours, theirs):
+    for name, array in theirs.items():
+        np.testing.assert_array_equal(ours[name], array, err_msg=name)
+
+
+@pytest.mark.parametrize("options", [dict(beta1=0.9, beta2=0.99, weight_decay=0.1),
+                                     dict(beta1=0.0, beta2=0.999, weight_decay=0.0)])
+def test_adamw_equals_numpy_over_50_steps(rng, options):
+    start = draw(rng)
+    ours, theirs = make(start, **options), NumpyAdamW(start, **options)
+    step = stepper(ours)
+    for number in range(50):
+        grads = {name: g * 10.0 ** rng.integers(-6, 3) for name, g in draw(rng).items()}
+        grads = {name: g.astype(np.float32) for name, g in grads.items()}
+        lr = 0.1 * (number + 1) / 50
+        if number in SKIPPED:
+            before = everything(ours)
+            step({name: g * np.float32("nan") for name, g in grads.items()}, lr, apply=False)
+            assert_same(everything(ours), before)
+        else:
+            step(grads, lr)
+            theirs.update(grads, lr)
+        for name, p in theirs.params.items():
+            np.testing.assert_allclose(ours.params[name].numpy(), p, atol=2e-5, err_msg=name)
+    assert ours.step.item() == theirs.count == 47
+
+
+def test_only_matrices_decay(rng):
+    start = draw(rng)
+    optimizer = make(start, weight_decay=0.5)
+    stepper(optimizer)({name: np.zeros_like(a) for name, a in start.items()}, 0.1)
+    for name, a in start.items():
+        kept = 0.95 if a.ndim >= 2 else 1.0
+        np.testing.assert_allclose(optimizer.params[name].numpy(), a * kept, rtol=1e-6)
+
+
+def test_a_loaded_state_continues_where_it_was_saved(rng):
+    first = make(draw(rng))
+    step = stepper(first)
+    for _ in range(3):
+        step(draw(rng), 0.01)
+    state = {name: t.numpy() for name, t in first.state_dict().items()}
+    assert set(state) == {"step", *(f"{kind}.{name}" for kind in "mv" for name in SHAPES)}
+    second = make({name: p.numpy() for name, p in first.params.items()})
+    second.load_state_dict(state)
+    assert_same(everything(second), everything(first))
+    grads, resumed = draw(rng), stepper(second)
+    step(grads, 0.01)
+    resumed(grads, 0.01)
+    assert_same(everything(second), everything(first))
+
+
+def test_a_state_is_loaded_under_a_compiled_step(rng):
+    first, second = make(start := draw(rng)), make(start)
+    step, other = stepper(first), stepper(second)
+    for _ in range(3):
+        step(draw(rng), 0.01)
+        other(draw(rng), 0.01)
+    first.load_state_dict({name: t.numpy() for name, t in second.state_dict().items()})
+    for name, p in first.params.items():
+        p.assign(Tensor(second.params[name].numpy())).realize()
+    grads = draw(rng)
+    step(grads, 0.01)
+    other(grads, 0.01)
+    assert_same(everything(first), everything(second))
+
+
+@pytest.mark.parametrize("spoil", [
+    lambda state: state | {"v.cube": np.zeros((2, 3, 3), np.float32)},
+    lambda state: state | {"step": np.zeros((), np.float32)},
+    lambda state: state | {"m.unknown": np.zeros(3, np.float32)},
+    lambda state: {name: a for name, a in state.items() if name != "v.cube"},
+])
+def test_a_state_that_does_not_fit_is_refused_and_nothing_changed(rng, spoil):
+    optimizer = make(draw(rng))
+    before = everything(optimizer)
+    state = {name: t.numpy() + 1 for name, t in optimizer.state_dict().items()}
+    with pytest.raises(ValueError, match=r"cube|step|unknown"):
+        optimizer.load_state_dict(spoil(state), "file")
+    assert_same(everything(optimizer), before)
+
+
+@pytest.mark.parametrize("size", [1e-12, 1.0, 1e12])
+def test_global_norm_equals_numpy(rng, size):
+    arrays = [a * np.float32(size) for a in draw(rng).values()]
+    norm = global_norm([Tensor(a) for a in arrays])
+    right = np.linalg.norm(np.concatenate([a.ravel() for a in arrays]).astype(np.float64))
+    assert norm.shape == ()
+    np.testing.assert_allclose(norm.item(), right, rtol=1e-6)
+
+
+@pytest.mark.parametrize("norm, limit, scale", [
+    (4.0, 1.0, 0.25), (0.5, 1.0, 1.0), (0.0, 1.0, 1.0), (1e-30, 1e-3, 1.0), (3e4, 1.5, 5e-5),
+    (4.0, 0.0, 1.0), (0.0, 0.0, 1.0)])
+def test_clip_scale(norm, limit, scale):
+    np.testing.assert_allclose(clip_scale(Tensor(np.array(norm, np.float32)), limit).item(), scale, rtol=1e-5)
+
+
+def test_clipped_gradients_have_the_limit_as_their_norm(rng):
+    grads = [Tensor(a) for a in draw(rng).values()]
+    scale = clip_scale(global_norm(grads), 0.7)
+    assert global_norm([g * scale for g in grads]).item() == pytest.approx(0.7, rel=1e-5)

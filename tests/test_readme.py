@@ -1,0 +1,58 @@
+"""The README's own commands and its script, run as they stand, only smaller."""
+
+import re
+import shlex
+
+import pytest
+from conftest import ROOT
+
+import generate
+import train
+from gpt import GPTConfig
+from tinygpt.config import PRESETS, SampleConfig, TrainConfig, parse_flags
+
+BLOCKS = re.findall(r"```(\w+)\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S)
+LINES = [line for kind, code in BLOCKS if kind == "sh" for line in code.splitlines()]
+COMMANDS = [words for line in LINES for part in line.split("&&")
+            if (words := shlex.split(part))[0] == "python" and words[1] != "-m"]
+SMALLER = ("--max_iters", "4", "--eval_interval", "2", "--eval_iters", "1", "--n_layer", "1",
+           "--n_embd", "32", "--block_size", "16", "--batch_size", "2", "--vocab_size", "300")
+
+
+def test_the_set_up_commands_name_files_that_exist():
+    assert sum("pip install -r" in line for line in LINES) == 2
+    for name in re.findall(r"-r (\S+)", "\n".join(LINES)):
+        assert (ROOT / name).is_file()
+    test_command = next(line for line in LINES if "pytest" in line).split("&& ")[-1]
+    assert test_command in (ROOT / ".ci" / "run").read_text()
+
+
+@pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
+def test_every_command_is_understood(words):
+    if words[1] == "train.py":
+        parse_flags({"model": GPTConfig, "train": TrainConfig}, words[2:], "", PRESETS)
+        assert callable(train.main)
+    else:
+        parse_flags({"what": generate.GenerateConfig, "sample": SampleConfig}, words[2:], "")
+
+
+def test_training_and_writing_run_as_written(command):
+    script, *flags = next(words for words in COMMANDS if words[1] == "train.py")[1:]
+    done = command(script, *flags, *SMALLER)
+    assert done.returncode == 0, done.stderr
+    script, *flags = next(words for words in COMMANDS if words[1] == "generate.py")[1:]
+    done = command(script, *flags, "--max_new_tokens", "8")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("ROMEO:")
+
+
+def test_the_script_runs_as_written(tmp_path, text_file, monkeypatch, gpt2_files, capsys):
+    code = next(code for kind, code in BLOCKS if kind == "python")
+    for old, new in (("max_iters=2000, eval_interval=100", "max_iters=2, eval_interval=2, "
+                      "eval_iters=1"), ("mytext.txt", str(text_file)), ("=100)", "=5)")):
+        assert old in code
+        code = code.replace(old, new)
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, "README.md", "exec"), {})
+    assert "ROMEO:" in capsys.readouterr().out
+    assert (tmp_path / "checkpoints" / "best.safetensors").is_file()

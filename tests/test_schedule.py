@@ -1,0 +1,68 @@
+"""The learning rate, against nanoGPT's formula."""
+
+import math
+from itertools import pairwise
+
+import pytest
+
+from tinygpt.config import TrainConfig
+from tinygpt.schedule import learning_rate
+
+
+def get_lr(it, learning_rate, warmup_iters, lr_decay_iters, min_lr):
+    """As in nanoGPT's train.py."""
+    # 1) linear warmup for warmup_iters steps
+    if it < warmup_iters:
+        return learning_rate * (it + 1) / (warmup_iters + 1)
+    # 2) if it > lr_decay_iters, return min learning rate
+    if it > lr_decay_iters:
+        return min_lr
+    # 3) in between, use cosine decay down to min learning rate
+    decay_ratio = (it - warmup_iters) / (lr_decay_iters - warmup_iters)
+    coeff = 0.5 * (1.0 + math.cos(math.pi * decay_ratio))
+    return min_lr + coeff * (learning_rate - min_lr)
+
+
+@pytest.mark.parametrize("peak, warmup, end, lowest", [
+    (1e-3, 100, 5000, 1e-4), (6e-4, 0, 50, 6e-5), (1.0, 7, 8, 0.0), (3e-3, 30, 500, 3e-3)])
+def test_it_is_nanogpts_formula(peak, warmup, end, lowest):
+    config = TrainConfig(learning_rate=peak, warmup_iters=warmup, lr_decay_iters=end,
+                         min_lr=lowest, max_iters=2 * end)
+    for step in range(2 * end + 2):
+        expected = get_lr(step, peak, warmup, end, lowest)
+        assert learning_rate(step, config) == pytest.approx(expected, rel=1e-12, abs=1e-18)
+
+
+def test_it_rises_then_falls_then_stays():
+    config = TrainConfig(learning_rate=1e-3, warmup_iters=40, max_iters=300, lr_decay_iters=200)
+    rates = [learning_rate(step, config) for step in range(300)]
+    assert rates[0] > 0 and rates[40] == max(rates) == 1e-3
+    assert all(a < b for a, b in pairwise(rates[:41]))
+    assert all(a > b for a, b in pairwise(rates[40:201]))
+    assert set(rates[200:]) == {1e-4}
+
+
+def test_unset_values_are_a_tenth_and_max_iters():
+    given = TrainConfig(max_iters=100, warmup_iters=10, learning_rate=0.5, min_lr=0.05,
+                        lr_decay_iters=100)
+    unset = TrainConfig(max_iters=100, warmup_iters=10, learning_rate=0.5)
+    assert [learning_rate(s, given) for s in range(120)] == [
+        learning_rate(s, unset) for s in range(120)]
+
+
+def test_a_min_lr_of_zero_is_zero():
+    config = TrainConfig(max_iters=10, warmup_iters=0, min_lr=0.0)
+    assert learning_rate(10, config) == learning_rate(99, config) == 0.0
+
+
+def test_without_decay_it_stays_at_the_top():
+    config = TrainConfig(max_iters=50, warmup_iters=10, decay_lr=False, learning_rate=0.2)
+    assert learning_rate(4, config) == pytest.approx(0.2 * 5 / 11, rel=1e-12)
+    assert {learning_rate(step, config) for step in range(10, 200)} == {0.2}
+
+
+@pytest.mark.parametrize("warmup, end", [(10, 10), (50, 10), (100, 20), (0, 1)])
+def test_a_warmup_that_outlasts_the_decay_divides_by_nothing(warmup, end):
+    config = TrainConfig(warmup_iters=warmup, lr_decay_iters=end, max_iters=60)
+    rates = [learning_rate(step, config) for step in range(200)]
+    assert all(0 < rate <= config.learning_rate for rate in rates)

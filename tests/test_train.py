@@ -1,0 +1,214 @@
+"""Training: resumed runs, accumulation, non-finite losses, signals, refusals."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from conftest import ROOT
+
+from gpt import GPT, GPTConfig
+from tinygpt import checkpoint
+from tinygpt.config import TrainConfig
+from tinygpt.tokenizer import ByteTokenizer
+from train import Run, train
+
+TINY = GPTConfig(block_size=8, vocab_size=256, n_layer=1, n_head=2, n_embd=16)
+FLAGS = ("--tokenizer", "byte", "--block_size", 8, "--n_layer", 1, "--n_head", 2, "--n_embd", 16,
+         "--batch_size", 4, "--eval_iters", 1, "--log_interval", 1)
+
+
+@pytest.fixture
+def config(tmp_path):
+    return TrainConfig(tokenizer="byte", out_dir=str(tmp_path / "out"), batch_size=4, max_iters=6,
+                       eval_interval=3, eval_iters=1, log_interval=1, warmup_iters=2,
+                       learning_rate=1e-2, lr_decay_iters=6)
+
+
+def losses(out_dir) -> dict[int, float]:
+    lines = (out_dir / "metrics.jsonl").read_text().splitlines()
+    return {r["iter"]: r["loss"] for r in map(json.loads, lines) if "loss" in r}
+
+
+def weights(model) -> dict[str, np.ndarray]:
+    return {k: w.numpy() for k, w in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(config, text, tmp_path, accumulation):
+    config = replace(config, gradient_accumulation_steps=accumulation)
+    shape = replace(TINY, dropout=0.2)
+    whole = GPT(shape)
+    train(whole, config, text)
+    expected = losses(tmp_path / "out")
+
+    parts = replace(config, out_dir=str(tmp_path / "parts"))
+    train(GPT(shape), replace(parts, max_iters=3), text)
+    rest = GPT(shape, seed=99)  # its own weights do not matter
+    train(rest, replace(parts, resume=True), text)
+    assert losses(tmp_path / "parts") == expected
+    for name, w in weights(whole).items():
+        assert np.array_equal(w, weights(rest)[name]), name
+
+
+def test_accumulation_equals_one_large_batch(config, text, tmp_path):
+    train(GPT(TINY), config, text)
+    large = losses(tmp_path / "out")
+    small = replace(config, batch_size=2, gradient_accumulation_steps=2,
+                    out_dir=str(tmp_path / "small"))
+    train(GPT(TINY), small, text)
+    assert np.allclose(list(large.values()), list(losses(tmp_path / "small").values()), atol=1e-5)
+
+
+def test_portable_kernels_train_as_the_reference_does(config, text, tmp_path):
+    train(GPT(TINY), config, text)
+    portable = losses(tmp_path / "out")
+    train(GPT(TINY), replace(config, kernels="reference"), text)
+    assert (tmp_path / "out" / "run_1" / "metrics.jsonl").exists()
+    assert np.allclose(list(portable.values()), list(losses(tmp_path / "out").values()), atol=1e-4)
+
+
+def test_one_batch_overfits(config, tmp_path):
+    ids = np.tile(np.random.default_rng(1).integers(0, 256, 8), 40)
+    result = train(GPT(TINY), replace(config, max_iters=150, eval_interval=150, lr_decay_iters=150,
+                                      learning_rate=3e-2), ids)
+    assert result.train_loss < 0.1 and result.val_loss < 0.1
+    assert result.best_val_loss == result.val_loss and result.iter_num == 150
+
+
+def test_a_non_finite_loss_changes_nothing_and_stops_with_advice(config, text):
+    model = GPT(TINY)
+    poisoned = weights(model)
+    poisoned["ln_f.bias"][3] = np.nan
+    model.load_state_dict(poisoned)
+    with pytest.raises(ValueError, match="--learning_rate"):
+        train(model, replace(config, max_iters=50), text)
+    for name, w in weights(model).items():
+        assert np.array_equal(w, poisoned[name], equal_nan=True), name
+
+
+def test_dropout_is_fresh_at_every_step(config, text):
+    from tinygpt.data import load_data
+    run = Run(GPT(replace(TINY, dropout=0.5)), replace(config, learning_rate=1e-30),
+              load_data(text, "byte", 256))
+    batch = run.batches.batch(0)
+    run.batches.batch = lambda number: batch
+    seen = set()
+    for _ in range(5):
+        seen.add(run._step(0.0)[0])
+        run.iter_num += 1
+    assert len(seen) == 5
+
+
+def test_an_array_a_string_and_a_file_give_the_same_run(config, text, text_file, tmp_path):
+    one = replace(config, max_iters=1, eval_interval=1)
+    found = []
+    ids = np.array(ByteTokenizer().encode(text))
+    for data in (text, text_file, str(text_file), ids):
+        train(GPT(TINY), one, data)
+        found.append(losses(tmp_path / "out"))
+    assert found[0] == found[1] == found[2] == found[3]
+    assert sorted(p.name for p in (tmp_path / "out").glob("run_*")) == ["run_1", "run_2", "run_3"]
+
+
+def test_a_resume_with_another_model_or_tokenizer_is_refused(config, text, tmp_path):
+    train(GPT(TINY), replace(config, max_iters=1, eval_interval=1), text)
+    again = replace(config, resume=True)
+    before = {p: p.read_bytes() for p in (tmp_path / "out").iterdir()}
+    with pytest.raises(ValueError, match=r"n_embd=16, but n_embd=32"):
+        train(GPT(replace(TINY, n_embd=32)), again, text)
+    with pytest.raises(ValueError, match="another tokenizer"):
+        train(GPT(TINY), replace(again, tokenizer="char"), text)
+    with pytest.raises(ValueError, match="no checkpoint"):
+        train(GPT(TINY), replace(again, out_dir=str(tmp_path / "none")), text)
+    assert {p: p.read_bytes() for p in (tmp_path / "out").iterdir()} == before
+
+
+def test_data_that_does_not_fit_the_model_is_refused(config, text):
+    with pytest.raises(ValueError, match="token id 300"):
+        train(GPT(TINY), config, np.full(500, 300))
+    with pytest.raises(ValueError, match=r"256 ids.*vocab_size=100"):
+        train(GPT(replace(TINY, vocab_size=100)), config, text)
+
+
+def test_checkpoints_rotate_and_the_best_stays(config, text, tmp_path):
+    result = train(GPT(TINY), replace(config, eval_interval=1, keep=2), text)
+    names = sorted(p.name for p in (tmp_path / "out").glob("*.safetensors"))
+    assert names == ["best.safetensors", "ckpt_5.safetensors", "ckpt_6.safetensors"]
+    facts = checkpoint.load_metadata(result.best)
+    assert facts["best_val_loss"] == result.best_val_loss
+
+
+def test_the_command_trains_tells_and_resumes(command, text_file, tmp_path):
+    done = command("train.py", "--data", text_file, *FLAGS, "--max-iters=4", "--eval_interval", 2)
+    assert done.returncode == 0, done.stderr
+    assert "step 4: train loss" in done.stdout and "iter 3: loss" in done.stdout
+    assert "sample 4:" in done.stdout and "compiling" in done.stderr
+    out = tmp_path / "checkpoints"
+    assert {"best.safetensors", "ckpt_4.safetensors", "config.json", "loss.png",
+            "metrics.jsonl"} <= set(os.listdir(out))
+    more = command("train.py", "--resume", "--max_iters", 6)
+    assert more.returncode == 0, more.stderr
+    assert "resuming after step 4" in more.stderr and "iter 6: loss" in more.stdout
+    refused = command("train.py", "--resume", "--n_layer", 2)
+    assert refused.returncode == 2
+    assert "n_layer=1, but n_layer=2" in refused.stderr.splitlines()[-1]
+
+
+def start(tmp_path, text_file, *flags) -> subprocess.Popen:
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "train.py"), "--data", str(text_file), "--max_iters", "100000",
+         "--eval_interval", "5", *map(str, FLAGS), *flags], cwd=tmp_path, env=env, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def wait_for_a_checkpoint(folder, process) -> None:
+    for _ in range(1200):
+        if list(folder.glob("ckpt_*")) or process.poll() is not None:
+            return
+        time.sleep(0.1)
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_says_how_to_go_on(tmp_path, text_file, command, signum):
+    process = start(tmp_path, text_file)
+    wait_for_a_checkpoint(tmp_path / "checkpoints", process)
+    process.send_signal(signum)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 128 + signum, err
+    assert "python train.py --resume" in err.splitlines()[-1]
+    saved = checkpoint.newest(tmp_path / "checkpoints")
+    last = max(losses(tmp_path / "checkpoints"))
+    assert saved.name == f"ckpt_{last}.safetensors"
+
+
+def test_a_killed_run_goes_on_from_its_last_whole_checkpoint(tmp_path, text_file, command):
+    process = start(tmp_path, text_file)
+    wait_for_a_checkpoint(tmp_path / "checkpoints", process)
+    process.kill()
+    process.communicate()
+    last = checkpoint.load_metadata(checkpoint.newest(tmp_path / "checkpoints"))["iter_num"]
+    done = command("train.py", "--resume", "--max_iters", last + 2)
+    assert done.returncode == 0, done.stderr
+    assert f"resuming after step {last}" in done.stderr
+    assert sorted(losses(tmp_path / "checkpoints")) == list(range(1, last + 3))
+
+
+@pytest.mark.parametrize(("flags", "says"), [
+    (("--n_lay", "3"), "unrecognized arguments: --n_lay"),
+    (("--n_embd", "30", "--n_head", "4"), "n_embd=30 is not divisible by n_head=4"),
+    (("--data", "missing.txt"), "there is no data at missing.txt"),
+    (("--device", "nonsense"), "there is no device 'nonsense'"),
+    (("--resume",), "there is no run in checkpoints"),
+    (("--max_iters", "0"), "max_iters=0 is out of range")])
+def test_a_mistake_gets_one_line_and_status_2(command, tmp_path, flags, says):
+    done = command("train.py", *flags)
+    assert done.returncode == 2 and done.stdout == ""
+    assert len(done.stderr.splitlines()) == 1 and says in done.stderr
+    assert os.listdir(tmp_path) == []

@@ -1,0 +1,180 @@
+"""The operations in C, for float32 on tinygrad's CPU device.
+
+Each C file stands beside this one and says what it computes. It is compiled once for a machine
+and takes its sizes when it runs. `fits` says which tensors these functions can take.
+"""
+
+from tinygrad import Tensor, UOp, dtypes
+
+from tinygpt.kernels.cpu.launch import Kernel, constants, untransposed
+
+FLOAT_IN, FLOAT_OUT = "const float*", "float*"
+GEMV_ROWS = 4  # as many rows at most are cheaper as dot products than packed
+
+
+def fits(*tensors: Tensor | None) -> bool:
+    """Are these, but for integers and what is None, float32 on the CPU?"""
+    return all(t is None or (str(t.device) == "CPU" and
+                             (t.dtype == dtypes.float32 or dtypes.is_int(t.dtype)))
+               for t in tensors)
+
+
+def linear(x, weight, bias=None, residual=None):
+    N, K = weight.shape
+    rows = x.numel() // K
+    shapes = x.shape, weight.shape, bias is not None, residual is not None
+
+    def gradient(dy: Tensor, _) -> list[Tensor | None]:
+        x_shape, w_shape, with_bias, with_residual = shapes
+        dx = _gemm("gemm.c", x_shape, dy, weight, (rows, K, N))
+        dw, *sums = _gemm("gemm.c", w_shape, dy, x, (N, K, rows), ta=1, sums=with_bias)
+        return [dx, dw, *sums, *([dy] if with_residual else [])]
+
+    return _gemm("gemv.c" if rows <= GEMV_ROWS else "gemm.c", (*x.shape[:-1], N), x, weight,
+                 (rows, N, K), bias, residual, tb=1, gradient=gradient)
+
+
+def _gemm(file, shape, a, b, sizes, bias=None, residual=None, ta=0, tb=0, sums=None, gradient=None):
+    """op(a) op(b) + bias + residual of `sizes` M, N, K, in a tensor of `shape`.
+
+    With `sums` not None a list of that and, if it is true, the column sums of a.
+    """
+    M, N, K = sizes
+    outputs, inputs = [Tensor.empty(*shape)], [a, b]
+    arguments = [(FLOAT_OUT, "c")]
+    defines = {"TA": ta, "TB": tb, "BIAS": 0, "RESIDUAL": 0, "SUMS": 0}
+    if sums:
+        outputs.append(Tensor.empty(M))
+        arguments.append((FLOAT_OUT, "sums"))
+        defines["SUMS"] = "sums"
+    arguments += [(FLOAT_IN, "a"), (FLOAT_IN, "b")]
+    for name, tensor in (("bias", bias), ("residual", residual)):
+        if tensor is not None:
+            inputs.append(tensor)
+            arguments.append((FLOAT_IN, name))
+            defines[name.upper()] = name
+    kernel = Kernel(file, tuple(arguments), tuple(defines.items()))
+    made = kernel(outputs, inputs, sizes, gradient, flops=2 * M * N * K)
+    return made[0] if sums is None else made
+
+
+def embedding(idx, weight):
+    N, (V, C) = idx.numel(), weight.shape
+    idx = idx.cast(dtypes.int32)
+
+    def gradient(dy: Tensor, _) -> list[Tensor | None]:
+        return [None, *Kernel("embedding_backward.c")([Tensor.empty(V, C)], [dy, idx], (N, V, C))]
+
+    return Kernel("embedding_forward.c")([Tensor.empty(*idx.shape, C)], [idx, weight], (N, C),
+                                         gradient)[0]
+
+
+def layer_norm(x, weight, bias=None, eps=1e-5):
+    return _norm(x, weight, bias, eps, rms=0)
+
+
+def rms_norm(x, weight, eps=1e-5):
+    return _norm(x, weight, None, eps, rms=1)
+
+
+def _norm(x, weight, bias, eps, rms):
+    C = x.shape[-1]
+    N = x.numel() // C
+    shape, with_bias = x.shape, bias is not None
+
+    def gradient(dy: Tensor, made: list[Tensor]) -> list[Tensor | None]:
+        outputs = [Tensor.empty(*shape), Tensor.empty(C), *([Tensor.empty(C)] if with_bias else [])]
+        names = [(FLOAT_OUT, n) for n in ("dx", "dweight", "dbias")[:len(outputs)]]
+        names += [(FLOAT_IN, n) for n in ("dy", "x", "weight", "stats")]
+        kernel = Kernel("norm_backward.c", tuple(names),
+                        (("RMS", rms), ("DBIAS", "dbias" if with_bias else "((float*)0)")))
+        return [*kernel(outputs, [dy, x, weight, made[1]], (N, C)), None]
+
+    names = [(FLOAT_OUT, "y"), (FLOAT_OUT, "stats"), (FLOAT_IN, "x"), (FLOAT_IN, "weight")]
+    names += [(FLOAT_IN, "bias")] if with_bias else []
+    kernel = Kernel("norm_forward.c", tuple(names), (("RMS", rms),
+                                                     ("BIAS", "bias" if with_bias else 0)))
+    inputs = [x, weight, *([bias] if with_bias else []), constants(dtypes.float32, eps)]
+    return kernel([Tensor.empty(*shape), Tensor.empty(N, 2)], inputs, (N, C), gradient)[0]
+
+
+def gelu(x, tanh=False):
+    return _activation("GELU_TANH" if tanh else "GELU", x)
+
+
+def swiglu(gate, up):
+    return _activation("SWIGLU", gate, up)
+
+
+def _activation(kind: str, *inputs: Tensor) -> Tensor:
+    n, shapes = inputs[0].numel(), [x.shape for x in inputs]
+    names = [(FLOAT_IN, name) for name in ("x", "up")[:len(inputs)]]
+    up = "up" if len(inputs) == 2 else 0
+
+    def gradient(dy: Tensor, _) -> list[Tensor]:
+        outputs = [(FLOAT_OUT, name) for name in ("out", "out_up")[:len(inputs)]]
+        kernel = Kernel("activation.c", (*outputs, (FLOAT_IN, "dy"), *names),
+                        ((kind, 1), ("BACKWARD", 1), ("DY", "dy"), ("UP", up),
+                         ("OUT_UP", "out_up" if up else 0)))
+        return kernel([Tensor.empty(*s) for s in shapes], [dy, *inputs], (n,))
+
+    kernel = Kernel("activation.c", ((FLOAT_OUT, "out"), *names),
+                    ((kind, 1), ("BACKWARD", 0), ("DY", 0), ("UP", up), ("OUT_UP", 0)))
+    return kernel([Tensor.empty(*shapes[0])], list(inputs), (n,), gradient)[0]
+
+
+def attention(q, k, v, offset=0, window=None, dropout_p=0.0, dropout_key=None):
+    B, H, T, D = q.shape
+    G, S = k.shape[1:3]
+    inputs, strides = zip(*[_strided(x) for x in (q, k, v)], strict=True)
+    drops = dropout_p > 0 and dropout_key is not None
+    if isinstance(offset, UOp):
+        offset = (Tensor.zeros(1, dtype=dtypes.int32) + offset).contiguous()
+    else:
+        offset = constants(dtypes.int32, offset)
+    key = dropout_key if drops else constants(dtypes.uint32, 0)
+    sizes = (B, H, G, T, S, D, *sum(strides, ()), window or 0,
+             int(dropout_p * 2**32) if drops else 0)
+    flops = 2 * B * H * D * T * (2 * S - T)
+
+    def gradient(dy: Tensor, made: list[Tensor]) -> list[Tensor | None]:
+        outputs = [Tensor.empty(*x.shape) for x in inputs] + [Tensor.empty(B, H, T)]
+        grads = Kernel("attention_backward.c")(
+            outputs, [dy, *made, *inputs, offset, key], sizes, flops=flops * 5 // 2)
+        return [*grads[:3], None, None]
+
+    out = Kernel("attention_forward.c")(
+        [Tensor.empty(B, T, H, D), Tensor.empty(B, H, T)], [*inputs, offset, key], sizes, gradient,
+        flops)[0]
+    return out.transpose(1, 2)
+
+
+def _strided(x: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
+    """The memory that x (B, H, T, D) is read from, and its batch, head and row strides."""
+    if (y := untransposed(x)) is not None:
+        _, T, H, D = y.shape
+        return y, (T * H * D, D, H * D)
+    _, H, T, D = x.shape
+    return x, (H * T * D, T * D, D)
+
+
+def cross_entropy(logits, targets, label_smoothing=0.0, z_loss=0.0, ignore_index=-1):
+    N, V = logits.shape
+    targets = targets.cast(dtypes.int32)
+    options = constants(dtypes.float32, label_smoothing, z_loss, ignore_index)
+
+    def gradient(dloss: Tensor, made: list[Tensor]) -> list[Tensor | None]:
+        dx = Kernel("cross_entropy_backward.c")(
+            [Tensor.empty(N, V)], [dloss, logits, targets, made[1], options], (N, V))
+        return [*dx, None, None]
+
+    loss = Kernel("cross_entropy_forward.c")(
+        [Tensor.empty(N), Tensor.empty(N)], [logits, targets, options], (N, V), gradient)[0]
+    return loss.sum() / (targets != ignore_index).sum()
+
+
+def adamw(p, m, v, grad, options):
+    updated = Kernel("adamw.c")([p, m, v], [grad, options], (p.numel(),))
+    for old, new in zip((p, m, v), updated, strict=True):
+        old.replace(new)
+    return [p, m, v]

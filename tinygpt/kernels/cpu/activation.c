@@ -1,0 +1,71 @@
+/* One activation, forward or backward, over n elements. KIND names it:
+ *   GELU (arXiv:1606.08415), GELU_TANH, its approximation, SWIGLU (arXiv:2002.05202) of two inputs
+ * With BACKWARD 1 the first input is the gradient of the output. */
+#include "pool.h"
+#include "vector.h"
+
+typedef struct {
+  const float *dy, *x, *up;
+  float *out, *out_up;
+  long n, tasks;
+} activation_t;
+
+static void some_elements(void* args, int index);
+
+KERNEL void NAME(ARGUMENTS const long* dims, const u64* table) {
+  pool_t* pool = (pool_t*)table[0];
+  activation_t g = {.dy = DY, .x = x, .up = UP, .out = out, .out_up = OUT_UP, .n = dims[0]};
+  g.tasks = MAX(1, MIN(4 * (long)pool->threads, g.n / 4096));
+  parallel_for(pool, some_elements, &g, g.tasks);
+}
+
+/* erf(z), z >= 0, given exp(-z^2), to 1.5e-7 (Abramowitz and Stegun 7.1.26) */
+HOT vfloat verf(vfloat z, vfloat e) {
+  const vfloat t = 1.0f / (1.0f + 0.3275911f * z);
+  vfloat p = 1.061405429f * t - 1.453152027f;
+  p = p * t + 1.421413741f;
+  p = p * t - 0.284496736f;
+  p = p * t + 0.254829592f;
+  return 1.0f - t * p * e;
+}
+
+HOT vfloat sigmoid(vfloat x) { return 1.0f / (1.0f + vexp(-x)); }
+
+/* y, or with the gradient dy of y: dx, and for SWIGLU dup */
+HOT vfloat apply(vfloat dy, vfloat x, vfloat up, vfloat* dup) {
+#if GELU
+  const vfloat e = vexp2(x * x * (-0.5f * LOG2E));
+  const vfloat half = 0.5f * verf(vabs(x) * 0.70710678f, e);
+  const vfloat cdf = 0.5f + select(x < 0.f, -half, half);
+  return BACKWARD ? dy * (cdf + x * e * 0.39894228f) : x * cdf;
+#elif GELU_TANH
+  const vfloat x2 = x * x;
+  const vfloat s = sigmoid(1.5957691f * x * (1.0f + 0.044715f * x2)); /* (1 + tanh(z)) / 2 */
+  const vfloat slope = 1.5957691f * (1.0f + 0.134145f * x2);
+  return BACKWARD ? dy * (s + x * s * (1.0f - s) * slope) : x * s;
+#else
+  const vfloat s = sigmoid(x);
+  *dup = dy * x * s;
+  return BACKWARD ? dy * up * s * (1.0f + x * (1.0f - s)) : x * s * up;
+#endif
+}
+
+KERNEL static void some_elements(void* args, int index) {
+  const activation_t* g = args;
+  const vfloat zero = (vfloat)0.f;
+  const long first = g->n * index / g->tasks, last = g->n * (index + 1) / g->tasks;
+  for (long i = first; i < last; i += LANES) {
+    vfloat dup = zero;
+    if (i + LANES <= last) {
+      STORE(g->out + i, apply(g->dy ? LOAD(g->dy + i) : zero, LOAD(g->x + i),
+                              g->up ? LOAD(g->up + i) : zero, &dup));
+      if (g->out_up) STORE(g->out_up + i, dup);
+      continue;
+    }
+    for (long j = i; j < last; j++) {
+      g->out[j] = apply((vfloat)(g->dy ? g->dy[j] : 0.f), (vfloat)g->x[j],
+                        (vfloat)(g->up ? g->up[j] : 0.f), &dup)[0];
+      if (g->out_up) g->out_up[j] = dup[0];
+    }
+  }
+}

@@ -1,0 +1,100 @@
+/* What both directions of causal flash attention share (arXiv:2205.14135, 2307.08691).
+ *
+ * Queries stand at positions offset + i and see keys j <= offset + i, with a window only those
+ * j > offset + i - window. Tiles of BQ queries and BK keys are copied to packed memory, D padded to
+ * DP with zeros, so that no micro kernel meets an edge. */
+#include "pool.h"
+#include "vector.h"
+
+#define BQ 64
+#define BK 64
+#define TILE(rows, cols) \
+  ((float*)__builtin_alloca_with_align((rows) * (cols) * sizeof(float), 512))
+
+typedef struct { long batch, head, row; } strides_t;   /* in floats; D itself is contiguous */
+
+typedef struct {
+  const float *q, *k, *v, *dout;
+  float *out, *lse, *delta, *dq, *dk, *dv;
+  strides_t qs, ks, vs, os;
+  long B, H, G, T, S, D, DP;
+  long offset, window;           /* window 0: none */
+  unsigned dropout, key;         /* dropout: its probability times 2^32 */
+  float scale, keep;             /* 1 / sqrt(D), 1 / (1 - dropout) */
+} attention_t;
+
+#define AT(p, strides, b, h, i) ((p) + (b) * (strides).batch + (h) * (strides).head + (i) * (strides).row)
+
+HOT void set_sizes(attention_t* a, const long* dims, const int* offset, const unsigned* key) {
+  a->B = dims[0], a->H = dims[1], a->G = dims[2], a->T = dims[3], a->S = dims[4], a->D = dims[5];
+  a->qs = (strides_t){dims[6], dims[7], dims[8]};
+  a->ks = (strides_t){dims[9], dims[10], dims[11]};
+  a->vs = (strides_t){dims[12], dims[13], dims[14]};
+  a->os = (strides_t){a->T * a->H * a->D, a->D, a->H * a->D};
+  a->window = dims[15];
+  a->dropout = (unsigned)dims[16];
+  a->DP = ROUND_UP(a->D, COLS);
+  a->offset = offset[0];
+  a->key = key[0];
+  a->scale = 1.0f / __builtin_sqrtf((float)a->D);
+  a->keep = 1.0f / (1.0f - (float)a->dropout * 0x1p-32f);
+}
+
+/* the keys [*first, *last) that the queries i0 .. i0 + n - 1 may see */
+HOT void visible_keys(const attention_t* a, long i0, long n, long* first, long* last) {
+  *last = MIN(a->S, a->offset + i0 + n);
+  *first = a->window ? MAX(0, a->offset + i0 - a->window + 1) : 0;
+}
+
+/* does every one of the queries see every one of the keys? */
+HOT int all_visible(const attention_t* a, long i0, long ni, long j0, long nj) {
+  return j0 + nj - 1 <= a->offset + i0 &&
+         (!a->window || j0 > a->offset + i0 + ni - 1 - a->window);
+}
+
+/* dst (rows x DP) = n rows of D, the rest zero */
+HOT void load_tile(float* dst, const float* src, long stride, long n, long rows, long D, long DP) {
+  for (long r = 0; r < rows; r++) {
+    long c = 0;
+    if (r < n) {
+      for (; c + LANES <= D; c += LANES) STORE(dst + r * DP + c, LOAD(src + r * stride + c));
+      for (; c < D; c++) dst[r * DP + c] = src[r * stride + c];
+    }
+    for (; c < DP; c++) dst[r * DP + c] = 0.f;
+  }
+}
+
+/* dst (D x cols) = the transpose of n rows of D times factor, the rest zero */
+HOT void load_transposed(float* dst, const float* src, long stride, long n, long cols, long D,
+                         float factor) {
+  long r = 0;
+  for (; r + 4 <= n; r += 4) {
+    long c = 0;
+    for (; c + 4 <= D; c += 4) transpose4(src + r * stride + c, stride, dst + c * cols + r, cols);
+    for (; c < D; c++)
+      for (long x = r; x < r + 4; x++) dst[c * cols + x] = src[x * stride + c];
+  }
+  for (; r < cols; r++)
+    for (long c = 0; c < D; c++) dst[c * cols + r] = r < n ? src[r * stride + c] : 0.f;
+  if (factor != 1.0f)
+    for (long x = 0; x < D * cols; x += LANES) STORE(dst + x, LOAD(dst + x) * factor);
+}
+
+HOT void store_tile(float* dst, long stride, const float* src, long n, long D, long DP) {
+  for (long r = 0; r < n; r++) {
+    long c = 0;
+    for (; c + LANES <= D; c += LANES) STORE(dst + r * stride + c, LOAD(src + r * DP + c));
+    for (; c < D; c++) dst[r * stride + c] = src[r * DP + c];
+  }
+}
+
+HOT void fill(float* dst, long n, float x) {
+  for (long i = 0; i < n; i += LANES) STORE(dst + i, (vfloat)x);
+}
+
+/* keep or 0 for elements of the weights (B, H, T, S), the first at `index`, `step` apart */
+HOT vfloat dropout_factor(const attention_t* a, u64 index, unsigned step) {
+  const vint iota = IOTA;
+  const vuint bits = random_bits((unsigned)index + (vuint)iota * step, a->key);
+  return select(bits >= a->dropout, (vfloat)a->keep, (vfloat)0.f);
+}

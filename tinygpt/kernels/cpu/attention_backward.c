@@ -1,0 +1,185 @@
+/* Causal flash attention, backward. With P the weights, recomputed tile by tile from lse, Z their
+ * dropout factors, and delta the sum over D of dout * out:
+ *   dV = (P Z)^T dout,  dS = P (Z (dout V^T) - delta),  dK = dS^T Q / sqrt(D),  dQ = dS K / sqrt(D)
+ * A task takes one kv head and walks its tiles of keys, adding to dq as it goes. Where there are
+ * fewer kv heads than threads, a task takes one tile of keys for dk and dv alone, and a second round
+ * of tasks, one tile of queries each, computes dq. */
+#include "attention.h"
+
+static void head_task(void* args, int index);
+static void key_task(void* args, int index);
+static void query_task(void* args, int index);
+static void delta_task(void* args, int index);
+
+KERNEL void NAME(float* dq, float* dk, float* dv, float* delta, const float* dout,
+                 const float* out, const float* lse, const float* q, const float* k,
+                 const float* v, const int* offset, const unsigned* key, const long* dims,
+                 const u64* table) {
+  pool_t* pool = (pool_t*)table[0];
+  attention_t a = {.q = q, .k = k, .v = v, .dout = dout, .out = (float*)out, .lse = (float*)lse,
+                   .delta = delta, .dq = dq, .dk = dk, .dv = dv};
+  set_sizes(&a, dims, offset, key);
+  parallel_for(pool, delta_task, &a, a.B * a.H);
+  if (a.B * a.G >= (long)pool->threads) {
+    parallel_for(pool, head_task, &a, a.B * a.G);
+  } else {
+    parallel_for(pool, key_task, &a, a.B * a.G * ((a.S + BK - 1) / BK));
+    parallel_for(pool, query_task, &a, a.B * a.H * ((a.T + BQ - 1) / BQ));
+  }
+}
+
+KERNEL static void delta_task(void* args, int head) {
+  const attention_t* a = args;
+  const long b = head / a->H, h = head % a->H;
+  for (long i = 0; i < a->T; i++) {
+    const float *x = AT(a->dout, a->os, b, h, i), *y = AT(a->out, a->os, b, h, i);
+    vfloat sum = (vfloat)0.f;
+    long d = 0;
+    for (; d + LANES <= a->D; d += LANES) sum += LOAD(x + d) * LOAD(y + d);
+    float s = vsum(sum);
+    for (; d < a->D; d++) s += x[d] * y[d];
+    a->delta[head * a->T + i] = s;
+  }
+}
+
+typedef struct {
+  float *kt, *vt, *keys, *dk, *dv;   /* of the keys: transposed (D x BK), packed, gradients */
+  float *q, *dout, *dq;              /* of the queries, packed (BQ x DP) */
+  float *p, *ds;                     /* weights, after dropout, and their gradient (BQ x BK) */
+} tiles_t;
+
+#define TILES(a) {TILE((a)->D, BK), TILE((a)->D, BK), TILE(BK, (a)->DP), TILE(BK, (a)->DP), \
+                  TILE(BK, (a)->DP), TILE(BQ, (a)->DP), TILE(BQ, (a)->DP), TILE(BQ, (a)->DP), \
+                  TILE(BQ, BK), TILE(BQ, BK)}
+
+HOT void load_keys(const attention_t* a, tiles_t t, long b, long group, long j0, long nj) {
+  const float *k = AT(a->k, a->ks, b, group, j0), *v = AT(a->v, a->vs, b, group, j0);
+  load_transposed(t.kt, k, a->ks.row, nj, BK, a->D, 1.0f);
+  load_transposed(t.vt, v, a->vs.row, nj, BK, a->D, 1.0f);
+  load_tile(t.keys, k, a->ks.row, nj, BK, a->D, a->DP);
+}
+
+HOT void load_queries(const attention_t* a, tiles_t t, long b, long h, long i0, long n) {
+  load_tile(t.q, AT(a->q, a->qs, b, h, i0), a->qs.row, n, BQ, a->D, a->DP);
+  load_tile(t.dout, AT(a->dout, a->os, b, h, i0), a->os.row, n, BQ, a->D, a->DP);
+}
+
+/* p and ds of a tile of queries and keys */
+HOT void weights(const attention_t* a, tiles_t t, long head, long i0, long n, long j0, long nj) {
+  const vint iota = IOTA;
+  const int masked = !all_visible(a, i0, n, j0, nj) || nj < BK;
+  for (long i = 0; i < n; i += ROWS)
+    for (long j = 0; j < BK; j += COLS) {
+      if (j >= nj || j0 + j > a->offset + i0 + i + ROWS - 1) {
+        for (long r = i; r < i + ROWS; r++) {
+          fill(t.p + r * BK + j, COLS, 0.f);
+          fill(t.ds + r * BK + j, COLS, 0.f);
+        }
+        continue;
+      }
+      micro_kernel(t.q + i * a->DP, a->DP, 1, t.kt + j, BK, t.p + i * BK + j, BK, 0, a->D, 0);
+      micro_kernel(t.dout + i * a->DP, a->DP, 1, t.vt + j, BK, t.ds + i * BK + j, BK, 0, a->D, 0);
+      for (long r = i; r < i + ROWS; r++) {
+        const int real = r < n, at = (int)(a->offset + i0 + r);
+        const long row = head * a->T + i0 + r;
+        const float lse = real ? a->lse[row] : 0.f, delta = real ? a->delta[row] : 0.f;
+        const int first = a->window ? at - (int)a->window + 1 : 0;
+        for (long x = j; x < j + COLS; x += LANES) {
+          vfloat p = vexp2(LOAD(t.p + r * BK + x) * (a->scale * LOG2E) - lse);
+          vfloat dp = LOAD(t.ds + r * BK + x);
+          if (masked || !real) {
+            const vint key = iota + (int)(j0 + x), end = (vint)(int)(real ? j0 + nj : 0);
+            p = select((key <= at) & (key >= first) & (key < end), p, (vfloat)0.f);
+          }
+          vfloat kept = p;
+          if (a->dropout) {
+            const vfloat factor = dropout_factor(a, (u64)(row * a->S + j0 + x), 1);
+            dp *= factor;
+            kept *= factor;
+          }
+          STORE(t.p + r * BK + x, kept);
+          STORE(t.ds + r * BK + x, p * (dp - delta) * a->scale);
+        }
+      }
+    }
+}
+
+/* dv += p^T dout, dk += ds^T q */
+HOT void add_key_gradients(const attention_t* a, tiles_t t, long n, long nj) {
+  for (long j = 0; j < nj; j += ROWS)
+    for (long d = 0; d < a->DP; d += COLS) {
+      micro_kernel(t.p + j, 1, BK, t.dout + d, a->DP, t.dv + j * a->DP + d, a->DP, 0, n, 1);
+      micro_kernel(t.ds + j, 1, BK, t.q + d, a->DP, t.dk + j * a->DP + d, a->DP, 0, n, 1);
+    }
+}
+
+/* dq += ds k */
+HOT void add_query_gradients(const attention_t* a, tiles_t t, long i0, long n, long j0, long nj) {
+  for (long i = 0; i < n; i += ROWS) {
+    const long seen = MIN(nj, a->offset + i0 + i + ROWS - j0);
+    if (seen <= 0) continue;
+    for (long d = 0; d < a->DP; d += COLS)
+      micro_kernel(t.ds + i * BK, BK, 1, t.keys + d, a->DP, t.dq + i * a->DP + d, a->DP, 0, seen, 1);
+  }
+}
+
+/* The gradients of one tile of keys; with_queries also adds its part of dq, which is zero where no
+ * earlier tile has added to it. */
+HOT void key_tile(const attention_t* a, tiles_t t, long b, long group, long j0, int with_queries) {
+  const long per_group = a->H / a->G, nj = MIN(a->S - j0, BK);
+  load_keys(a, t, b, group, j0, nj);
+  fill(t.dk, BK * a->DP, 0.f);
+  fill(t.dv, BK * a->DP, 0.f);
+  const long lowest = MAX(0, j0 - a->offset) / BQ * BQ;
+  for (long h = group * per_group; h < (group + 1) * per_group; h++)
+    for (long i0 = lowest; i0 < a->T; i0 += BQ) {
+      const long n = MIN(a->T - i0, BQ);
+      if (a->window && j0 + nj - 1 <= a->offset + i0 - a->window) break;
+      load_queries(a, t, b, h, i0, n);
+      weights(a, t, b * a->H + h, i0, n, j0, nj);
+      add_key_gradients(a, t, n, nj);
+      if (!with_queries) continue;
+      float* dq = AT(a->dq, a->qs, b, h, i0);
+      load_tile(t.dq, dq, a->qs.row, n, BQ, a->D, a->DP);
+      add_query_gradients(a, t, i0, n, j0, nj);
+      store_tile(dq, a->qs.row, t.dq, n, a->D, a->DP);
+    }
+  store_tile(AT(a->dk, a->ks, b, group, j0), a->ks.row, t.dk, nj, a->D, a->DP);
+  store_tile(AT(a->dv, a->vs, b, group, j0), a->vs.row, t.dv, nj, a->D, a->DP);
+}
+
+KERNEL static void head_task(void* args, int index) {
+  const attention_t* a = args;
+  const long b = index / a->G, group = index % a->G, per_group = a->H / a->G;
+  tiles_t t = TILES(a);
+  for (long h = group * per_group; h < (group + 1) * per_group; h++)
+    for (long i = 0; i < a->T; i++)
+      for (long d = 0; d < a->D; d++) AT(a->dq, a->qs, b, h, i)[d] = 0.f;
+  for (long j0 = 0; j0 < a->S; j0 += BK) key_tile(a, t, b, group, j0, 1);
+}
+
+KERNEL static void key_task(void* args, int index) {
+  const attention_t* a = args;
+  const long tiles = (a->S + BK - 1) / BK, head = index / tiles;
+  tiles_t t = TILES(a);
+  key_tile(a, t, head / a->G, head % a->G, index % tiles * BK, 0);
+}
+
+KERNEL static void query_task(void* args, int index) {
+  const attention_t* a = args;
+  const long tiles = (a->T + BQ - 1) / BQ, head = index / tiles;
+  const long b = head / a->H, h = head % a->H, group = h / (a->H / a->G);
+  const long i0 = (tiles - 1 - index % tiles) * BQ, n = MIN(a->T - i0, BQ);
+  tiles_t t = TILES(a);
+  long first, last;
+  visible_keys(a, i0, n, &first, &last);
+  load_queries(a, t, b, h, i0, n);
+  fill(t.dq, BQ * a->DP, 0.f);
+  for (long j0 = first / BK * BK; j0 < last; j0 += BK) {
+    const long nj = MIN(last - j0, BK);
+    load_keys(a, t, b, group, j0, nj);
+    weights(a, t, head, i0, n, j0, nj);
+    add_query_gradients(a, t, i0, n, j0, nj);
+  }
+  store_tile(AT(a->dq, a->qs, b, h, i0), a->qs.row, t.dq, n, a->D, a->DP);
+}

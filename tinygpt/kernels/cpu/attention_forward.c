@@ -1,0 +1,93 @@
+/* Causal flash attention, forward: out (B, T, H, D), and for the backward pass the logarithm to
+ * base 2 of each softmax's denominator, lse (B, H, T). Scores are kept transposed, S[j][i], so that
+ * the lanes of a vector are queries and the softmax needs no reduction across lanes. */
+#include "attention.h"
+
+static void query_tile(void* args, int index);
+
+KERNEL void NAME(float* out, float* lse, const float* q, const float* k, const float* v,
+                 const int* offset, const unsigned* key, const long* dims, const u64* table) {
+  attention_t a = {.q = q, .k = k, .v = v, .out = out, .lse = lse};
+  set_sizes(&a, dims, offset, key);
+  parallel_for((pool_t*)table[0], query_tile, &a, a.B * a.H * ((a.T + BQ - 1) / BQ));
+}
+
+/* the running maximum m, the sum s of the weights, and the factor by which both shrink */
+typedef struct { float *m, *s, *shrink; } softmax_t;
+
+/* weights 2^(S - m) of nj keys for LANES queries from i on, in place of the scores */
+HOT void weigh(const attention_t* a, softmax_t sm, float* scores, long head, long i0, long i,
+               long j0, long nj, int masked) {
+  const vint iota = IOTA;
+  const vint position = iota + (int)(a->offset + i0 + i);
+  const vint first = a->window ? position - (int)(a->window - 1) : (vint)0;
+  const vfloat before = LOAD(sm.m + i);
+  vfloat top = before, sum = (vfloat)0.f;
+  for (long j = 0; j < nj; j++) {
+    vfloat x = LOAD(scores + j * BQ + i);
+    if (masked) {
+      const vint key = (vint)(int)(j0 + j);
+      x = select((key <= position) & (key >= first), x, (vfloat)(-__builtin_inff()));
+      STORE(scores + j * BQ + i, x);
+    }
+    top = vmax(top, x);
+  }
+  for (long j = 0; j < nj; j++) {
+    const vfloat x = LOAD(scores + j * BQ + i);
+    vfloat p = vexp2(x - top);
+    if (masked) p = select(x == -__builtin_inff(), (vfloat)0.f, p);
+    sum += p;
+    if (a->dropout)
+      p *= dropout_factor(a, (u64)((head * a->T + i0 + i) * a->S + j0 + j), (unsigned)a->S);
+    STORE(scores + j * BQ + i, p);
+  }
+  const vfloat shrink = vexp2(before - top);
+  STORE(sm.m + i, top);
+  STORE(sm.s + i, LOAD(sm.s + i) * shrink + sum);
+  STORE(sm.shrink + i, shrink);
+}
+
+KERNEL static void query_tile(void* args, int index) {
+  const attention_t* a = args;
+  const long tiles = (a->T + BQ - 1) / BQ, D = a->D, DP = a->DP;
+  const long head = index / tiles, b = head / a->H, h = head % a->H, group = h / (a->H / a->G);
+  const long i0 = (tiles - 1 - index % tiles) * BQ;     /* the longest rows first */
+  const long n = MIN(a->T - i0, BQ), np = ROUND_UP(n, COLS);
+  float *qt = TILE(D, BQ), *keys = TILE(BK, DP), *values = TILE(BK, DP), *scores = TILE(BK, BQ);
+  float* out = TILE(BQ, DP);
+  softmax_t sm = {TILE(1, BQ), TILE(1, BQ), TILE(1, BQ)};
+  load_transposed(qt, AT(a->q, a->qs, b, h, i0), a->qs.row, n, BQ, D, a->scale * LOG2E);
+  fill(sm.m, BQ, -1e30f);
+  fill(sm.s, BQ, 0.f);
+  fill(out, BQ * DP, 0.f);
+  long first, last;
+  visible_keys(a, i0, n, &first, &last);
+  for (long j0 = first / BK * BK; j0 < last; j0 += BK) {
+    const long nj = MIN(last - j0, BK), rows = ROUND_UP(nj, ROWS);
+    const int masked = !all_visible(a, i0, n, j0, nj);
+    load_tile(keys, AT(a->k, a->ks, b, group, j0), a->ks.row, nj, rows, D, DP);
+    load_tile(values, AT(a->v, a->vs, b, group, j0), a->vs.row, nj, rows, D, DP);
+    for (long j = 0; j < rows; j += ROWS) {
+      /* columns of queries that end before key j0 + j see nothing of these rows */
+      const long from = MAX(0, j0 + j - a->offset - i0) / COLS * COLS;
+      for (long i = from; i < np; i += COLS)
+        micro_kernel(keys + j * DP, DP, 1, qt + i, BQ, scores + j * BQ + i, BQ, 0, D, 0);
+    }
+    for (long i = 0; i < np; i += LANES) weigh(a, sm, scores, head, i0, i, j0, nj, masked);
+    for (long i = 0; i < n; i++)
+      if (sm.shrink[i] != 1.0f)
+        for (long d = 0; d < DP; d += LANES)
+          STORE(out + i * DP + d, LOAD(out + i * DP + d) * sm.shrink[i]);
+    for (long i = 0; i < n; i += ROWS) {
+      const long seen = MIN(nj, a->offset + i0 + i + ROWS - j0);
+      for (long d = 0; d < DP; d += COLS)
+        micro_kernel(scores + i, 1, BQ, values + d, DP, out + i * DP + d, DP, 0, seen, 1);
+    }
+  }
+  for (long i = 0; i < n; i++) {
+    for (long d = 0; d < DP; d += LANES)
+      STORE(out + i * DP + d, LOAD(out + i * DP + d) / sm.s[i]);
+    a->lse[head * a->T + i0 + i] = sm.m[i] + slog2(sm.s[i]);
+  }
+  store_tile(AT(a->out, a->os, b, h, i0), a->os.row, out, n, D, DP);
+}

@@ -1,0 +1,58 @@
+/* For each row of logits x (N x V) with target y: log Z and the loss
+ *   log Z - (1 - s) x[y] - s mean(x) + z (log Z)^2,   s label smoothing, z z-loss,
+ * or 0 where y is ignored. Nothing of size V is kept. options: s, z, the ignored target. */
+#include "pool.h"
+#include "vector.h"
+
+typedef struct {
+  const float *x, *options;
+  const int* y;
+  float *loss, *log_z;
+  long N, V, tasks;
+} entropy_t;
+
+static void some_rows(void* args, int index);
+
+KERNEL void NAME(float* loss, float* log_z, const float* x, const int* y, const float* options,
+                 const long* dims, const u64* table) {
+  pool_t* pool = (pool_t*)table[0];
+  entropy_t g = {.x = x, .options = options, .y = y, .loss = loss, .log_z = log_z,
+                 .N = dims[0], .V = dims[1]};
+  g.tasks = MAX(1, MIN(4 * (long)pool->threads, g.N / 4));
+  parallel_for(pool, some_rows, &g, g.tasks);
+}
+
+KERNEL static void some_rows(void* args, int index) {
+  const entropy_t* g = args;
+  const long V = g->V, end = V / (4 * LANES) * (4 * LANES);
+  const float smoothing = g->options[0], z_loss = g->options[1];
+  for (long i = g->N * index / g->tasks; i < g->N * (index + 1) / g->tasks; i++) {
+    const float* x = g->x + i * V;
+    vfloat top[4], sum[4], total = (vfloat)0.f;
+    UNROLL for (int u = 0; u < 4; u++) top[u] = (vfloat)(-__builtin_inff());
+    long j;
+    for (j = 0; j < end; j += 4 * LANES)
+      UNROLL for (int u = 0; u < 4; u++) top[u] = vmax(top[u], LOAD(x + j + u * LANES));
+    float m = vmaximum(vmax(vmax(top[0], top[1]), vmax(top[2], top[3])));
+    for (; j < V; j++) m = MAX(m, x[j]);
+
+    UNROLL for (int u = 0; u < 4; u++) sum[u] = (vfloat)0.f;
+    for (j = 0; j < end; j += 4 * LANES)
+      UNROLL for (int u = 0; u < 4; u++) sum[u] += vexp(LOAD(x + j + u * LANES) - m);
+    float s = vsum((sum[0] + sum[1]) + (sum[2] + sum[3]));
+    for (; j < V; j++) s += sexp(x[j] - m);
+
+    float mean = 0.f;
+    if (smoothing != 0.f) {
+      for (j = 0; j < end; j += LANES) total += LOAD(x + j);
+      mean = vsum(total);
+      for (; j < V; j++) mean += x[j];
+      mean /= V;
+    }
+    const float lse = m + slog2(s) * LN2;
+    const int y = g->y[i];
+    g->log_z[i] = lse;
+    g->loss[i] = y == (int)g->options[2] ? 0.f
+               : lse - (1.f - smoothing) * x[y] - smoothing * mean + z_loss * lse * lse;
+  }
+}

@@ -1,0 +1,34 @@
+/* dweight (V x C) = sums of the rows of dy (N x C) by idx (N). Each task owns some of the columns,
+ * so that nothing is shared and the order of the sums is always the same. */
+#include "pool.h"
+#include "vector.h"
+
+typedef struct {
+  const int* idx;
+  const float* dy;
+  float* dweight;
+  long N, V, C, tasks;
+} embedding_t;
+
+static void some_columns(void* args, int index);
+
+KERNEL void NAME(float* dweight, const float* dy, const int* idx, const long* dims,
+                 const u64* table) {
+  pool_t* pool = (pool_t*)table[0];
+  embedding_t g = {.idx = idx, .dy = dy, .dweight = dweight,
+                   .N = dims[0], .V = dims[1], .C = dims[2]};
+  g.tasks = MAX(1, MIN((long)pool->threads, g.C / 16));
+  parallel_for(pool, some_columns, &g, g.tasks);
+}
+
+KERNEL static void some_columns(void* args, int index) {
+  const embedding_t* g = args;
+  const long C = g->C, first = C * index / g->tasks, last = C * (index + 1) / g->tasks;
+  for (long v = 0; v < g->V; v++)
+    for (long c = first; c < last; c++) g->dweight[v * C + c] = 0.f;
+  for (long i = 0; i < g->N; i++) {
+    float* dst = g->dweight + g->idx[i] * C;
+    const float* src = g->dy + i * C;
+    for (long c = first; c < last; c++) dst[c] += src[c];
+  }
+}

@@ -1,0 +1,200 @@
+"""Compiles the C files of this folder with tinygrad's own clang and runs them as tinygrad kernels.
+
+This is the one file that touches the private interfaces which custom kernels need, of tinygrad
+0.13 and 0.14. What it asks of a C file: the entry is the first function that is not inlined (the
+loader jumps to the beginning), nothing of libc is called, and no variable is static.
+"""
+
+import atexit
+import ctypes
+import functools
+import mmap
+import os
+import re
+import sys
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from tinygrad import Device, Tensor, dtypes
+from tinygrad.codegen import to_program
+from tinygrad.engine.realize import get_runtime
+from tinygrad.renderer import Estimates
+from tinygrad.uop.ops import KernelInfo, Ops, ProgramInfo, UOp
+
+FOLDER = Path(__file__).parent
+IS_014 = "target" in ProgramInfo.__dataclass_fields__
+WORKSPACE_BYTES = 64 << 20  # for packed matrices and partial sums; touched only as far as needed
+
+
+@functools.cache
+def source(file: str, **defines: str | int) -> tuple[str, str]:
+    """A C file with its includes and defines, and a name for it."""
+    def read(name: str) -> str:
+        text = (FOLDER / name).read_text(encoding="utf-8")
+        return re.sub(r'^#include "(.*)"$', lambda m: included(m[1]), text, flags=re.M)
+
+    seen: set[str] = set()
+
+    def included(name: str) -> str:
+        if name in seen:
+            return ""
+        seen.add(name)
+        return read(name)
+
+    name = "_".join([file.removesuffix(".c"), *(f"{k}{v}" for k, v in defines.items()
+                                                if isinstance(v, int))]).lower()
+    lines = [f"#define {k} {v}\n" for k, v in (defines | {"NAME": name}).items()]
+    return name, "".join(lines) + read(file)
+
+
+def program(name: str, code: str, buffers, outputs: int, flops: int) -> UOp:
+    """A tinygrad program that is C source; the first `outputs` of the buffers are written."""
+    sink = UOp.sink(*[b.base for b in buffers],
+                    arg=KernelInfo(name=name, estimates=Estimates(ops=flops)))
+    linear = UOp(Ops.LINEAR, src=(*sink.src, sink))
+    facts = dict(name=name, globals=tuple(range(len(buffers))), outs=tuple(range(outputs)),
+                 ins=tuple(range(outputs, len(buffers))))
+    text = UOp(Ops.SOURCE, arg=code)
+    if IS_014:
+        info = ProgramInfo(**facts, target=Device["CPU"].renderer.target)
+        return UOp(Ops.PROGRAM, src=(sink, linear, text), arg=info)
+    return UOp(Ops.PROGRAM, src=(sink, UOp(Ops.DEVICE, arg="CPU"), linear, text),
+               arg=ProgramInfo(**facts))
+
+
+def function(name: str, code: str):
+    """The compiled C function as a ctypes function."""
+    slot = UOp.param(0, dtypes.uint64, (1,)) if IS_014 else UOp.placeholder((1,), dtypes.uint64, 0)
+    runtime = get_runtime("CPU", to_program(program(name, code, [slot], 1, 0),
+                                            Device["CPU"].renderer))
+    runtime.fxn.keep_alive = runtime
+    return runtime.fxn
+
+
+class Pool:
+    """`threads` - 1 workers, Python threads parked inside compiled C; pool.h has the protocol."""
+
+    # 64-bit words of pool_t
+    TICKET, THREADS, SPINS, POST, WAIT, STOP, SEMAPHORES, JOBS = 0, 16, 17, 18, 19, 20, 88, 152
+    WORDS = JOBS + 16 * 8
+
+    def __init__(self, threads: int):
+        self._memory = mmap.mmap(-1, self.WORDS * 8 + WORKSPACE_BYTES)
+        self.address = ctypes.addressof(ctypes.c_char.from_buffer(self._memory))
+        self.workspace = self.address + self.WORDS * 8
+        self.words = (ctypes.c_uint64 * self.WORDS).from_address(self.address)
+        libc = ctypes.CDLL(None)
+        if sys.platform == "darwin":
+            libc.dispatch_semaphore_create.restype = ctypes.c_void_p
+            libc.dispatch_semaphore_create.argtypes = [ctypes.c_long]
+            post, wait = libc.dispatch_semaphore_signal, libc.dispatch_semaphore_wait
+            semaphores = [libc.dispatch_semaphore_create(0) for _ in range(threads - 1)]
+        else:
+            post, wait = libc.sem_post, libc.sem_wait
+            self._semaphores = [ctypes.create_string_buffer(64) for _ in range(threads - 1)]
+            for semaphore in self._semaphores:
+                libc.sem_init(semaphore, 0, 0)
+            semaphores = [ctypes.addressof(s) for s in self._semaphores]
+        self.words[self.THREADS], self.words[self.SPINS] = threads, 20000
+        self.words[self.POST] = ctypes.cast(post, ctypes.c_void_p).value
+        self.words[self.WAIT] = ctypes.cast(wait, ctypes.c_void_p).value
+        for i, semaphore in enumerate(semaphores):
+            self.words[self.SEMAPHORES + i] = semaphore
+        self._post, self._semaphore_addresses = post, semaphores
+        work = function(*source("worker.c"))
+        self._workers = [threading.Thread(target=work, daemon=True, args=[
+            ctypes.c_uint64(self.address), ctypes.c_uint64(i)]) for i in range(threads - 1)]
+        for worker in self._workers:
+            worker.start()
+        atexit.register(self.stop)
+
+    def stop(self) -> None:
+        """Lets the workers return, which they must before their code is unmapped."""
+        generation = (self.words[self.TICKET] >> 32) + 1
+        self.words[self.JOBS + generation % 16 * 8 + 2] = 0  # a job of no tasks
+        self.words[self.STOP] = 1
+        self.words[self.TICKET] = generation << 32
+        for semaphore in self._semaphore_addresses:
+            self._post(ctypes.c_void_p(semaphore))
+        for worker in self._workers:
+            worker.join(1)
+
+
+def cpu_count() -> int:
+    """CPUs that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+_threads = min(cpu_count(), 64)
+
+
+def set_threads(threads: int) -> None:
+    """How many threads the kernels use; has an effect before the first of them runs."""
+    global _threads
+    _threads = threads
+
+
+@functools.cache
+def table() -> Tensor:
+    """(2,) uint64: the addresses of the pool and of its workspace."""
+    pool = Pool(_threads)
+    return Tensor(np.array([pool.address, pool.workspace], np.uint64), device="CPU").realize()
+
+
+@functools.cache
+def constants(dtype, *values: float) -> Tensor:
+    """A small tensor that never changes."""
+    return Tensor(list(values), dtype=dtype, device="CPU").realize()
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A C file and how it is called: its arguments are outputs, inputs, sizes and the pool."""
+
+    file: str
+    arguments: tuple[tuple[str, str], ...] = ()  # (C type, name), for files with ARGUMENTS
+    defines: tuple[tuple[str, str | int], ...] = ()
+
+    def __call__(self, outputs: list[Tensor], inputs: list[Tensor], sizes: tuple[int, ...],
+                 gradient=None, flops: int = 0) -> list[Tensor]:
+        """Runs the kernel: `outputs` are what it writes, new or in place; returns them.
+
+        gradient takes the gradient of the first output and the kernel's own outputs and returns a
+        gradient, or None, for each of `inputs`.
+        """
+        defines = dict(self.defines)
+        if self.arguments:
+            defines["ARGUMENTS"] = " ".join(f"{kind} {name}," for kind, name in self.arguments)
+        name, code = source(self.file, **defines)
+        count = len(outputs)
+
+        def build(*buffers) -> UOp:
+            return program(name, code, buffers, count, flops)
+
+        def backward(dy: UOp, call: UOp):
+            made = [Tensor(b.after(call)) for b in call.src[1:1 + count]]
+            grads = gradient(Tensor(dy), made)
+            return (*[None] * count, *[g if g is None else g.uop for g in grads], None, None)
+
+        sizes = constants(dtypes.int64, *sizes)
+        return Tensor.custom_kernel(*outputs, *map(plain, inputs), sizes, table(), fxn=build,
+                                    grad_fxn=gradient and backward)[:count]
+
+
+def plain(x: Tensor) -> Tensor:
+    """x without a reshape around a kernel's output, which tinygrad would otherwise copy.
+
+    Kernels are told every size, so the shape that is left does not matter to them.
+    """
+    uop = x.uop
+    while uop.op is Ops.RESHAPE:
+        uop = uop.src[0]
+    return Tensor(uop) if uop.op is Ops.AFTER else x
+
+
+def untransposed(x: Tensor) -> Tensor | None:
+    """What x is `transpose(1, 2)` of, where it is that; None elsewhere."""
+    is_swap = x.uop.op is Ops.PERMUTE and tuple(x.uop.arg) == (0, 2, 1, 3)
+    return Tensor(x.uop.src[0]) if is_swap else None

@@ -1,0 +1,70 @@
+/* The gradients of LayerNorm or RMSNorm: with h = (x - mean) * scale and g = dy * weight,
+ *   dx = scale * (g - mean(g) - h * mean(g * h)),  dweight = sum(dy * h),  dbias = sum(dy)
+ * where RMSNorm has no mean(g). Each task sums dweight and dbias over its own rows; the sums of the
+ * tasks are added at the end, always in the same order. */
+#include "pool.h"
+#include "vector.h"
+
+typedef struct {
+  const float *dy, *x, *weight, *stats;
+  float *dx, *partial;          /* partial (tasks x 2 x C): dweight, dbias */
+  long N, C, tasks;
+} norm_t;
+
+static void some_rows(void* args, int index);
+
+KERNEL void NAME(ARGUMENTS const long* dims, const u64* table) {
+  pool_t* pool = (pool_t*)table[0];
+  norm_t g = {.dy = dy, .x = x, .weight = weight, .stats = stats, .dx = dx,
+              .partial = (float*)table[1], .N = dims[0], .C = dims[1]};
+  g.tasks = MAX(1, MIN(4 * (long)pool->threads, g.N / 16));
+  parallel_for(pool, some_rows, &g, g.tasks);
+  for (long c = 0; c < g.C; c++) {
+    float w = 0.f, b = 0.f;
+    for (long t = 0; t < g.tasks; t++) {
+      w += g.partial[2 * t * g.C + c];
+      b += g.partial[(2 * t + 1) * g.C + c];
+    }
+    dweight[c] = w;
+    if (DBIAS) DBIAS[c] = b;
+  }
+}
+
+KERNEL static void some_rows(void* args, int index) {
+  const norm_t* g = args;
+  const long C = g->C, end = VECTOR_END(C);
+  float *dweight = g->partial + 2 * index * C, *dbias = dweight + C;
+  for (long c = 0; c < 2 * C; c++) dweight[c] = 0.f;
+  for (long i = g->N * index / g->tasks; i < g->N * (index + 1) / g->tasks; i++) {
+    const float *x = g->x + i * C, *dy = g->dy + i * C, *w = g->weight;
+    float* dx = g->dx + i * C;
+    const float mean = g->stats[2 * i], scale = g->stats[2 * i + 1];
+    vfloat sum_g = (vfloat)0.f, sum_gh = (vfloat)0.f;
+    long c;
+    for (c = 0; c < end; c += LANES) {
+      const vfloat d = LOAD(dy + c), h = (LOAD(x + c) - mean) * scale, z = d * LOAD(w + c);
+      sum_g += z;
+      sum_gh += z * h;
+      STORE(dweight + c, LOAD(dweight + c) + d * h);
+      STORE(dbias + c, LOAD(dbias + c) + d);
+    }
+    float mean_g = vsum(sum_g), mean_gh = vsum(sum_gh);
+    for (; c < C; c++) {
+      const float h = (x[c] - mean) * scale;
+      mean_g += dy[c] * w[c];
+      mean_gh += dy[c] * w[c] * h;
+      dweight[c] += dy[c] * h;
+      dbias[c] += dy[c];
+    }
+    mean_g = RMS ? 0.f : mean_g / C;
+    mean_gh /= C;
+    for (c = 0; c < end; c += LANES) {
+      const vfloat h = (LOAD(x + c) - mean) * scale;
+      STORE(dx + c, (LOAD(dy + c) * LOAD(w + c) - mean_g - h * mean_gh) * scale);
+    }
+    for (; c < C; c++) {
+      const float h = (x[c] - mean) * scale;
+      dx[c] = (dy[c] * w[c] - mean_g - h * mean_gh) * scale;
+    }
+  }
+}

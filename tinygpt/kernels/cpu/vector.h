@@ -1,0 +1,133 @@
+/* Vectors of float32 through clang's vector extensions: 16 lanes with AVX-512, 8 with AVX, 4 with
+ * NEON or SSE, from one source. ROWS x COLS is the block that a micro kernel keeps in registers. */
+#if defined(__AVX512F__)
+#define LANES 16
+#define ROWS 8
+#define KERNEL __attribute__((min_vector_width(512)))
+#define HOT static inline __attribute__((always_inline, min_vector_width(512)))
+#define IOTA {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}
+#elif defined(__AVX__)
+#define LANES 8
+#define ROWS 4
+#define KERNEL
+#define HOT static inline __attribute__((always_inline))
+#define IOTA {0, 1, 2, 3, 4, 5, 6, 7}
+#else
+#define LANES 4
+#define ROWS 8
+#define KERNEL
+#define HOT static inline __attribute__((always_inline))
+#define IOTA {0, 1, 2, 3}
+#endif
+#define COLS (2 * LANES)
+#define UNROLL _Pragma("clang loop unroll(full)")
+#define LOG2E 1.44269504f
+#define LN2 0.69314718f
+#define ROUND_UP(x, n) (((x) + (n) - 1) / (n) * (n))
+#define MIN(a, b) ((a) < (b) ? (a) : (b))
+#define MAX(a, b) ((a) > (b) ? (a) : (b))
+
+typedef float vfloat __attribute__((ext_vector_type(LANES)));
+typedef int vint __attribute__((ext_vector_type(LANES)));
+typedef unsigned vuint __attribute__((ext_vector_type(LANES)));
+typedef float vfloat_unaligned __attribute__((ext_vector_type(LANES), aligned(4)));
+typedef float float4 __attribute__((ext_vector_type(4), aligned(4)));
+
+#define LOAD(p) ((vfloat)*(const vfloat_unaligned*)(p))
+#define STORE(p, v) (*(vfloat_unaligned*)(p) = (v))
+
+/* the same work on all but the last n % LANES of n elements, and then on each of those */
+#define VECTOR_END(n) ((n) / LANES * LANES)
+
+HOT vfloat vmax(vfloat a, vfloat b) { return __builtin_elementwise_max(a, b); }
+HOT vfloat vmin(vfloat a, vfloat b) { return __builtin_elementwise_min(a, b); }
+HOT vfloat vabs(vfloat x) { return (vfloat)((vint)x & 0x7fffffff); }
+HOT vfloat select(vint mask, vfloat yes, vfloat no) {
+  return (vfloat)(((vint)yes & mask) | ((vint)no & ~mask));
+}
+
+/* 2^x to 2e-7 of its value; x is clamped to [-126, 126] */
+HOT vfloat vexp2(vfloat x) {
+  x = vmin(vmax(x, (vfloat)(-126.f)), (vfloat)126.f);
+  vfloat shifted = x + 12582912.f;                   /* 1.5 * 2^23: rounds x to an integer */
+  vfloat r = x - (shifted - 12582912.f);
+  vfloat p = 1.5403530e-4f * r + 1.3333558e-3f;
+  p = p * r + 9.6181291e-3f;
+  p = p * r + 5.5504109e-2f;
+  p = p * r + 2.4022651e-1f;
+  p = p * r + 6.9314718e-1f;
+  p = p * r + 1.0f;
+  return (vfloat)((vint)p + ((vint)shifted << 23));
+}
+HOT vfloat vexp(vfloat x) { return vexp2(x * LOG2E); }
+HOT float sexp(float x) { return vexp((vfloat)x)[0]; }
+
+/* log2 of a positive normal float: 2 atanh((m-1)/(m+1)) with m in [sqrt(1/2), sqrt(2)) */
+HOT float slog2(float x) {
+  int bits = __builtin_bit_cast(int, x);
+  int exponent = (bits - 0x3f3504f3) >> 23;
+  float m = __builtin_bit_cast(float, bits - (exponent << 23)) - 1.0f;
+  float s = m / (m + 2.0f), z = s * s;
+  float p = 0.2222222f;
+  p = p * z + 0.28571429f;
+  p = p * z + 0.4f;
+  p = p * z + 0.66666667f;
+  p = p * z + 2.0f;
+  return s * p * LOG2E + (float)exponent;
+}
+
+HOT float vsum(vfloat v) {
+  float s[LANES];
+  STORE(s, v);
+  for (int n = LANES / 2; n; n /= 2)
+    for (int i = 0; i < n; i++) s[i] += s[i + n];
+  return s[0];
+}
+HOT float vmaximum(vfloat v) {
+  float s[LANES];
+  STORE(s, v);
+  for (int n = LANES / 2; n; n /= 2)
+    for (int i = 0; i < n; i++) s[i] = MAX(s[i], s[i + n]);
+  return s[0];
+}
+
+/* Wellons' lowbias32, as in kernels/random.py: bits of element `index` of the stream `key` */
+HOT vuint mix(vuint x) {
+  x = (x ^ (x >> 16)) * 0x7feb352du;
+  x = (x ^ (x >> 15)) * 0x846ca68bu;
+  return x ^ (x >> 16);
+}
+HOT vuint random_bits(vuint index, unsigned key) { return mix(mix(index) + key); }
+
+/* C (ROWS x COLS) = or += A (ROWS x K) B (K x COLS): A(i,k) = a[i*ai + k*ak], B row k at b + k*ldb */
+HOT void micro_kernel(const float* a, long ai, long ak, const float* b, long ldb, float* c,
+                      long ldc, long k0, long k1, int accumulate) {
+  vfloat sum[ROWS][2];
+  UNROLL for (int i = 0; i < ROWS; i++)
+    UNROLL for (int j = 0; j < 2; j++)
+      sum[i][j] = accumulate ? LOAD(c + i * ldc + j * LANES) : (vfloat)0.f;
+  for (long k = k0; k < k1; k++) {
+    vfloat row[2];
+    UNROLL for (int j = 0; j < 2; j++) row[j] = LOAD(b + k * ldb + j * LANES);
+    UNROLL for (int i = 0; i < ROWS; i++) {
+      vfloat x = (vfloat)a[i * ai + k * ak];
+      UNROLL for (int j = 0; j < 2; j++) sum[i][j] += x * row[j];
+    }
+  }
+  UNROLL for (int i = 0; i < ROWS; i++)
+    UNROLL for (int j = 0; j < 2; j++) STORE(c + i * ldc + j * LANES, sum[i][j]);
+}
+
+/* four rows of four, transposed, to dst with row stride ldd */
+HOT void transpose4(const float* src, long lds, float* dst, long ldd) {
+  float4 a = *(const float4*)src, b = *(const float4*)(src + lds);
+  float4 c = *(const float4*)(src + 2 * lds), d = *(const float4*)(src + 3 * lds);
+  float4 ab0 = __builtin_shufflevector(a, b, 0, 4, 1, 5);
+  float4 ab1 = __builtin_shufflevector(a, b, 2, 6, 3, 7);
+  float4 cd0 = __builtin_shufflevector(c, d, 0, 4, 1, 5);
+  float4 cd1 = __builtin_shufflevector(c, d, 2, 6, 3, 7);
+  *(float4*)dst = __builtin_shufflevector(ab0, cd0, 0, 1, 4, 5);
+  *(float4*)(dst + ldd) = __builtin_shufflevector(ab0, cd0, 2, 3, 6, 7);
+  *(float4*)(dst + 2 * ldd) = __builtin_shufflevector(ab1, cd1, 0, 1, 4, 5);
+  *(float4*)(dst + 3 * ldd) = __builtin_shufflevector(ab1, cd1, 2, 3, 6, 7);
+}
