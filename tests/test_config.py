@@ -76,7 +76,7 @@ OUT_OF_RANGE = {
         "beta2": [-0.1, 1.0, 1.5], "grad_clip": [-1.0, NAN], "label_smoothing": [-0.1, 1.0],
         "z_loss": [-1e-4], "dtype": ["float16", ""], "eval_interval": [0], "eval_iters": [0],
         "log_interval": [0], "sample_interval": [-1], "keep": [0], "seed": [-1],
-        "tokenizer": ["word", "BPE"], "kernels": ["cuda", ""]},
+        "tokenizer": ["word", "BPE"], "kernels": ["cuda", ""], "threads": [0, 65]},
     SampleConfig: {
         "max_new_tokens": [-1], "temperature": [-0.1, NAN, INF], "top_k": [0, -3],
         "top_p": [0.0, -0.1, 1.01, NAN], "min_p": [-0.1, 1.01], "repetition_penalty": [0.0, -1.0],

@@ -114,12 +114,10 @@ def test_a_cc_that_is_no_clang_is_told(monkeypatch, default_again, tmp_path, com
 
 
 def test_a_machine_where_tinygrad_finds_no_device_says_what_to_install(monkeypatch, default_again):
-    class Nothing:
-        @property
-        def DEFAULT(self):
-            raise RuntimeError("no usable devices")
+    def nothing(self):
+        raise RuntimeError("no usable devices")
 
-    monkeypatch.setattr(device, "Device", Nothing())
+    monkeypatch.setattr(device, "Device", type("Empty", (), {"DEFAULT": property(nothing)})())
     with pytest.raises(DeviceError, match="pip install ziglang"):
         device.default()
 

@@ -132,6 +132,14 @@ def test_ties_stay_or_go_together():
     assert (filtered("top_p", logits, 0.1) != NONE).sum(1).tolist() == [3] * ROWS
 
 
+@pytest.mark.parametrize("start", [1.0, -1.0, 1e-38, -3e38])
+def test_logits_that_differ_in_the_last_bit_are_told_apart(rng, start):
+    logits = np.full((ROWS, 97), start, np.float32)
+    bits = logits.view(np.uint32) + rng.permutation(97).astype(np.uint32)
+    for k in (1, 2, 50, 96):
+        check("top_k", bits.view(np.float32), k)
+
+
 def test_what_one_filter_took_away_the_next_does_not_bring_back():
     logits = padded([2.0, 1, NONE, NONE, 0])
     for name, value in (("top_k", 97), ("top_p", 0.9999999), ("min_p", 1e-6)):

@@ -1,0 +1,75 @@
+"""A whole train step (forward, backward, clipping, AdamW), ours and PyTorch's in turn.
+
+    python bench/train_step.py [A] [B] [124M] [--bfloat16]
+"""
+
+import argparse
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from bench.measure import in_turn, record
+from bench.peer import PeerGPT
+from gpt import GPT, GPTConfig
+from tinygpt.config import TrainConfig
+from tinygpt.data import TokenData
+from tinygpt.kernels.cpu.launch import cpu_count
+from train import Run
+
+# layers, heads, width, block, batch, vocabulary
+CASES = {"A": (4, 4, 128, 64, 12, 512), "B": (6, 6, 384, 256, 12, 512),
+         "124M": (12, 12, 768, 256, 4, 50257)}
+
+
+def ours(case: str, dtype: str, data: np.ndarray):
+    L, H, C, T, B, V = CASES[case]
+    model = GPT(GPTConfig(n_layer=L, n_head=H, n_embd=C, block_size=T, vocab_size=V))
+    config = TrainConfig(batch_size=B, dtype=dtype, out_dir=tempfile.mkdtemp())
+    run = Run(model, config, TokenData(data, data, None, "random"))
+
+    def step():
+        run._step(1e-3)
+        run.iter_num += 1
+    return step
+
+
+def theirs(case: str, dtype: str, data: np.ndarray):
+    L, H, C, T, B, V = CASES[case]
+    model = PeerGPT(L, H, C, T, V)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+    rng = np.random.default_rng(0)
+
+    def step():
+        rows = np.stack([data[i:i + T + 1] for i in rng.integers(0, len(data) - T - 1, B)])
+        rows = torch.from_numpy(rows.astype(np.int64))
+        optimizer.zero_grad(set_to_none=True)
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
+            loss = model(rows[:, :-1], rows[:, 1:].contiguous())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        return loss.item()
+    return step
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("cases", nargs="*", default=list(CASES), metavar="|".join(CASES))
+    parser.add_argument("--bfloat16", action="store_true")
+    parser.add_argument("--seconds", type=float, default=20, help="for each of the two")
+    args = parser.parse_args()
+    torch.set_num_threads(cpu_count())
+    dtype = "bfloat16" if args.bfloat16 else "float32"
+    for case in args.cases:
+        data = np.random.default_rng(0).integers(0, CASES[case][-1], 100_000).astype(np.uint16)
+        peers = {"ours": ours(case, dtype, data), "torch": theirs(case, dtype, data)}
+        times = in_turn(peers, args.seconds)
+        record("train_step.py", f"{case} {dtype}", times["ours"], "torch", times["torch"])
+
+
+if __name__ == "__main__":
+    main()
