@@ -10,7 +10,7 @@ import functools
 import math
 import weakref
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import numpy as np
@@ -89,6 +89,20 @@ class GPTConfig:
     def inner_size(self) -> int:
         wide = math.ceil(self.n_embd / 3) * 8 if self.activation == "swiglu" else 4 * self.n_embd
         return self.n_inner or wide
+
+
+def _config_of(facts: dict, path: str | Path) -> GPTConfig:
+    """The configuration in a checkpoint's metadata. Raises CheckpointError."""
+    types = {f.name: f.type | int if f.type is float else f.type for f in fields(GPTConfig)}
+    settings = facts["model_config"]
+    try:
+        for name, value in settings.items():
+            if not isinstance(value, types[name]):
+                raise TypeError(f"{name}={value!r}")
+        return GPTConfig(**settings)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise checkpoint.CheckpointError(f"{path} has a model_config that cannot be used "
+                                         f"({error}): use another one") from error
 
 
 class Linear:
@@ -428,7 +442,7 @@ class GPT:
         architecture, or has no optimizer though one is given.
         """
         tensors, facts = checkpoint.load(path)
-        theirs = GPTConfig(**facts["model_config"])
+        theirs = _config_of(facts, path)
         checkpoint.check_same(path, asdict(theirs), asdict(self.config), ignore=("dropout",))
         weights = checkpoint.part(tensors, "model.")
         checkpoint.check_shapes(weights, {k: w.shape for k, w in self.state_dict().items()}, path)
@@ -442,7 +456,17 @@ class GPT:
     @classmethod
     def from_checkpoint(cls, path: str | Path) -> "GPT":
         """The model that a checkpoint holds, with its tokenizer. Raises ValueError."""
-        model = cls(GPTConfig(**checkpoint.load_metadata(path)["model_config"]))
+        tensors, facts = checkpoint.load(path)
+        config = _config_of(facts, path)
+        # a header can claim anything: believe no size that the tensors do not have
+        layers = {name.split(".")[2] for name in tensors if name.startswith("model.h.")}
+        found = tensors.get("model.wte.weight", np.empty(0)).shape
+        inner = tensors.get("model.h.0.mlp.c_fc.weight", np.empty(0)).shape
+        if (len(layers), found, inner) != (config.n_layer, (config.vocab_size, config.n_embd),
+                                           (config.inner_size, config.n_embd)):
+            raise checkpoint.CheckpointError(f"{path} does not hold the model that its header "
+                                             "describes: use another one")
+        model = cls(config)
         model.load_checkpoint(path)
         return model
 

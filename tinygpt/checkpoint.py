@@ -78,26 +78,27 @@ def load(path: str | Path) -> tuple[dict[str, np.ndarray], dict]:
         with safe_open(path, framework="numpy") as file:
             names = list(file.keys())
             return {k: file.get_tensor(k) for k in names}, facts
-    except (OSError, SafetensorError, TypeError, ValueError) as error:
+    except (OSError, SafetensorError, AttributeError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path} is damaged ({error}): use another one") from error
 
 
 def load_metadata(path: str | Path) -> dict:
     """The facts of a checkpoint, without its tensors. Raises CheckpointError."""
-    if not Path(path).is_file():
+    if not os.path.isfile(path):
         raise CheckpointError(f"there is no checkpoint {path}: train one with train.py, "
                               "or name another")
     try:
         with safe_open(path, framework="numpy") as file:
             metadata = file.metadata() or {}
-        facts = {k: json.loads(v) for k, v in metadata.items() if k != "format"}
-        facts["format"] = json.loads(metadata.get("format", "null"))
     except (OSError, SafetensorError, ValueError) as error:
         raise CheckpointError(f"{path} is no whole safetensors file ({error}): "
                               "use another one") from error
-    if facts["format"] != FORMAT or "model_config" not in facts:
+    if metadata.get("format") != json.dumps(FORMAT) or "model_config" not in metadata:
         raise CheckpointError(f"{path} was not saved by this project")
-    return facts
+    try:
+        return {k: json.loads(v) for k, v in metadata.items()}
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} has damaged metadata ({error}): use another one") from error
 
 
 def part(tensors: dict[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
@@ -127,7 +128,7 @@ def check_same(path: str | Path, theirs: dict, ours: dict, ignore: tuple[str, ..
 
 def newest(out_dir: Path) -> Path | None:
     """The checkpoint of the most steps in out_dir."""
-    return max(out_dir.glob("ckpt_*.safetensors"), key=_iter_num, default=None)
+    return max(_numbered(out_dir), key=_iter_num, default=None)
 
 
 def best_of_newest_run(out_dir: Path) -> Path:
@@ -146,7 +147,7 @@ def best_of_newest_run(out_dir: Path) -> Path:
 
 def rotate(out_dir: Path, keep: int) -> None:
     """Deletes all but the `keep` newest checkpoints, and what an interrupted save left."""
-    for path in sorted(out_dir.glob("ckpt_*.safetensors"), key=_iter_num)[:-keep]:
+    for path in sorted(_numbered(out_dir), key=_iter_num)[:-keep]:
         path.unlink(missing_ok=True)
     for path in out_dir.glob(".*.safetensors.part"):
         path.unlink(missing_ok=True)
@@ -166,6 +167,11 @@ def set_aside(out_dir: Path) -> Path | None:
     return folder
 
 
+def _numbered(out_dir: Path) -> list[Path]:
+    """The checkpoints of a run; a file that only looks like one is the user's own."""
+    return [path for path in out_dir.glob("ckpt_*.safetensors") if _iter_num(path) >= 0]
+
+
 def _iter_num(path: Path) -> int:
     found = re.fullmatch(r"ckpt_(\d+)", path.stem)
     return int(found[1]) if found else -1
@@ -178,8 +184,9 @@ def _umask() -> int:
 
 
 def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    with suppress(OSError):  # not every file system can
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

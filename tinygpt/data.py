@@ -46,6 +46,9 @@ class TokenData:
         """Mean UTF-8 bytes that a validation token stands for; None without a tokenizer."""
         if self.tokenizer is None:
             return None
+        if (largest := self.val.max()) >= self.tokenizer.vocab_size:
+            raise DataError(f"{self.source} has token id {largest}, but the tokenizer "
+                            f"{self.tokenizer.vocab_size} ids: is it another tokenizer's?")
         return float(self.tokenizer.token_lengths()[self.val].mean())
 
 
@@ -114,7 +117,9 @@ def load_data(source, tokenizer: str | Tokenizer, vocab_size: int,
         return _from_text(source, tokenizer, vocab_size, "a string of text")
     if str(source) == "shakespeare":
         source = shakespeare()
-    if (Path(source) / "train.bin").is_file():
+    if not str(source):
+        raise DataError("no data is named: give a text file, a folder or a glob")
+    if os.path.isfile(Path(source) / "train.bin"):
         return _from_bins(Path(source), tokenizer, vocab_size)
     files = _text_files(str(source))
     if not isinstance(tokenizer, str):
@@ -162,7 +167,8 @@ def download(url: str, path: Path, sha256: str) -> Path:
     except (OSError, requests.RequestException) as error:
         raise DataError(f"{path.name} cannot be downloaded ({type(error).__name__})") from error
     finally:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):
+            part.unlink()
     return path
 
 
@@ -186,10 +192,10 @@ def _read_one(path: Path) -> str:
 
 def _text_files(source: str) -> list[Path]:
     path = Path(source)
-    if path.is_dir():
-        files = sorted(p for p in path.iterdir() if p.is_file() and not p.name.startswith("."))
+    if os.path.isdir(path):
+        files = sorted(p for p in path.iterdir() if not p.name.startswith("."))
     else:
-        files = [path] if path.is_file() else sorted(map(Path, glob.glob(source)))
+        files = [path] if os.path.isfile(path) else sorted(map(Path, glob.glob(source)))
     files = [p for p in files if p.is_file()]
     if not files:
         raise DataError(f"there is no data at {source}: give a text file, a folder or glob of "
@@ -230,6 +236,9 @@ def _from_bins(folder: Path, tokenizer: str | Tokenizer, vocab_size: int) -> Tok
         if isinstance(tokenizer, str) and made_with != _made_with(tokenizer, vocab_size):
             raise DataError(f"{folder} was made with {made_with}, not "
                             f"{_made_with(tokenizer, vocab_size)}: ask for the same")
+        if not isinstance(tokenizer, str) and tokenizer.to_json() != meta["tokenizer"]:
+            raise DataError(f"{folder} was made with another tokenizer than the one given: "
+                            "use its own, or the text")
         dtype = np.dtype(meta["dtype"])
         tokenizer = load_tokenizer(meta["tokenizer"])
     elif tokenizer in ("bpe", "char"):
@@ -259,9 +268,14 @@ def _read_meta(folder: Path) -> dict:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         meta = None
-    if not isinstance(meta, dict) or not {"made_with", "dtype", "tokenizer", "files"} <= set(meta):
-        raise DataError(f"{folder / 'meta.json'} is damaged: delete {folder} to have it made again")
-    return meta
+    whole = isinstance(meta, dict) and {"made_with", "tokenizer", "files"} <= set(meta)
+    try:
+        if whole and meta.get("dtype") in ("<u2", "<u4"):
+            load_tokenizer(meta["tokenizer"])
+            return meta
+    except ValueError:
+        pass
+    raise DataError(f"{folder / 'meta.json'} is damaged: delete {folder} to have it made again")
 
 
 def _from_cache(files: list[Path], source: str, kind: str, vocab_size: int,

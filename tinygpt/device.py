@@ -85,7 +85,8 @@ def choose(name: str) -> str:
                               "another that tinygrad knows") from error
         except Exception as error:  # whatever a driver raises: the device cannot be opened
             raise DeviceError(f"device {name!r} cannot be used here: "
-                              f"{str(error).strip().splitlines()[0]}") from error
+                              f"{(str(error).strip() or type(error).__name__).splitlines()[0]}"
+                              ) from error
         DEV.value = canonical
         default.cache_clear()
     return default()

@@ -24,7 +24,8 @@ class Report:
         self.out_dir, self.max_iters, self.log_interval = out_dir, max_iters, log_interval
         self.tokens_per_iter, self.flops_per_iter = tokens_per_iter, flops_per_iter
         self.peak_flops = peak_flops
-        self.records = [r for r in _read_records(out_dir / "metrics.jsonl") if r["iter"] <= start]
+        former = _read_records(out_dir / "metrics.jsonl") if start else []
+        self.records = [r for r in former if r["iter"] <= start]
         _write_atomically(out_dir / "metrics.jsonl",
                           "".join(json.dumps(r) + "\n" for r in self.records).encode())
         self.file = (out_dir / "metrics.jsonl").open("a", encoding="utf-8")

@@ -99,12 +99,15 @@ def _keep_heaviest(logits: Tensor, weight: Tensor, target: Tensor) -> Tensor:
     """Keeps logits >= the largest threshold above which weight (B, V) sums to target (1,)."""
     order = _ordered_bits(logits).contiguous()  # (B, V)
     threshold = Tensor.zeros(logits.shape[0], 1, dtype=dtypes.uint32)
-    for shift in range(30, -2, -2):  # two bits a round: 0..3 is how many guesses hold
-        guesses = threshold.unsqueeze(1) + Tensor([1, 2, 3], dtype=dtypes.uint32).reshape(
-            1, 3, 1) * (1 << shift)  # (B, 3, 1)
-        above = (order.unsqueeze(1) >= guesses).where(weight.unsqueeze(1), 0).sum(-1)  # (B, 3)
-        holds = (above >= target).cast(dtypes.uint32).sum(-1, keepdim=True)  # (B, 1)
-        threshold = (threshold + holds * (1 << shift)).contiguous()
+    threshold = threshold.contiguous()
+    step = Tensor.full((1,), 1 << 30, dtype=dtypes.uint32).contiguous()
+    guess = (Tensor.arange(3) + 1).cast(dtypes.uint32).reshape(1, 3, 1)
+    for _ in range(16):  # two bits a round: 0..3 is how many guesses hold
+        above = order.unsqueeze(1) >= threshold.unsqueeze(1) + guess * step  # (B, 3, V)
+        sums = above.where(weight.unsqueeze(1), 0).sum(-1)  # (B, 3)
+        holds = (sums >= target).cast(dtypes.uint32).sum(-1, keepdim=True)  # (B, 1)
+        threshold = (threshold + holds * step).contiguous()
+        step = (step >> 2).contiguous()
     return (order >= threshold).where(logits, -float("inf")).contiguous()
 
 

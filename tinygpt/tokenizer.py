@@ -7,6 +7,7 @@ A tokenizer is written whole into `to_json()`, which travels inside a checkpoint
 import base64
 import codecs
 import functools
+import re
 from typing import Protocol
 
 import numpy as np
@@ -17,6 +18,8 @@ import tiktoken
 GPT2_PATTERN = (r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+"
                 r"|\s+(?!\S)|\s+")
 END_OF_TEXT = "<|endoftext|>"
+LONGEST_RUN = 500_000
+LONG_RUN = re.compile(rf"\s{{{LONGEST_RUN},}}")
 
 
 class Tokenizer(Protocol):
@@ -76,7 +79,10 @@ class BPETokenizer(_Base):
         return cls(_encoding([bytes(token) for token, _ in trainer.get_mergeable_ranks()]))
 
     def encode(self, text: str) -> list[int]:
-        return self._encoding.encode_ordinary(_check_text(text))
+        if run := LONG_RUN.search(_check_text(text)):
+            raise ValueError(f"the text has more than {LONGEST_RUN:,} blanks in a row, from "
+                             f"character {run.start()} on, more than tiktoken takes: shorten them")
+        return self._encoding.encode_ordinary(text)
 
     def decode_bytes(self, ids: list[int]) -> bytes:
         self._check_ids(ids)
@@ -87,7 +93,10 @@ class BPETokenizer(_Base):
 
     @classmethod
     def from_json(cls, data: dict) -> "BPETokenizer":
-        return cls(_encoding([base64.b64decode(t) for t in data["tokens"]]))
+        tokens = [base64.b64decode(t, validate=True) for t in data["tokens"]]
+        if len(set(tokens)) < len(tokens) or not {bytes([b]) for b in range(256)} <= set(tokens):
+            raise ValueError("tokens that are not all different, or lack a byte")
+        return cls(_encoding(tokens))
 
     def _tokens(self) -> list[bytes]:
         """The bytes of every id but end-of-text, in order of rank."""
