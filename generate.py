@@ -2,6 +2,7 @@
 
 import sys
 import time
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -135,6 +136,7 @@ def run(what: GenerateConfig, config: SampleConfig) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
+    warnings.formatwarning = lambda message, *_: f"{message}\n"
     try:
         flags = parse_flags({"what": GenerateConfig, "sample": SampleConfig},
                             sys.argv[1:] if argv is None else argv, __doc__)

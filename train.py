@@ -4,6 +4,7 @@ import signal
 import sys
 import threading
 import time
+import warnings
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -333,6 +334,7 @@ def _signals():
 
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
+    warnings.formatwarning = lambda message, *_: f"{message}\n"
     try:
         flags = _parse(argv)
         config = flags["train"]

@@ -9,6 +9,7 @@ from tinygrad import Tensor
 from tinygrad.nn.state import get_state_dict
 
 from gpt import GPT, GPTConfig, KVCache
+from tinygpt import kernels
 from tinygpt.optim import AdamW
 
 SMALL = dict(block_size=8, vocab_size=61, n_layer=2, n_head=4, n_embd=24)
@@ -85,6 +86,17 @@ def test_combinations_train_every_weight(options, rng):
     grads = model(x, y)[1].gradient(*weights.values())
     for name, g in zip(weights, grads, strict=True):
         assert np.isfinite(g.numpy()).all() and np.abs(g.numpy()).max() > 0, name
+
+
+@pytest.mark.parametrize("options", COMBINATIONS[:2], ids=["a", "b"])
+def test_the_portable_kernels_write_the_same_text(options, rng):
+    prompt = ids(rng, 2, 3)
+    expected = make(**options).generate(prompt, 13, temperature=0).numpy()
+    kernels.use("portable")
+    try:
+        assert (make(**options).generate(prompt, 13, temperature=0).numpy() == expected).all()
+    finally:
+        kernels.use("auto")
 
 
 def test_one_new_token_depends_only_on_what_comes_before(rng):

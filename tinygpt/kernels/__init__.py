@@ -11,6 +11,9 @@ ValueError. Activations are float32 or, but for `cpu`, bfloat16; weights are flo
 to the activations' dtype.
 """
 
+import functools
+import warnings
+
 from tinygrad import Tensor, UOp
 
 from tinygpt.kernels import cpu, portable, reference, stock
@@ -26,10 +29,7 @@ _in_use = "auto"
 def use(implementation: str) -> None:
     """Makes `implementation` what "auto" means from now on; "auto" itself undoes that."""
     global _in_use
-    if implementation not in ("auto", *IMPLEMENTATIONS):
-        raise ValueError(f"no kernels are called {implementation!r}: "
-                         f"choose auto, {', '.join(IMPLEMENTATIONS)}")
-    _in_use = implementation
+    _in_use = _check_name(implementation)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None,
@@ -104,7 +104,8 @@ def cross_entropy(logits: Tensor, targets: Tensor, label_smoothing: float = 0.0,
     """Mean negative log-likelihood in nats, a scalar float32, over targets != ignore_index.
 
     logits (N, V), targets (N,) int32. Label smoothing mixes the target with the uniform
-    distribution (arXiv:1512.00567); z_loss adds z_loss * log(Z)^2 (arXiv:2204.02311).
+    distribution (arXiv:1512.00567); z_loss adds z_loss * log(Z)^2 (arXiv:2204.02311). NaN where
+    every target is ignored.
     """
     return _run("cross_entropy", implementation, (logits, targets), label_smoothing, z_loss,
                 ignore_index)
@@ -123,12 +124,13 @@ def adamw(p: Tensor, m: Tensor, v: Tensor, grad: Tensor, options: Tensor,
 
 def _run(operation: str, implementation: str, tensors: tuple, *options):
     """Calls the operation of an implementation; `tensors` decide whether `cpu` can take them."""
-    name = _in_use if implementation == "auto" else implementation
-    if name not in ("auto", *IMPLEMENTATIONS):
-        raise ValueError(f"no kernels are called {name!r}: "
-                         f"choose auto, {', '.join(IMPLEMENTATIONS)}")
-    if implementation == "auto" and not _offers(name, operation, tensors):
-        name = "cpu" if name == "auto" and _offers("cpu", operation, tensors) else "portable"
+    name = _check_name(implementation)
+    if name == "auto":
+        name = "cpu" if _in_use == "auto" else _in_use
+        if not _offers(name, operation, tensors):
+            if hasattr(IMPLEMENTATIONS[name], operation) and str(tensors[0].device) == "CPU":
+                _say_fallback(operation, str(tensors[0].dtype))
+            name = "portable"
     if not _offers(name, operation, tensors):
         kinds = ", ".join(f"{t.dtype} on {t.device}" for t in tensors if t is not None)
         raise ValueError(f"the kernels {name!r} have no {operation} for {kinds}")
@@ -136,5 +138,17 @@ def _run(operation: str, implementation: str, tensors: tuple, *options):
 
 
 def _offers(name: str, operation: str, tensors: tuple) -> bool:
-    module = IMPLEMENTATIONS.get(name)
+    module = IMPLEMENTATIONS[name]
     return hasattr(module, operation) and (module is not cpu or cpu.fits(*tensors))
+
+
+@functools.cache
+def _say_fallback(operation: str, dtype: str) -> None:
+    warnings.warn(f"no C kernel for {operation} in {dtype}: the portable one runs", stacklevel=4)
+
+
+def _check_name(implementation: str) -> str:
+    if implementation not in ("auto", *IMPLEMENTATIONS):
+        raise ValueError(f"no kernels are called {implementation!r}: "
+                         f"choose auto, {', '.join(IMPLEMENTATIONS)}")
+    return implementation

@@ -26,7 +26,7 @@ def random_bits(key: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 def uniform(key: Tensor, shape: tuple[int, ...]) -> Tensor:
     """Independent float32 numbers, uniform over the open interval (0, 1)."""
-    return ((random_bits(key, shape) >> 9).cast(dtypes.float32) + 0.5) * 2.0**-23
+    return ((random_bits(key, shape).contiguous() >> 9).cast(dtypes.float32) + 0.5) * 2.0**-23
 
 
 def _mix(x: Tensor) -> Tensor:

@@ -53,7 +53,8 @@ def rope(x, cos, sin):
 def dropout(x, p, key):
     if p == 0 or key is None:
         return x
-    keep = random_bits(key, x.shape) >= int(p * 2**32)
+    # in memory of its own: tinygrad 0.14 miscompiles these bits inside a matrix product
+    keep = (random_bits(key, x.shape) >= int(p * 2**32)).contiguous()
     return keep.where(x / (1 - p), 0)
 
 
