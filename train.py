@@ -273,7 +273,7 @@ class Run:
         elif moved := checkpoint.set_aside(self.out_dir):
             print(f"the run in {self.out_dir} is now in {moved}", file=sys.stderr)
         settings = to_json(self.model.config, replace(self.config, resume=False))
-        (self.out_dir / "config.json").write_text(settings, encoding="utf-8")
+        checkpoint.write_atomically(self.out_dir / "config.json", settings.encode())
 
     def _resume(self) -> None:
         path = checkpoint.newest(self.out_dir)

@@ -56,6 +56,21 @@ def save(path: Path, tensors: dict[str, np.ndarray], facts: dict) -> Path:
     return path
 
 
+def write_atomically(path: Path, data: bytes) -> None:
+    """Writes a small file so that it is whole or what it was before. Raises CheckpointError."""
+    part = path.with_name(f".{path.name}.part")
+    try:
+        with open(part, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    except OSError as error:
+        with suppress(OSError):
+            part.unlink()
+        raise CheckpointError(f"{path} cannot be written ({error})") from error
+
+
 def mark_best(path: Path) -> None:
     """Makes best.safetensors, beside path, the same file as path."""
     part = path.with_name(f".{BEST}.part")

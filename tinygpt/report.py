@@ -1,13 +1,15 @@
 """What a run tells: log lines, a progress bar, metrics.jsonl and loss.png."""
 
+import io
 import json
 import math
-import os
 import sys
 import time
 from pathlib import Path
 
 from tqdm import tqdm
+
+from tinygpt.checkpoint import write_atomically
 
 SPIKE = 1.5  # a loss this many times the running average is reported
 
@@ -26,8 +28,8 @@ class Report:
         self.peak_flops = peak_flops
         former = _read_records(out_dir / "metrics.jsonl") if start else []
         self.records = [r for r in former if r["iter"] <= start]
-        _write_atomically(out_dir / "metrics.jsonl",
-                          "".join(json.dumps(r) + "\n" for r in self.records).encode())
+        write_atomically(out_dir / "metrics.jsonl",
+                         "".join(json.dumps(r) + "\n" for r in self.records).encode())
         self.file = (out_dir / "metrics.jsonl").open("a", encoding="utf-8")
         self.bar = tqdm(total=max_iters, initial=start, unit="it", dynamic_ncols=True,
                         disable=not sys.stderr.isatty())
@@ -100,9 +102,9 @@ class Report:
         low.set_xlabel("step")
         for axes in (top, low):
             axes.grid(alpha=0.3)
-        part = self.out_dir / ".loss.png.part"
-        figure.savefig(part, dpi=110, format="png")
-        part.replace(self.out_dir / "loss.png")
+        picture = io.BytesIO()
+        figure.savefig(picture, dpi=110, format="png")
+        write_atomically(self.out_dir / "loss.png", picture.getvalue())
 
     def _record(self, **facts) -> None:
         self.records.append(facts)
@@ -125,15 +127,6 @@ def _read_records(path: Path) -> list[dict]:
             except ValueError:
                 break
     return records
-
-
-def _write_atomically(path: Path, data: bytes) -> None:
-    part = path.with_name(f".{path.name}.part")
-    with open(part, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
 
 
 def _clock(seconds: float) -> str:

@@ -1,0 +1,52 @@
+"""Drawing token after token through the KV cache, batch 1, ours and PyTorch's in turn:
+python bench/decode.py [small] [124M]"""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from bench.measure import in_turn, record
+from bench.peer import Cache, PeerGPT
+from gpt import GPT, GPTConfig
+from tinygpt.kernels.cpu.launch import cpu_count
+
+CASES = {"small": (6, 6, 384, 256, 512), "124M": (12, 12, 768, 1024, 50257)}  # L, H, C, T, V
+PROMPT, TOKENS = 16, 128
+
+
+def ours(case: str):
+    L, H, C, T, V = CASES[case]
+    model = GPT(GPTConfig(n_layer=L, n_head=H, n_embd=C, block_size=T, vocab_size=V))
+    prompt = np.random.default_rng(0).integers(0, V, (1, PROMPT))
+    return lambda: list(model.stream(prompt, max_new_tokens=TOKENS, temperature=1.0))
+
+
+def theirs(case: str):
+    L, H, C, T, V = CASES[case]
+    model = PeerGPT(L, H, C, T, V).eval()
+    prompt = torch.from_numpy(np.random.default_rng(0).integers(0, V, (1, PROMPT)))
+
+    @torch.inference_mode()
+    def write():
+        caches = [Cache(H, T, C // H, torch.float32) for _ in range(L)]
+        token = prompt
+        for _ in range(TOKENS):
+            logits = model(token, caches=caches)[:, -1]
+            token = torch.multinomial(torch.softmax(logits, -1), 1)
+            token.item()
+    return write
+
+
+def main() -> None:
+    torch.set_num_threads(cpu_count())
+    for case in sys.argv[1:] or CASES:
+        times = in_turn({"ours": ours(case), "torch": theirs(case)}, seconds=15)
+        record("decode.py", f"{case} float32, per token", times["ours"] / TOKENS, "torch",
+               times["torch"] / TOKENS)
+
+
+if __name__ == "__main__":
+    main()
