@@ -141,6 +141,8 @@ class Embedding:
 
 
 class CausalSelfAttention:
+    """Every position gathers values from the positions before it, weighted by query and key."""
+
     def __init__(self, draw, config: GPTConfig):
         self.config = config
         H, G, D, C = config.n_head, config.kv_heads, config.head_size, config.n_embd
@@ -170,6 +172,8 @@ class CausalSelfAttention:
 
 
 class MLP:
+    """Each position by itself: up to inner_size, through the activation, and down again."""
+
     def __init__(self, draw, config: GPTConfig):
         self.config = config
         C, inner = config.n_embd, config.inner_size
@@ -186,6 +190,8 @@ class MLP:
 
 
 class Block:
+    """Attention, then MLP, each added to the residual stream and fed from a norm of it."""
+
     def __init__(self, draw, config: GPTConfig):
         self.ln_1 = Norm(draw, config, config.n_embd)
         self.attn = CausalSelfAttention(draw, config)
