@@ -14,13 +14,14 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import numpy as np
-from tinygrad import Tensor, TinyJit, UOp, dtypes
+from tinygrad import Tensor, UOp, dtypes
 from tinygrad.nn.state import get_state_dict
 
 from tinygpt import checkpoint, device, kernels
 from tinygpt.config import SampleConfig, TrainConfig, check_choice, check_range
-from tinygpt.kernels.random import make_key, next_key
-from tinygpt.sampling import Controls, sample
+from tinygpt.decoder import Decoder
+from tinygpt.kernels.random import next_key
+from tinygpt.sampling import Controls
 from tinygpt.tokenizer import BPETokenizer, Tokenizer, load_tokenizer
 
 __all__ = ["GPT", "BPETokenizer", "GPTConfig", "KVCache", "SampleConfig", "TrainConfig"]
@@ -369,11 +370,24 @@ class GPT:
         return (int(t[0]) for t in self._decode(ids, config or SampleConfig(**options)))
 
     def _decode(self, ids: np.ndarray, config: SampleConfig) -> Iterator[np.ndarray]:
+        enabled = Controls.of(config).enabled
         decoders = _DECODERS.setdefault(self, {})
-        key = (len(ids), Controls.of(config).enabled, self.compute_dtype)
+        key = (len(ids), enabled, self.compute_dtype)
         if key not in decoders:
-            decoders[key] = Decoder(self, len(ids), Controls.of(config).enabled)
+            decoders[key] = Decoder(self._cached_forward(len(ids)), self.config.block_size,
+                                    self.config.vocab_size, len(ids), enabled)
         return decoders[key].run(ids, config)
+
+    def _cached_forward(self, batch_size: int):
+        """A function of tokens (B, T), their position and a row of them, over a cache of its own,
+        that gives the logits (B, V) after that row."""
+        cache = KVCache(self.config, batch_size, self.compute_dtype)
+        model = weakref.proxy(self)  # the model owns its decoders, not the reverse
+
+        def forward(tokens: Tensor, position: UOp | int, row: UOp | int) -> Tensor:
+            x = model._features(tokens, Pass(tokens.shape[1], position, cache))
+            return model._head(x[:, row:row + 1])[:, 0].cast(dtypes.float32)
+        return forward
 
     def _check_ids(self, idx) -> np.ndarray:
         ids = np.asarray(idx.numpy() if isinstance(idx, Tensor) else idx)
@@ -475,72 +489,6 @@ class GPT:
         model = cls(config)
         model.load_checkpoint(path)
         return model
-
-
-class Decoder:
-    """Draws token after token for a batch, over a KV cache, through two compiled steps.
-
-    Prompts are read in chunks of a fixed length, new tokens one at a time; where a text stands is
-    a symbolic number, so that neither step is ever compiled again as the text grows.
-    """
-
-    def __init__(self, model: GPT, batch_size: int, enabled: tuple[str, ...]):
-        self.model = weakref.proxy(model)  # the model owns the decoder, not the reverse
-        self.config = model.config
-        self.chunk = min(64, self.config.block_size)
-        self.cache = KVCache(self.config, batch_size, model.compute_dtype)
-        self.controls = Controls(enabled)
-        self.seen = Tensor.zeros(batch_size, self.config.vocab_size,
-                                 dtype=dtypes.bool).contiguous().realize()
-        self.tokens = {T: Tensor.zeros(batch_size, T, dtype=dtypes.int32).contiguous().realize()
-                       for T in {1, self.chunk}}
-        self.key = Tensor.zeros(1, dtype=dtypes.uint32).contiguous().realize()
-        self.steps = {T: TinyJit(self._step) for T in self.tokens}
-
-    def run(self, ids: np.ndarray, config: SampleConfig) -> Iterator[np.ndarray]:
-        """Yields the tokens (B,) int32 that follow ids (B, T), max_new_tokens times."""
-        block = self.config.block_size
-        text = np.concatenate([ids, np.zeros((len(ids), config.max_new_tokens), np.int32)], axis=1)
-        self.controls.set(config)
-        if self.controls.has("repetition_penalty"):
-            seen = np.zeros(self.seen.shape, dtype=bool)
-            np.put_along_axis(seen, ids, True, axis=1)
-            device.write(self.seen, seen)
-        start = max(0, ids.shape[1] - block)  # where the window begins in the text
-        cached = 0  # how many tokens of the window the cache holds
-        for n in range(ids.shape[1], text.shape[1]):
-            if n - start > block:  # the window slides, and every position in it changes
-                start, cached = n - block + config.window_hop - 1, 0
-            device.write(self.key, make_key(config.seed, n))
-            text[:, n] = self._next(text[:, start:n], cached)
-            cached = n - start
-            yield text[:, n]
-
-    def _next(self, window: np.ndarray, cached: int) -> np.ndarray:
-        """The tokens (B,) after window (B, n), of which the cache holds the first `cached`."""
-        n = window.shape[1]
-        if n - cached == 1 and n > 1:
-            return self._call(window[:, -1:], n - 1, last=0)
-        T = self.chunk
-        for begin in range(cached, n - T, T):
-            self._call(window[:, begin:begin + T], begin, last=T - 1)
-        begin = max(0, n - T)  # the last chunk may overlap what is cached: it writes the same
-        padded = np.zeros((len(window), T), np.int32)
-        padded[:, :n - begin] = window[:, begin:]
-        return self._call(padded, begin, last=n - begin - 1)
-
-    def _call(self, tokens: np.ndarray, position: int, last: int) -> np.ndarray:
-        T, block = tokens.shape[1], self.config.block_size
-        device.write(self.tokens[T], tokens)
-        where = UOp.variable("position", 0, block - T).bind(position) if block > T else 0
-        row = UOp.variable("last", 0, T - 1).bind(last) if T > 1 else 0
-        return self.steps[T](self.tokens[T], where, row).numpy()
-
-    def _step(self, tokens: Tensor, position: UOp, last: UOp | int) -> Tensor:
-        """Reads tokens (B, T) at position; draws (B,) int32 after row `last`."""
-        x = self.model._features(tokens, Pass(tokens.shape[1], position, self.cache))
-        logits = self.model._head(x[:, last:last + 1])[:, 0].cast(dtypes.float32)  # (B, V)
-        return sample(logits, self.seen, self.key, self.controls).realize()
 
 
 _DECODERS: weakref.WeakKeyDictionary[GPT, dict] = weakref.WeakKeyDictionary()
