@@ -123,6 +123,19 @@ def _activation(kind: str, *inputs: Tensor) -> Tensor:
     return kernel([Tensor.empty(*shapes[0])], list(inputs), (n,), gradient)[0]
 
 
+def rope(x, cos, sin):
+    B, H, T, D = x.shape
+    memory, strides = _strided(x)
+    shape = memory.shape
+
+    def turn(x: Tensor, backward: int, gradient=None) -> Tensor:
+        kernel = Kernel("rope.c", defines=(("BACKWARD", backward),))
+        return kernel([Tensor.empty(*shape)], [x, cos, sin], (B, H, T, D, *strides), gradient)[0]
+
+    out = turn(memory, 0, lambda dy, _: [turn(dy, 1), None, None])
+    return out if memory is x else out.transpose(1, 2)
+
+
 def attention(q, k, v, offset=0, window=None, dropout_p=0.0, dropout_key=None):
     B, H, T, D = q.shape
     G, S = k.shape[1:3]

@@ -1,0 +1,35 @@
+/* Rotary positions (arXiv:2104.09864): each pair (x[i], x[i + D/2]) of row t turned by an angle
+ * whose cosine and sine stand in row t of cos and sin (T x D/2). BACKWARD 1 turns back, which is
+ * the gradient. x may be stored (B, H, T, D) or (B, T, H, D); out is stored alike. */
+#include "pool.h"
+#include "vector.h"
+
+typedef struct {
+  const float *x, *cos, *sin;
+  float* out;
+  long B, H, T, D, batch, head, row;
+} rope_t;
+
+static void one_head(void* args, int index);
+
+KERNEL void NAME(float* out, const float* x, const float* cos, const float* sin, const long* dims,
+                 const u64* table) {
+  rope_t g = {.x = x, .cos = cos, .sin = sin, .out = out, .B = dims[0], .H = dims[1],
+              .T = dims[2], .D = dims[3], .batch = dims[4], .head = dims[5], .row = dims[6]};
+  parallel_for((pool_t*)table[0], one_head, &g, g.B * g.H);
+}
+
+KERNEL static void one_head(void* args, int index) {
+  const rope_t* g = args;
+  const long half = g->D / 2, at = index / g->H * g->batch + index % g->H * g->head;
+  for (long t = 0; t < g->T; t++) {
+    const float *a = g->x + at + t * g->row, *b = a + half;
+    const float *cos = g->cos + t * half, *sin = g->sin + t * half;
+    float *y = g->out + at + t * g->row, *z = y + half;
+    for (long i = 0; i < half; i++) {
+      const float s = BACKWARD ? -sin[i] : sin[i], left = a[i], right = b[i];
+      y[i] = left * cos[i] - right * s;
+      z[i] = right * cos[i] + left * s;
+    }
+  }
+}
