@@ -56,7 +56,7 @@ class AdamW:
         """What `kernels.adamw` is told, (9,) float32."""
         def debias(beta: float) -> Tensor:
             return 1 / (1 - (self.step * math.log(beta)).exp()) if beta else self.step.ones_like()
-        fixed = [Tensor([x], dtype="float32") for x in (self.beta1, self.beta2, self.eps, decay)]
+        fixed = [Tensor.full((1,), x) for x in (self.beta1, self.beta2, self.eps, decay)]
         return Tensor.cat(learning_rate, *fixed, debias(self.beta1), debias(self.beta2),
                           *shared).contiguous()
 
