@@ -15,6 +15,7 @@ from conftest import ROOT
 from gpt import GPT, GPTConfig
 from tinygpt import checkpoint
 from tinygpt.config import TrainConfig
+from tinygpt.kernels import use
 from tinygpt.tokenizer import ByteTokenizer
 from train import Run, train
 
@@ -65,12 +66,16 @@ def test_accumulation_equals_one_large_batch(config, text, tmp_path):
     assert np.allclose(list(large.values()), list(losses(tmp_path / "small").values()), atol=1e-5)
 
 
-def test_portable_kernels_train_as_the_reference_does(config, text, tmp_path):
+@pytest.mark.parametrize("kernels", ["portable", "reference"])
+def test_all_kernels_train_alike(config, text, tmp_path, kernels):
     train(GPT(TINY), config, text)
-    portable = losses(tmp_path / "out")
-    train(GPT(TINY), replace(config, kernels="reference"), text)
+    expected = losses(tmp_path / "out")
+    try:
+        train(GPT(TINY), replace(config, kernels=kernels), text)
+    finally:
+        use("auto")
     assert (tmp_path / "out" / "run_1" / "metrics.jsonl").exists()
-    assert np.allclose(list(portable.values()), list(losses(tmp_path / "out").values()), atol=1e-4)
+    assert np.allclose(list(expected.values()), list(losses(tmp_path / "out").values()), atol=1e-4)
 
 
 def test_one_batch_overfits(config, tmp_path):
