@@ -1,6 +1,6 @@
 """A whole train step (forward, backward, clipping, AdamW), ours and PyTorch's in turn.
 
-    python bench/train_step.py [A] [B] [124M] [--bfloat16]
+    python bench/train_step.py [A] [B] [124M] [--bfloat16] [--kernels portable]
 """
 
 import argparse
@@ -17,6 +17,7 @@ from bench.peer import PeerGPT
 from gpt import GPT, GPTConfig
 from tinygpt.config import TrainConfig
 from tinygpt.data import TokenData
+from tinygpt.kernels import use
 from tinygpt.kernels.cpu.launch import cpu_count
 from train import Run
 
@@ -25,10 +26,11 @@ CASES = {"A": (4, 4, 128, 64, 12, 512), "B": (6, 6, 384, 256, 12, 512),
          "124M": (12, 12, 768, 256, 4, 50257)}
 
 
-def ours(case: str, dtype: str, data: np.ndarray):
+def ours(case: str, dtype: str, kernels: str, data: np.ndarray):
     L, H, C, T, B, V = CASES[case]
     model = GPT(GPTConfig(n_layer=L, n_head=H, n_embd=C, block_size=T, vocab_size=V))
     config = TrainConfig(batch_size=B, dtype=dtype, out_dir=tempfile.mkdtemp())
+    use(kernels)
     run = Run(model, config, TokenData(data, data, None, "random"))
 
     def step():
@@ -60,15 +62,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("cases", nargs="*", default=list(CASES), metavar="|".join(CASES))
     parser.add_argument("--bfloat16", action="store_true")
+    parser.add_argument("--kernels", default="auto", help="which of ours")
     parser.add_argument("--seconds", type=float, default=20, help="for each of the two")
     args = parser.parse_args()
     torch.set_num_threads(cpu_count())
     dtype = "bfloat16" if args.bfloat16 else "float32"
     for case in args.cases:
         data = np.random.default_rng(0).integers(0, CASES[case][-1], 100_000).astype(np.uint16)
-        peers = {"ours": ours(case, dtype, data), "torch": theirs(case, dtype, data)}
+        peers = {"ours": ours(case, dtype, args.kernels, data),
+                 "torch": theirs(case, dtype, data)}
         times = in_turn(peers, args.seconds)
-        record("train_step.py", f"{case} {dtype}", times["ours"], "torch", times["torch"])
+        record("train_step.py", f"{case} {dtype}, kernels {args.kernels}", times["ours"], "torch",
+               times["torch"])
 
 
 if __name__ == "__main__":
