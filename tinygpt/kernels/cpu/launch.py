@@ -173,14 +173,16 @@ class Kernel:
         def build(*buffers) -> UOp:
             return program(name, code, buffers, count, flops)
 
+        inputs = [plain(x) for x in inputs]
+
         def backward(dy: UOp, call: UOp):
             made = [Tensor(b.after(call)) for b in call.src[1:1 + count]]
-            grads = gradient(Tensor(dy), made)
-            return (*[None] * count, *[g if g is None else g.uop for g in grads], None, None)
+            grads = [g if g is None else g.reshape(x.shape).uop
+                     for g, x in zip(gradient(Tensor(dy), made), inputs, strict=True)]
+            return (*[None] * count, *grads, None, None)
 
-        sizes = constants(dtypes.int64, *sizes)
-        return Tensor.custom_kernel(*outputs, *map(plain, inputs), sizes, table(), fxn=build,
-                                    grad_fxn=gradient and backward)[:count]
+        return Tensor.custom_kernel(*outputs, *inputs, constants(dtypes.int64, *sizes), table(),
+                                    fxn=build, grad_fxn=gradient and backward)[:count]
 
 
 def plain(x: Tensor) -> Tensor:
