@@ -77,11 +77,13 @@ def choose(name: str) -> str:
     Returns its canonical name. Raises DeviceError where it cannot be opened.
     """
     if name.lower() != "auto":
-        canonical = Device.canonicalize(name.upper())
-        if canonical.startswith("CPU"):
-            _check_compiler()  # before tinygrad looks for one and fails in its own words
         try:
+            canonical = Device.canonicalize(name.upper())
+            if canonical.startswith("CPU"):
+                _check_compiler()  # before tinygrad looks for one and fails in its own words
             Device[canonical]
+        except DeviceError:
+            raise
         except ModuleNotFoundError as error:
             raise DeviceError(f"there is no device {name!r}: choose auto, cpu, cuda, metal or "
                               "another that tinygrad knows") from error
