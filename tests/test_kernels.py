@@ -313,6 +313,28 @@ def test_use_decides_what_auto_means(restore, monkeypatch):
     assert (kernels.gelu(None), kernels.attention(None, None, None)) == before
 
 
+# ---- matrix products deeper than a slice and wider than a strip, with edges on every side
+
+
+DEEP = dict(x=(67, 1100), weight=(530, 1100), bias=(530,), residual=(67, 530))
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("kind", ["", "emulated"])
+def test_c_products_of_several_slices(kind, dtype, monkeypatch):
+    monkeypatch.setattr(kernels.cpu, "amx", lambda: kind)
+    arrays = draw(DEEP)
+    right = run("linear", "reference", arrays, {})
+    check(run("linear", "cpu", arrays, {}, dtype), right, dtype)
+    for name in ("x", "residual"):  # the same numbers come out of numbers that need no rounding
+        arrays[name] = np.sign(arrays[name])
+    arrays["weight"] = np.round(arrays["weight"])
+    exact = run("linear", "cpu", arrays, {}, dtype, dy=np.ones((67, 530), np.float32))
+    for name, shape in (("weight", (530, 1100)), ("bias", (530,))):
+        column_sums = arrays["x"].sum(0) if name == "weight" else np.float32(67)
+        np.testing.assert_array_equal(exact[name], np.broadcast_to(column_sums, shape))
+
+
 # ---- attention
 
 

@@ -1,21 +1,24 @@
-"""The operations in C, for float32 on tinygrad's CPU device.
+"""The operations in C, for float32 and bfloat16 on tinygrad's CPU device.
 
 Each C file stands beside this one and says what it computes. It is compiled once for a machine
-and takes its sizes when it runs. `fits` says which tensors these functions can take.
+and takes its sizes when it runs. Arithmetic is float32 whatever the activations are, but for the
+matrix products of bfloat16 activations on a processor with AMX. `fits` says which tensors these
+functions can take.
 """
 
 from tinygrad import Tensor, UOp, dtypes
 
-from tinygpt.kernels.cpu.launch import Kernel, constants, untransposed
+from tinygpt.kernels.cpu.launch import Kernel, amx, constants, untransposed
 
-FLOAT_IN, FLOAT_OUT = "const float*", "float*"
+FLOAT_IN, FLOAT_OUT, ACT_IN, ACT_OUT = "const float*", "float*", "const act*", "act*"
 GEMV_ROWS = 4  # as many rows at most are cheaper as dot products than packed
+GEMM_STRIP, GEMM_SLICE = 512, 512  # NC and the least KC of gemm.c and gemm_amx.c
 
 
 def fits(*tensors: Tensor | None) -> bool:
-    """Are these, but for integers and what is None, float32 on the CPU?"""
-    return all(t is None or (str(t.device) == "CPU" and
-                             (t.dtype == dtypes.float32 or dtypes.is_int(t.dtype)))
+    """Are these, but for what is None, integers, float32 or bfloat16 on the CPU?"""
+    kinds = (dtypes.float32, dtypes.bfloat16)
+    return all(t is None or (str(t.device) == "CPU" and (t.dtype in kinds or dtypes.is_int(t.dtype)))
                for t in tensors)
 
 
@@ -23,39 +26,51 @@ def linear(x, weight, bias=None, residual=None):
     N, K = weight.shape
     rows = x.numel() // K
     shapes = x.shape, weight.shape, bias is not None, residual is not None
+    weight, bias = weight.float(), bias if bias is None else bias.float()
+    residual = residual if residual is None else residual.cast(x.dtype)
 
     def gradient(dy: Tensor, _) -> list[Tensor | None]:
         x_shape, w_shape, with_bias, with_residual = shapes
-        dx = _gemm("gemm.c", x_shape, dy, weight, (rows, K, N))
-        dw, *sums = _gemm("gemm.c", w_shape, dy, x, (N, K, rows), ta=1, sums=with_bias)
+        dx = _gemm(x_shape, dy, weight, (rows, K, N))
+        dw, *sums = _gemm(w_shape, dy, x, (N, K, rows), ta=1, sums=with_bias, dtype=dtypes.float32)
         return [dx, dw, *sums, *([dy] if with_residual else [])]
 
-    return _gemm("gemv.c" if rows <= GEMV_ROWS else "gemm.c", (*x.shape[:-1], N), x, weight,
-                 (rows, N, K), bias, residual, tb=1, gradient=gradient)
+    return _gemm((*x.shape[:-1], N), x, weight, (rows, N, K), bias, residual, tb=1,
+                 gradient=gradient, file="gemv.c" if rows <= GEMV_ROWS else "gemm.c")
 
 
-def _gemm(file, shape, a, b, sizes, bias=None, residual=None, ta=0, tb=0, sums=None, gradient=None):
-    """op(a) op(b) + bias + residual of `sizes` M, N, K, in a tensor of `shape`.
+def _gemm(shape, a, b, sizes, bias=None, residual=None, ta=0, tb=0, sums=None, gradient=None,
+          dtype=None, file="gemm.c"):
+    """op(a) op(b) + bias + residual of `sizes` M, N, K, in a tensor of `shape` and `dtype`, a's
+    where none is given.
 
     With `sums` not None a list of that and, if it is true, the column sums of a.
     """
     M, N, K = sizes
-    outputs, inputs = [Tensor.empty(*shape)], [a, b]
-    arguments = [(FLOAT_OUT, "c")]
-    defines = {"TA": ta, "TB": tb, "BIAS": 0, "RESIDUAL": 0, "SUMS": 0}
+    out = Tensor.empty(*shape, dtype=dtype or a.dtype)
+    outputs, inputs, arguments = [out], [a, b], [("c_t*", "c")]
+    defines = {"TA": ta, "TB": tb, "BIAS": 0, "RESIDUAL": 0, "SUMS": 0, "PARTIAL": 0}
+    kinds = zip(("A_BF16", "B_BF16", "C_BF16"), (a, b, out), strict=True)
+    defines |= {name: int(t.dtype == dtypes.bfloat16) for name, t in kinds}
+    if defines["A_BF16"] and file == "gemm.c" and (kind := amx()):
+        file, defines["AMX_EMULATED"] = "gemm_amx.c", int(kind == "emulated")
     if sums:
         outputs.append(Tensor.empty(M))
         arguments.append((FLOAT_OUT, "sums"))
         defines["SUMS"] = "sums"
-    arguments += [(FLOAT_IN, "a"), (FLOAT_IN, "b")]
-    for name, tensor in (("bias", bias), ("residual", residual)):
+    if defines["C_BF16"] and K > GEMM_SLICE:
+        outputs.append(Tensor.empty(M, GEMM_STRIP))
+        arguments.append((FLOAT_OUT, "partial"))
+        defines["PARTIAL"] = "partial"
+    arguments += [("const a_t*", "a"), ("const b_t*", "b")]
+    for kind, name, tensor in ((FLOAT_IN, "bias", bias), ("const c_t*", "residual", residual)):
         if tensor is not None:
             inputs.append(tensor)
-            arguments.append((FLOAT_IN, name))
+            arguments.append((kind, name))
             defines[name.upper()] = name
     kernel = Kernel(file, tuple(arguments), tuple(defines.items()))
     made = kernel(outputs, inputs, sizes, gradient, flops=2 * M * N * K)
-    return made[0] if sums is None else made
+    return made[0] if sums is None else made[:1 + sums]
 
 
 def embedding(idx, weight):
@@ -80,22 +95,25 @@ def rms_norm(x, weight, eps=1e-5):
 def _norm(x, weight, bias, eps, rms):
     C = x.shape[-1]
     N = x.numel() // C
-    shape, with_bias = x.shape, bias is not None
+    shape, with_bias, kind = x.shape, bias is not None, _bf16(x)
+    weight, bias = weight.float(), bias if bias is None else bias.float()
 
     def gradient(dy: Tensor, made: list[Tensor]) -> list[Tensor | None]:
-        outputs = [Tensor.empty(*shape), Tensor.empty(C), *([Tensor.empty(C)] if with_bias else [])]
-        names = [(FLOAT_OUT, n) for n in ("dx", "dweight", "dbias")[:len(outputs)]]
-        names += [(FLOAT_IN, n) for n in ("dy", "x", "weight", "stats")]
+        outputs = [Tensor.empty(*shape, dtype=x.dtype), Tensor.empty(C),
+                   *([Tensor.empty(C)] if with_bias else [])]
+        names = [(ACT_OUT, "dx"), *((FLOAT_OUT, n) for n in ("dweight", "dbias")[:len(outputs) - 1])]
+        names += [(ACT_IN, "dy"), (ACT_IN, "x"), (FLOAT_IN, "weight"), (FLOAT_IN, "stats")]
         kernel = Kernel("norm_backward.c", tuple(names),
-                        (("RMS", rms), ("DBIAS", "dbias" if with_bias else "((float*)0)")))
+                        (kind, ("RMS", rms), ("DBIAS", "dbias" if with_bias else "((float*)0)")))
         return [*kernel(outputs, [dy, x, weight, made[1]], (N, C)), None]
 
-    names = [(FLOAT_OUT, "y"), (FLOAT_OUT, "stats"), (FLOAT_IN, "x"), (FLOAT_IN, "weight")]
+    names = [(ACT_OUT, "y"), (FLOAT_OUT, "stats"), (ACT_IN, "x"), (FLOAT_IN, "weight")]
     names += [(FLOAT_IN, "bias")] if with_bias else []
-    kernel = Kernel("norm_forward.c", tuple(names), (("RMS", rms),
-                                                     ("BIAS", "bias" if with_bias else 0)))
+    kernel = Kernel("norm_forward.c", tuple(names),
+                    (kind, ("RMS", rms), ("BIAS", "bias" if with_bias else 0)))
     inputs = [x, weight, *([bias] if with_bias else []), constants(dtypes.float32, eps)]
-    return kernel([Tensor.empty(*shape), Tensor.empty(N, 2)], inputs, (N, C), gradient)[0]
+    outputs = [Tensor.empty(*shape, dtype=x.dtype), Tensor.empty(N, 2)]
+    return kernel(outputs, inputs, (N, C), gradient)[0]
 
 
 def gelu(x, tanh=False):
@@ -103,24 +121,24 @@ def gelu(x, tanh=False):
 
 
 def swiglu(gate, up):
-    return _activation("SWIGLU", gate, up)
+    return _activation("SWIGLU", gate, up.cast(gate.dtype))
 
 
 def _activation(kind: str, *inputs: Tensor) -> Tensor:
-    n, shapes = inputs[0].numel(), [x.shape for x in inputs]
-    names = [(FLOAT_IN, name) for name in ("x", "up")[:len(inputs)]]
-    up = "up" if len(inputs) == 2 else 0
+    n, shapes, dtype = inputs[0].numel(), [x.shape for x in inputs], inputs[0].dtype
+    names = [(ACT_IN, name) for name in ("x", "up")[:len(inputs)]]
+    shared = (_bf16(inputs[0]), (kind, 1), ("UP", "up" if len(inputs) == 2 else 0))
 
     def gradient(dy: Tensor, _) -> list[Tensor]:
-        outputs = [(FLOAT_OUT, name) for name in ("out", "out_up")[:len(inputs)]]
-        kernel = Kernel("activation.c", (*outputs, (FLOAT_IN, "dy"), *names),
-                        ((kind, 1), ("BACKWARD", 1), ("DY", "dy"), ("UP", up),
-                         ("OUT_UP", "out_up" if up else 0)))
-        return kernel([Tensor.empty(*s) for s in shapes], [dy, *inputs], (n,))
+        outputs = [(ACT_OUT, name) for name in ("out", "out_up")[:len(inputs)]]
+        kernel = Kernel("activation.c", (*outputs, (ACT_IN, "dy"), *names),
+                        (*shared, ("BACKWARD", 1), ("DY", "dy"),
+                         ("OUT_UP", "out_up" if len(inputs) == 2 else 0)))
+        return kernel([Tensor.empty(*s, dtype=dtype) for s in shapes], [dy, *inputs], (n,))
 
-    kernel = Kernel("activation.c", ((FLOAT_OUT, "out"), *names),
-                    ((kind, 1), ("BACKWARD", 0), ("DY", 0), ("UP", up), ("OUT_UP", 0)))
-    return kernel([Tensor.empty(*shapes[0])], list(inputs), (n,), gradient)[0]
+    kernel = Kernel("activation.c", ((ACT_OUT, "out"), *names),
+                    (*shared, ("BACKWARD", 0), ("DY", 0), ("OUT_UP", 0)))
+    return kernel([Tensor.empty(*shapes[0], dtype=dtype)], list(inputs), (n,), gradient)[0]
 
 
 def rope(x, cos, sin):
@@ -129,8 +147,9 @@ def rope(x, cos, sin):
     shape = memory.shape
 
     def turn(x: Tensor, backward: int, gradient=None) -> Tensor:
-        kernel = Kernel("rope.c", defines=(("BACKWARD", backward),))
-        return kernel([Tensor.empty(*shape)], [x, cos, sin], (B, H, T, D, *strides), gradient)[0]
+        kernel = Kernel("rope.c", defines=(_bf16(x), ("BACKWARD", backward)))
+        return kernel([Tensor.empty(*shape, dtype=x.dtype)], [x, cos, sin],
+                      (B, H, T, D, *strides), gradient)[0]
 
     out = turn(memory, 0, lambda dy, _: [turn(dy, 1), None, None])
     return out if memory is x else out.transpose(1, 2)
@@ -139,7 +158,8 @@ def rope(x, cos, sin):
 def attention(q, k, v, offset=0, window=None, dropout_p=0.0, dropout_key=None):
     B, H, T, D = q.shape
     G, S = k.shape[1:3]
-    inputs, strides = zip(*[_strided(x) for x in (q, k, v)], strict=True)
+    inputs, strides = zip(*[_strided(x.cast(q.dtype)) for x in (q, k, v)], strict=True)
+    kind = (_bf16(q),)
     drops = dropout_p > 0 and dropout_key is not None
     if isinstance(offset, UOp):
         offset = (Tensor.zeros(1, dtype=dtypes.int32) + offset).contiguous()
@@ -151,14 +171,16 @@ def attention(q, k, v, offset=0, window=None, dropout_p=0.0, dropout_key=None):
     flops = 2 * B * H * D * T * (2 * S - T)
 
     def gradient(dy: Tensor, made: list[Tensor]) -> list[Tensor | None]:
-        outputs = [Tensor.empty(*x.shape) for x in inputs] + [Tensor.empty(B, H, T)]
-        grads = Kernel("attention_backward.c")(
-            outputs, [dy, *made, *inputs, offset, key], sizes, flops=flops * 5 // 2)
-        return [*grads[:3], None, None]
+        dq, dk, dv = (Tensor.empty(*x.shape, dtype=t) for x, t in
+                      zip(inputs, (dtypes.float32, q.dtype, q.dtype), strict=True))
+        dq, dk, dv, _ = Kernel("attention_backward.c", defines=kind)(
+            [dq, dk, dv, Tensor.empty(B, H, T)], [dy, *made, *inputs, offset, key], sizes,
+            flops=flops * 5 // 2)
+        return [dq.cast(q.dtype), dk, dv, None, None]
 
-    out = Kernel("attention_forward.c")(
-        [Tensor.empty(B, T, H, D), Tensor.empty(B, H, T)], [*inputs, offset, key], sizes, gradient,
-        flops)[0]
+    out = Kernel("attention_forward.c", defines=kind)(
+        [Tensor.empty(B, T, H, D, dtype=q.dtype), Tensor.empty(B, H, T)],
+        [*inputs, offset, key], sizes, gradient, flops)[0]
     return out.transpose(1, 2)
 
 
@@ -171,17 +193,23 @@ def _strided(x: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
     return x, (H * T * D, T * D, D)
 
 
+def _bf16(x: Tensor) -> tuple[str, int]:
+    """The define that says what activations are."""
+    return "BF16", int(x.dtype == dtypes.bfloat16)
+
+
 def cross_entropy(logits, targets, label_smoothing=0.0, z_loss=0.0, ignore_index=-1):
     N, V = logits.shape
     targets = targets.cast(dtypes.int32)
     options = constants(dtypes.float32, label_smoothing, z_loss, ignore_index)
+    kind = (_bf16(logits),)
 
     def gradient(dloss: Tensor, made: list[Tensor]) -> list[Tensor | None]:
-        dx = Kernel("cross_entropy_backward.c")(
-            [Tensor.empty(N, V)], [dloss, logits, targets, made[1], options], (N, V))
+        dx = Kernel("cross_entropy_backward.c", defines=kind)(
+            [Tensor.empty(N, V, dtype=logits.dtype)], [dloss, logits, targets, made[1], options], (N, V))
         return [*dx, None, None]
 
-    loss = Kernel("cross_entropy_forward.c")(
+    loss = Kernel("cross_entropy_forward.c", defines=kind)(
         [Tensor.empty(N), Tensor.empty(N)], [logits, targets, options], (N, V), gradient)[0]
     return loss.sum() / (targets != ignore_index).sum()
 

@@ -5,8 +5,8 @@
 #include "vector.h"
 
 typedef struct {
-  const float *dy, *x, *up;
-  float *out, *out_up;
+  const act *dy, *x, *up;
+  act *out, *out_up;
   long n, tasks;
 } activation_t;
 
@@ -63,9 +63,9 @@ KERNEL static void some_elements(void* args, int index) {
       continue;
     }
     for (long j = i; j < last; j++) {
-      g->out[j] = apply((vfloat)(g->dy ? g->dy[j] : 0.f), (vfloat)g->x[j],
-                        (vfloat)(g->up ? g->up[j] : 0.f), &dup)[0];
-      if (g->out_up) g->out_up[j] = dup[0];
+      PUT(g->out + j, apply((vfloat)(g->dy ? GET(g->dy + j) : 0.f), (vfloat)GET(g->x + j),
+                            (vfloat)(g->up ? GET(g->up + j) : 0.f), &dup)[0]);
+      if (g->out_up) PUT(g->out_up + j, dup[0]);
     }
   }
 }

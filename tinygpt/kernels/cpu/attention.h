@@ -11,11 +11,12 @@
 #define TILE(rows, cols) \
   ((float*)__builtin_alloca_with_align((rows) * (cols) * sizeof(float), 512))
 
-typedef struct { long batch, head, row; } strides_t;   /* in floats; D itself is contiguous */
+typedef struct { long batch, head, row; } strides_t;   /* in elements; D itself is contiguous */
 
 typedef struct {
-  const float *q, *k, *v, *dout;
-  float *out, *lse, *delta, *dq, *dk, *dv;
+  const act *q, *k, *v, *dout;
+  act *out, *dk, *dv;
+  float *lse, *delta, *dq;       /* dq is a sum over tiles of keys, so it is never rounded */
   strides_t qs, ks, vs, os;
   long B, H, G, T, S, D, DP;
   long offset, window;           /* window 0: none */
@@ -52,40 +53,42 @@ HOT int all_visible(const attention_t* a, long i0, long ni, long j0, long nj) {
          (!a->window || j0 > a->offset + i0 + ni - 1 - a->window);
 }
 
-/* dst (rows x DP) = n rows of D, the rest zero */
-HOT void load_tile(float* dst, const float* src, long stride, long n, long rows, long D, long DP) {
-  for (long r = 0; r < rows; r++) {
-    long c = 0;
-    if (r < n) {
-      for (; c + LANES <= D; c += LANES) STORE(dst + r * DP + c, LOAD(src + r * stride + c));
-      for (; c < D; c++) dst[r * DP + c] = src[r * stride + c];
-    }
-    for (; c < DP; c++) dst[r * DP + c] = 0.f;
+/* load_tile: dst (rows x DP) = n rows of D, the rest zero; store_tile: n rows of D of src (rows x DP) */
+#define DEFINE_TILES(kind, load_tile, store_tile) \
+  HOT void load_tile(float* dst, const kind* src, long stride, long n, long rows, long D, long DP) { \
+    for (long r = 0; r < rows; r++) { \
+      long c = 0; \
+      if (r < n) { \
+        for (; c + LANES <= D; c += LANES) STORE(dst + r * DP + c, LOAD(src + r * stride + c)); \
+        for (; c < D; c++) dst[r * DP + c] = GET(src + r * stride + c); \
+      } \
+      for (; c < DP; c++) dst[r * DP + c] = 0.f; \
+    } \
+  } \
+  HOT void store_tile(kind* dst, long stride, const float* src, long n, long D, long DP) { \
+    for (long r = 0; r < n; r++) { \
+      long c = 0; \
+      for (; c + LANES <= D; c += LANES) STORE(dst + r * stride + c, LOAD(src + r * DP + c)); \
+      for (; c < D; c++) PUT(dst + r * stride + c, src[r * DP + c]); \
+    } \
   }
-}
+DEFINE_TILES(act, load_tile, store_tile)
+DEFINE_TILES(float, load_floats, store_floats)
 
 /* dst (D x cols) = the transpose of n rows of D times factor, the rest zero */
-HOT void load_transposed(float* dst, const float* src, long stride, long n, long cols, long D,
+HOT void load_transposed(float* dst, const act* src, long stride, long n, long cols, long D,
                          float factor) {
   long r = 0;
   for (; r + 4 <= n; r += 4) {
     long c = 0;
-    for (; c + 4 <= D; c += 4) transpose4(src + r * stride + c, stride, dst + c * cols + r, cols);
+    for (; c + 4 <= D; c += 4) TRANSPOSE4(src + r * stride + c, stride, dst + c * cols + r, cols);
     for (; c < D; c++)
-      for (long x = r; x < r + 4; x++) dst[c * cols + x] = src[x * stride + c];
+      for (long x = r; x < r + 4; x++) dst[c * cols + x] = GET(src + x * stride + c);
   }
   for (; r < cols; r++)
-    for (long c = 0; c < D; c++) dst[c * cols + r] = r < n ? src[r * stride + c] : 0.f;
+    for (long c = 0; c < D; c++) dst[c * cols + r] = r < n ? GET(src + r * stride + c) : 0.f;
   if (factor != 1.0f)
     for (long x = 0; x < D * cols; x += LANES) STORE(dst + x, LOAD(dst + x) * factor);
-}
-
-HOT void store_tile(float* dst, long stride, const float* src, long n, long D, long DP) {
-  for (long r = 0; r < n; r++) {
-    long c = 0;
-    for (; c + LANES <= D; c += LANES) STORE(dst + r * stride + c, LOAD(src + r * DP + c));
-    for (; c < D; c++) dst[r * stride + c] = src[r * DP + c];
-  }
 }
 
 HOT void fill(float* dst, long n, float x) {

@@ -11,12 +11,12 @@ static void key_task(void* args, int index);
 static void query_task(void* args, int index);
 static void delta_task(void* args, int index);
 
-KERNEL void NAME(float* dq, float* dk, float* dv, float* delta, const float* dout,
-                 const float* out, const float* lse, const float* q, const float* k,
-                 const float* v, const int* offset, const unsigned* key, const long* dims,
+KERNEL void NAME(float* dq, act* dk, act* dv, float* delta, const act* dout,
+                 const act* out, const float* lse, const act* q, const act* k, const act* v,
+                 const int* offset, const unsigned* key, const long* dims,
                  const u64* table) {
   pool_t* pool = (pool_t*)table[0];
-  attention_t a = {.q = q, .k = k, .v = v, .dout = dout, .out = (float*)out, .lse = (float*)lse,
+  attention_t a = {.q = q, .k = k, .v = v, .dout = dout, .out = (act*)out, .lse = (float*)lse,
                    .delta = delta, .dq = dq, .dk = dk, .dv = dv};
   set_sizes(&a, dims, offset, key);
   parallel_for(pool, delta_task, &a, a.B * a.H);
@@ -32,12 +32,12 @@ KERNEL static void delta_task(void* args, int head) {
   const attention_t* a = args;
   const long b = head / a->H, h = head % a->H;
   for (long i = 0; i < a->T; i++) {
-    const float *x = AT(a->dout, a->os, b, h, i), *y = AT(a->out, a->os, b, h, i);
+    const act *x = AT(a->dout, a->os, b, h, i), *y = AT(a->out, a->os, b, h, i);
     vfloat sum = (vfloat)0.f;
     long d = 0;
     for (; d + LANES <= a->D; d += LANES) sum += LOAD(x + d) * LOAD(y + d);
     float s = vsum(sum);
-    for (; d < a->D; d++) s += x[d] * y[d];
+    for (; d < a->D; d++) s += GET(x + d) * GET(y + d);
     a->delta[head * a->T + i] = s;
   }
 }
@@ -53,7 +53,7 @@ typedef struct {
                   TILE(BQ, BK), TILE(BQ, BK)}
 
 HOT void load_keys(const attention_t* a, tiles_t t, long b, long group, long j0, long nj) {
-  const float *k = AT(a->k, a->ks, b, group, j0), *v = AT(a->v, a->vs, b, group, j0);
+  const act *k = AT(a->k, a->ks, b, group, j0), *v = AT(a->v, a->vs, b, group, j0);
   load_transposed(t.kt, k, a->ks.row, nj, BK, a->D, 1.0f);
   load_transposed(t.vt, v, a->vs.row, nj, BK, a->D, 1.0f);
   load_tile(t.keys, k, a->ks.row, nj, BK, a->D, a->DP);
@@ -140,9 +140,9 @@ HOT void key_tile(const attention_t* a, tiles_t t, long b, long group, long j0, 
       add_key_gradients(a, t, n, nj);
       if (!with_queries) continue;
       float* dq = AT(a->dq, a->qs, b, h, i0);
-      load_tile(t.dq, dq, a->qs.row, n, BQ, a->D, a->DP);
+      load_floats(t.dq, dq, a->qs.row, n, BQ, a->D, a->DP);
       add_query_gradients(a, t, i0, n, j0, nj);
-      store_tile(dq, a->qs.row, t.dq, n, a->D, a->DP);
+      store_floats(dq, a->qs.row, t.dq, n, a->D, a->DP);
     }
   store_tile(AT(a->dk, a->ks, b, group, j0), a->ks.row, t.dk, nj, a->D, a->DP);
   store_tile(AT(a->dv, a->vs, b, group, j0), a->vs.row, t.dv, nj, a->D, a->DP);
@@ -181,5 +181,5 @@ KERNEL static void query_task(void* args, int index) {
     weights(a, t, head, i0, n, j0, nj);
     add_query_gradients(a, t, i0, n, j0, nj);
   }
-  store_tile(AT(a->dq, a->qs, b, h, i0), a->qs.row, t.dq, n, a->D, a->DP);
+  store_floats(AT(a->dq, a->qs, b, h, i0), a->qs.row, t.dq, n, a->D, a->DP);
 }

@@ -5,7 +5,7 @@
 
 static void query_tile(void* args, int index);
 
-KERNEL void NAME(float* out, float* lse, const float* q, const float* k, const float* v,
+KERNEL void NAME(act* out, float* lse, const act* q, const act* k, const act* v,
                  const int* offset, const unsigned* key, const long* dims, const u64* table) {
   attention_t a = {.q = q, .k = k, .v = v, .out = out, .lse = lse};
   set_sizes(&a, dims, offset, key);

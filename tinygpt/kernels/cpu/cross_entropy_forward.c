@@ -5,7 +5,8 @@
 #include "vector.h"
 
 typedef struct {
-  const float *x, *options;
+  const act* x;
+  const float* options;
   const int* y;
   float *loss, *log_z;
   long N, V, tasks;
@@ -13,7 +14,7 @@ typedef struct {
 
 static void some_rows(void* args, int index);
 
-KERNEL void NAME(float* loss, float* log_z, const float* x, const int* y, const float* options,
+KERNEL void NAME(float* loss, float* log_z, const act* x, const int* y, const float* options,
                  const long* dims, const u64* table) {
   pool_t* pool = (pool_t*)table[0];
   entropy_t g = {.x = x, .options = options, .y = y, .loss = loss, .log_z = log_z,
@@ -27,32 +28,32 @@ KERNEL static void some_rows(void* args, int index) {
   const long V = g->V, end = V / (4 * LANES) * (4 * LANES);
   const float smoothing = g->options[0], z_loss = g->options[1];
   for (long i = g->N * index / g->tasks; i < g->N * (index + 1) / g->tasks; i++) {
-    const float* x = g->x + i * V;
+    const act* x = g->x + i * V;
     vfloat top[4], sum[4], total = (vfloat)0.f;
     UNROLL for (int u = 0; u < 4; u++) top[u] = (vfloat)(-__builtin_inff());
     long j;
     for (j = 0; j < end; j += 4 * LANES)
       UNROLL for (int u = 0; u < 4; u++) top[u] = vmax(top[u], LOAD(x + j + u * LANES));
     float m = vmaximum(vmax(vmax(top[0], top[1]), vmax(top[2], top[3])));
-    for (; j < V; j++) m = MAX(m, x[j]);
+    for (; j < V; j++) m = MAX(m, GET(x + j));
 
     UNROLL for (int u = 0; u < 4; u++) sum[u] = (vfloat)0.f;
     for (j = 0; j < end; j += 4 * LANES)
       UNROLL for (int u = 0; u < 4; u++) sum[u] += vexp(LOAD(x + j + u * LANES) - m);
     float s = vsum((sum[0] + sum[1]) + (sum[2] + sum[3]));
-    for (; j < V; j++) s += sexp(x[j] - m);
+    for (; j < V; j++) s += sexp(GET(x + j) - m);
 
     float mean = 0.f;
     if (smoothing != 0.f) {
       for (j = 0; j < end; j += LANES) total += LOAD(x + j);
       mean = vsum(total);
-      for (; j < V; j++) mean += x[j];
+      for (; j < V; j++) mean += GET(x + j);
       mean /= V;
     }
     const float lse = m + slog2(s) * LN2;
     const int y = g->y[i];
     g->log_z[i] = lse;
     g->loss[i] = y == (int)g->options[2] ? 0.f
-               : lse - (1.f - smoothing) * x[y] - smoothing * mean + z_loss * lse * lse;
+               : lse - (1.f - smoothing) * GET(x + y) - smoothing * mean + z_loss * lse * lse;
   }
 }

@@ -2,10 +2,14 @@
  * each row of them read once as a single stream. */
 #include "pool.h"
 #include "vector.h"
+#include "operands.h"
 
 typedef struct {
-  const float *x, *w, *bias, *residual;
-  float* y;
+  const a_t* x;
+  const b_t* w;
+  const float* bias;
+  const c_t* residual;
+  c_t* y;
   long M, N, K, share;
 } gemv_t;
 
@@ -26,7 +30,8 @@ KERNEL static void rows_of_w(void* args, int index) {
   const long end = MIN((index + 1) * g->share, g->N);
   for (long n = index * g->share; n < end; n++)
     for (long m = 0; m < g->M; m++) {
-      const float *x = g->x + m * g->K, *w = g->w + n * g->K;
+      const a_t* x = g->x + m * g->K;
+      const b_t* w = g->w + n * g->K;
       vfloat sum[4];
       UNROLL for (int i = 0; i < 4; i++) sum[i] = (vfloat)0.f;
       long k = 0;
@@ -37,8 +42,8 @@ KERNEL static void rows_of_w(void* args, int index) {
       }
       for (; k + LANES <= g->K; k += LANES) sum[0] += LOAD(x + k) * LOAD(w + k);
       float y = vsum((sum[0] + sum[1]) + (sum[2] + sum[3]));
-      for (; k < g->K; k++) y += x[k] * w[k];
+      for (; k < g->K; k++) y += GET(x + k) * GET(w + k);
       const long at = m * g->N + n;
-      g->y[at] = y + (g->bias ? g->bias[n] : 0.f) + (g->residual ? g->residual[at] : 0.f);
+      PUT(g->y + at, y + (g->bias ? g->bias[n] : 0.f) + (g->residual ? GET(g->residual + at) : 0.f));
     }
 }

@@ -10,6 +10,7 @@ import ctypes
 import functools
 import mmap
 import os
+import platform
 import re
 import sys
 import threading
@@ -25,6 +26,7 @@ from tinygrad.uop.ops import KernelInfo, Ops, ProgramInfo, UOp
 
 FOLDER = Path(__file__).parent
 IS_014 = "target" in ProgramInfo.__dataclass_fields__
+WORKER_STACK = 8 << 20  # packed matrices and tiles lie on it
 WORKSPACE_BYTES = 64 << 20  # for packed matrices and partial sums; touched only as far as needed
 
 
@@ -104,10 +106,12 @@ class Pool:
             self.words[self.SEMAPHORES + i] = semaphore
         self._post, self._semaphore_addresses = post, semaphores
         work = function(*source("worker.c"))
+        stack = threading.stack_size(WORKER_STACK)
         self._workers = [threading.Thread(target=work, daemon=True, args=[
             ctypes.c_uint64(self.address), ctypes.c_uint64(i)]) for i in range(threads - 1)]
         for worker in self._workers:
             worker.start()
+        threading.stack_size(stack)
         atexit.register(self.stop)
 
     def stop(self) -> None:
@@ -125,6 +129,21 @@ class Pool:
 def cpu_count() -> int:
     """CPUs that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+@functools.cache
+def amx() -> str:
+    """"real" where this processor multiplies bfloat16 in AMX tiles and Linux lets this process
+    use them, else ""."""
+    if sys.platform != "linux" or platform.machine() != "x86_64":
+        return ""
+    try:
+        offered = "amx_bf16" in Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return ""
+    arch_prctl, request_permission, tile_data = 158, 0x1023, 18
+    return "real" if offered and not ctypes.CDLL(None).syscall(
+        arch_prctl, request_permission, tile_data) else ""
 
 
 _threads = min(cpu_count(), 64)

@@ -6,8 +6,10 @@
 #include "vector.h"
 
 typedef struct {
-  const float *dy, *x, *weight, *stats;
-  float *dx, *partial;          /* partial (tasks x 2 x C): dweight, dbias */
+  const act *dy, *x;
+  const float *weight, *stats;
+  act* dx;
+  float* partial;               /* (tasks x 2 x C): dweight, dbias */
   long N, C, tasks;
 } norm_t;
 
@@ -36,8 +38,9 @@ KERNEL static void some_rows(void* args, int index) {
   float *dweight = g->partial + 2 * index * C, *dbias = dweight + C;
   for (long c = 0; c < 2 * C; c++) dweight[c] = 0.f;
   for (long i = g->N * index / g->tasks; i < g->N * (index + 1) / g->tasks; i++) {
-    const float *x = g->x + i * C, *dy = g->dy + i * C, *w = g->weight;
-    float* dx = g->dx + i * C;
+    const act *x = g->x + i * C, *dy = g->dy + i * C;
+    act* dx = g->dx + i * C;
+    const float* w = g->weight;
     const float mean = g->stats[2 * i], scale = g->stats[2 * i + 1];
     vfloat sum_g = (vfloat)0.f, sum_gh = (vfloat)0.f;
     long c;
@@ -50,11 +53,11 @@ KERNEL static void some_rows(void* args, int index) {
     }
     float mean_g = vsum(sum_g), mean_gh = vsum(sum_gh);
     for (; c < C; c++) {
-      const float h = (x[c] - mean) * scale;
-      mean_g += dy[c] * w[c];
-      mean_gh += dy[c] * w[c] * h;
-      dweight[c] += dy[c] * h;
-      dbias[c] += dy[c];
+      const float d = GET(dy + c), h = (GET(x + c) - mean) * scale;
+      mean_g += d * w[c];
+      mean_gh += d * w[c] * h;
+      dweight[c] += d * h;
+      dbias[c] += d;
     }
     mean_g = RMS ? 0.f : mean_g / C;
     mean_gh /= C;
@@ -63,8 +66,8 @@ KERNEL static void some_rows(void* args, int index) {
       STORE(dx + c, (LOAD(dy + c) * LOAD(w + c) - mean_g - h * mean_gh) * scale);
     }
     for (; c < C; c++) {
-      const float h = (x[c] - mean) * scale;
-      dx[c] = (dy[c] * w[c] - mean_g - h * mean_gh) * scale;
+      const float h = (GET(x + c) - mean) * scale;
+      PUT(dx + c, (GET(dy + c) * w[c] - mean_g - h * mean_gh) * scale);
     }
   }
 }

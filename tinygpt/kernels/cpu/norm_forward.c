@@ -4,8 +4,10 @@
 #include "vector.h"
 
 typedef struct {
-  const float *x, *weight, *bias;
-  float *y, *stats, eps;
+  const act* x;
+  const float *weight, *bias;
+  act* y;
+  float *stats, eps;
   long N, C, tasks;
 } norm_t;
 
@@ -23,15 +25,15 @@ KERNEL static void some_rows(void* args, int index) {
   const norm_t* g = args;
   const long C = g->C, end = VECTOR_END(C);
   for (long i = g->N * index / g->tasks; i < g->N * (index + 1) / g->tasks; i++) {
-    const float* x = g->x + i * C;
-    float* y = g->y + i * C;
+    const act* x = g->x + i * C;
+    act* y = g->y + i * C;
     float mean = 0.f;
     long c;
 #if !RMS
     vfloat sum = (vfloat)0.f;
     for (c = 0; c < end; c += LANES) sum += LOAD(x + c);
     mean = vsum(sum);
-    for (; c < C; c++) mean += x[c];
+    for (; c < C; c++) mean += GET(x + c);
     mean /= C;
 #endif
     vfloat squares = (vfloat)0.f;
@@ -40,14 +42,14 @@ KERNEL static void some_rows(void* args, int index) {
       squares += z * z;
     }
     float variance = vsum(squares);
-    for (; c < C; c++) variance += (x[c] - mean) * (x[c] - mean);
+    for (; c < C; c++) variance += (GET(x + c) - mean) * (GET(x + c) - mean);
     const float scale = 1.0f / __builtin_sqrtf(variance / C + g->eps);
     for (c = 0; c < end; c += LANES) {
       vfloat z = (LOAD(x + c) - mean) * scale * LOAD(g->weight + c);
       STORE(y + c, g->bias ? z + LOAD(g->bias + c) : z);
     }
     for (; c < C; c++)
-      y[c] = (x[c] - mean) * scale * g->weight[c] + (g->bias ? g->bias[c] : 0.f);
+      PUT(y + c, (GET(x + c) - mean) * scale * g->weight[c] + (g->bias ? g->bias[c] : 0.f));
     g->stats[2 * i] = mean;
     g->stats[2 * i + 1] = scale;
   }

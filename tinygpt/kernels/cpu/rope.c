@@ -5,14 +5,15 @@
 #include "vector.h"
 
 typedef struct {
-  const float *x, *cos, *sin;
-  float* out;
+  const act* x;
+  const float *cos, *sin;
+  act* out;
   long B, H, T, D, batch, head, row;
 } rope_t;
 
 static void one_head(void* args, int index);
 
-KERNEL void NAME(float* out, const float* x, const float* cos, const float* sin, const long* dims,
+KERNEL void NAME(act* out, const act* x, const float* cos, const float* sin, const long* dims,
                  const u64* table) {
   rope_t g = {.x = x, .cos = cos, .sin = sin, .out = out, .B = dims[0], .H = dims[1],
               .T = dims[2], .D = dims[3], .batch = dims[4], .head = dims[5], .row = dims[6]};
@@ -23,13 +24,13 @@ KERNEL static void one_head(void* args, int index) {
   const rope_t* g = args;
   const long half = g->D / 2, at = index / g->H * g->batch + index % g->H * g->head;
   for (long t = 0; t < g->T; t++) {
-    const float *a = g->x + at + t * g->row, *b = a + half;
+    const act *a = g->x + at + t * g->row, *b = a + half;
     const float *cos = g->cos + t * half, *sin = g->sin + t * half;
-    float *y = g->out + at + t * g->row, *z = y + half;
+    act *y = g->out + at + t * g->row, *z = y + half;
     for (long i = 0; i < half; i++) {
-      const float s = BACKWARD ? -sin[i] : sin[i], left = a[i], right = b[i];
-      y[i] = left * cos[i] - right * s;
-      z[i] = right * cos[i] + left * s;
+      const float s = BACKWARD ? -sin[i] : sin[i], left = GET(a + i), right = GET(b + i);
+      PUT(y + i, left * cos[i] - right * s);
+      PUT(z + i, right * cos[i] + left * s);
     }
   }
 }

@@ -1,5 +1,9 @@
 /* Vectors of float32 through clang's vector extensions: 16 lanes with AVX-512, 8 with AVX, 4 with
- * NEON or SSE, from one source. ROWS x COLS is the block that a micro kernel keeps in registers. */
+ * NEON or SSE, from one source. ROWS x COLS is the block that a micro kernel keeps in registers.
+ *
+ * Activations, `act`, are float32, or with BF16 1 bfloat16, the upper half of a float32. LOAD and
+ * STORE move vectors and GET and PUT numbers of either kind, as the pointer says; what is computed
+ * is float32. bfloat16 is rounded to the nearest, ties to even. */
 #if defined(__AVX512F__)
 #define LANES 16
 #define ROWS 8
@@ -33,8 +37,44 @@ typedef unsigned vuint __attribute__((ext_vector_type(LANES)));
 typedef float vfloat_unaligned __attribute__((ext_vector_type(LANES), aligned(4)));
 typedef float float4 __attribute__((ext_vector_type(4), aligned(4)));
 
-#define LOAD(p) ((vfloat)*(const vfloat_unaligned*)(p))
-#define STORE(p, v) (*(vfloat_unaligned*)(p) = (v))
+typedef unsigned short bf16;
+typedef bf16 vbf16 __attribute__((ext_vector_type(LANES), aligned(2)));
+typedef bf16 bf16x4 __attribute__((ext_vector_type(4), aligned(2)));
+#if BF16
+typedef bf16 act;
+#else
+typedef float act;
+#endif
+
+#define BY_TYPE(p, f) _Generic((p), float*: f##_f32, const float*: f##_f32, default: f##_bf16)
+#define LOAD(p) BY_TYPE(p, load)(p)
+#define LOAD4(p) BY_TYPE(p, load4)(p)
+#define STORE(p, v) BY_TYPE(p, store)(p, v)
+#define GET(p) BY_TYPE(p, get)(p)
+#define PUT(p, x) BY_TYPE(p, put)(p, x)
+
+HOT vfloat load_f32(const float* p) { return (vfloat)*(const vfloat_unaligned*)p; }
+HOT float4 load4_f32(const float* p) { return *(const float4*)p; }
+HOT void store_f32(float* p, vfloat v) { *(vfloat_unaligned*)p = v; }
+HOT float get_f32(const float* p) { return *p; }
+HOT void put_f32(float* p, float x) { *p = x; }
+
+HOT vfloat load_bf16(const bf16* p) {
+  return (vfloat)(__builtin_convertvector(*(const vbf16*)p, vuint) << 16);
+}
+HOT float4 load4_bf16(const bf16* p) {
+  typedef unsigned uint4 __attribute__((ext_vector_type(4)));
+  return (float4)(__builtin_convertvector(*(const bf16x4*)p, uint4) << 16);
+}
+HOT void store_bf16(bf16* p, vfloat v) {
+  const vuint bits = (vuint)v;
+  *(vbf16*)p = __builtin_convertvector((bits + 0x7fff + ((bits >> 16) & 1)) >> 16, vbf16);
+}
+HOT float get_bf16(const bf16* p) { return __builtin_bit_cast(float, (unsigned)*p << 16); }
+HOT void put_bf16(bf16* p, float x) {
+  const unsigned bits = __builtin_bit_cast(unsigned, x);
+  *p = (bf16)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
 
 /* the same work on all but the last n % LANES of n elements, and then on each of those */
 #define VECTOR_END(n) ((n) / LANES * LANES)
@@ -118,10 +158,11 @@ HOT void micro_kernel(const float* a, long ai, long ak, const float* b, long ldb
     UNROLL for (int j = 0; j < 2; j++) STORE(c + i * ldc + j * LANES, sum[i][j]);
 }
 
-/* four rows of four, transposed, to dst with row stride ldd */
-HOT void transpose4(const float* src, long lds, float* dst, long ldd) {
-  float4 a = *(const float4*)src, b = *(const float4*)(src + lds);
-  float4 c = *(const float4*)(src + 2 * lds), d = *(const float4*)(src + 3 * lds);
+/* four rows of four, lds apart, transposed to dst with row stride ldd */
+#define TRANSPOSE4(src, lds, dst, ldd) \
+  transpose4(LOAD4(src), LOAD4((src) + (lds)), LOAD4((src) + 2 * (lds)), \
+             LOAD4((src) + 3 * (lds)), dst, ldd)
+HOT void transpose4(float4 a, float4 b, float4 c, float4 d, float* dst, long ldd) {
   float4 ab0 = __builtin_shufflevector(a, b, 0, 4, 1, 5);
   float4 ab1 = __builtin_shufflevector(a, b, 2, 6, 3, 7);
   float4 cd0 = __builtin_shufflevector(c, d, 0, 4, 1, 5);

@@ -1,0 +1,97 @@
+/* What the matrix products of gemm.c and gemm_amx.c share: the loops around their micro kernels, as
+ * BLIS has them (Van Zee and van de Geijn, ACM TOMS 2015), and the way from a block to C.
+ *
+ *   C (M x N) = op(A) op(B) + bias + residual, all row-major
+ *
+ * Columns of C go in strips of NC and the depth in slices of KC; all threads pack the slice of B
+ * into panels of GN columns, then each task packs rows of A and multiplies.
+ *
+ * TA, TB: 1 where A (K x M) or B (N x K) is stored transposed. With TA the column sums of A's
+ * storage, the gradient of a bias, are written to SUMS where there is one. A C in bfloat16 is summed
+ * up in PARTIAL (M x NC) where the depth has several slices.
+ */
+#include "pool.h"
+#include "vector.h"
+#include "operands.h"
+
+typedef struct {
+  const a_t* a;
+  const b_t* b;
+  const float* bias;
+  const c_t* residual;
+  c_t* c;
+  float *partial, *sums;
+  void* packed_b;
+  long M, N, K;
+  long jc, nc, pc, kc;          /* the strip of columns and the slice of depth at hand */
+  long rows;                    /* of C in a task, a multiple of GM */
+  long panels;                  /* of B that a task packs */
+} gemm_t;
+
+static void pack_b(void* args, int index);
+static void multiply(void* args, int index);
+
+KERNEL void NAME(ARGUMENTS const long* dims, const u64* table) {
+  pool_t* pool = (pool_t*)table[0];
+  gemm_t g = {.a = a, .b = b, .bias = BIAS, .residual = RESIDUAL, .c = c, .sums = SUMS,
+              .partial = PARTIAL, .packed_b = (void*)table[1],
+              .M = dims[0], .N = dims[1], .K = dims[2]};
+  /* two tasks a thread, so that a late thread costs little */
+  const long share = (g.M + 2 * pool->threads - 1) / (2 * pool->threads);
+  g.rows = MIN(ROUND_UP(share, GM), MC);
+  for (g.jc = 0; g.jc < g.N; g.jc += NC) {
+    g.nc = MIN(g.N - g.jc, NC);
+    for (g.pc = 0; g.pc < g.K; g.pc += KC) {
+      g.kc = MIN(g.K - g.pc, KC);
+      g.panels = g.nc >= 4 * GN * (long)pool->threads ? 4 : 1;
+      parallel_for(pool, pack_b, &g, (g.nc + g.panels * GN - 1) / (g.panels * GN));
+      parallel_for(pool, multiply, &g, (g.M + g.rows - 1) / g.rows);
+    }
+  }
+}
+
+/* where sums of earlier slices stand for C[i][jc + j ...] */
+HOT float* partial_sums(const gemm_t* g, long i, long j) {
+#if C_BF16
+  return g->partial + i * NC + j;
+#else
+  return g->c + i * g->N + g->jc + j;
+#endif
+}
+
+/* x, LANES sums of this slice, to C[i][jc + j ...]: on top of what earlier slices left, and behind
+ * the last one with bias and residual */
+HOT void store_sums(const gemm_t* g, long i, long j, vfloat x) {
+  const long at = i * g->N + g->jc + j;
+  if (g->pc) x += LOAD(partial_sums(g, i, j));
+  if (g->pc + g->kc < g->K) {
+    STORE(partial_sums(g, i, j), x);
+    return;
+  }
+  if (g->bias) x += LOAD(g->bias + g->jc + j);
+  if (g->residual) x += LOAD(g->residual + at);
+  STORE(g->c + at, x);
+}
+
+/* the same for one sum */
+HOT void store_sum(const gemm_t* g, long i, long j, float x) {
+  const long at = i * g->N + g->jc + j;
+  if (g->pc) x += *partial_sums(g, i, j);
+  if (g->pc + g->kc < g->K) {
+    *partial_sums(g, i, j) = x;
+    return;
+  }
+  if (g->bias) x += g->bias[g->jc + j];
+  if (g->residual) x += GET(g->residual + at);
+  PUT(g->c + at, x);
+}
+
+/* a block of rows x cols with row stride ld, to C[i ...][jc + j ...] */
+HOT void store_block(const gemm_t* g, long i, long j, const float* block, long ld, long rows,
+                     long cols) {
+  for (long r = 0; r < rows; r++) {
+    long x = 0;
+    for (; x + LANES <= cols; x += LANES) store_sums(g, i + r, j + x, LOAD(block + r * ld + x));
+    for (; x < cols; x++) store_sum(g, i + r, j + x, block[r * ld + x]);
+  }
+}
