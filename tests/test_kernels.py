@@ -1,13 +1,17 @@
 """Every implementation of every operation: `reference` against numpy, the others against it."""
 
 import functools
+import itertools
 import math
+import os
+import subprocess
 
 import numpy as np
 import pytest
 from tinygrad import Tensor, TinyJit, UOp, dtypes
 
 from tinygpt import kernels
+from tinygpt.kernels.cpu import launch
 from tinygpt.kernels.random import make_key, random_bits
 
 # largest error, as a share of the largest number that is right
@@ -333,6 +337,44 @@ def test_c_products_of_several_slices(kind, dtype, monkeypatch):
     for name, shape in (("weight", (530, 1100)), ("bias", (530,))):
         column_sums = arrays["x"].sum(0) if name == "weight" else np.float32(67)
         np.testing.assert_array_equal(exact[name], np.broadcast_to(column_sums, shape))
+
+
+PROCESSORS = {"avx512": ["x86_64", "-march=sapphirerapids"], "sse": ["x86_64", "-march=x86-64"],
+              "neon": ["aarch64", "-mcpu=apple-m1"]}
+
+
+@pytest.fixture(scope="module")
+def c_sources():
+    """The source of every C kernel that the operations use, with and without AMX."""
+    sources, build = {}, launch.program
+
+    def program(name, code, *rest):
+        sources[name, "AMX_EMULATED 0" in code] = code
+        return build(name, code, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(launch, "program", program)
+        for amx in ("", "real"):
+            patch.setattr(kernels.cpu, "amx", lambda amx=amx: amx)
+            for operation, dtype in itertools.product(CASES, TOLERANCE):
+                if "cpu" in implementations(operation):
+                    shapes, options = CASES[operation][0]
+                    differentiate(operation, "cpu", tensors(draw(shapes), dtype),
+                                  constants(options))
+    return sources
+
+
+@pytest.mark.parametrize("processor", PROCESSORS)
+def test_c_compiles_for_other_processors(processor, c_sources):
+    assert any("_amx" in name for name, _ in c_sources) and len(c_sources) > 30
+    target, *options = PROCESSORS[processor]
+    command = [os.environ.get("CC", "clang"), "-x", "c", "-O1", "-ffreestanding", "-Wall", "-Werror",
+               "-Wno-psabi", "-Wno-unused", f"--target={target}-none-unknown-elf", *options,
+               "-c", "-o", os.devnull, "-"]
+    for (name, _), code in c_sources.items():
+        if "_amx" not in name or processor == "avx512":
+            done = subprocess.run(command, input=code, text=True, capture_output=True)
+            assert done.returncode == 0, f"{name}: {done.stderr}"
 
 
 # ---- attention
