@@ -17,7 +17,7 @@ from tinygpt import checkpoint, device, kernels
 from tinygpt.config import PRESETS, SampleConfig, TrainConfig, parse_flags, to_json
 from tinygpt.data import Batches, TokenData, load_data
 from tinygpt.kernels.random import make_key
-from tinygpt.optim import AdamW, clip_scale, global_norm
+from tinygpt.optim import clip_scale, global_norm, make_optimizer
 from tinygpt.report import Report, bits_per_byte
 from tinygpt.schedule import learning_rate
 
@@ -84,7 +84,7 @@ class Run:
         self.batches = Batches(data.train, block, rows, config.seed)
         self.val_batches = Batches(data.val, block, rows, config.seed)
         self.params = model.state_dict()
-        self.optimizer = AdamW(self.params, config.beta1, config.beta2, config.weight_decay)
+        self.optimizer = make_optimizer(self.params, config)
         self._claim_out_dir()
         model.tokenizer = data.tokenizer
 

@@ -1,12 +1,16 @@
-"""AdamW, the gradient's norm and clipping against numpy."""
+"""The optimizers, the gradient's norm and clipping against numpy."""
+
+import itertools
 
 import numpy as np
 import pytest
 from tinygrad import Tensor, TinyJit
 
-from tinygpt.optim import AdamW, clip_scale, global_norm
+from tinygpt.optim import AdamW, Muon, clip_scale, global_norm, orthogonalize
 
 SHAPES = {"matrix": (3, 5), "vector": (7,), "one": (1,), "cube": (2, 3, 2)}
+SHAPES |= {f"h.0.{r}x{c}": (r, c) for r, c in ((8, 24), (24, 8), (7, 7), (1, 9), (9, 1), (1, 1))}
+SHAPES["h.0.bias"] = (9,)
 SKIPPED = (0, 13, 14)
 
 
@@ -31,12 +35,47 @@ class NumpyAdamW:
             p -= lr * m / (np.sqrt(v) + self.eps)
 
 
+class NumpyMuon:
+    """Algorithm 1 of arXiv:2502.16982 with Nesterov's momentum, in float64, on h.*'s matrices."""
+
+    def __init__(self, params, weight_decay, **options):
+        self.m = {name: np.zeros(p.shape) for name, p in params.items()
+                  if name.startswith("h.") and p.ndim == 2}
+        self.rest = NumpyAdamW({k: p for k, p in params.items() if k not in self.m},
+                               weight_decay=weight_decay, **options)
+        self.params = {name: self.rest.params.get(name, p.astype(np.float64))
+                       for name, p in params.items()}
+        self.weight_decay, self.count = weight_decay, 0
+
+    def update(self, grads, lr):
+        self.count += 1
+        self.rest.update(grads, lr)
+        for name, m in self.m.items():
+            m[...] = 0.95 * m + grads[name]
+            step = newton_schulz(grads[name] + 0.95 * m) * 0.2 * np.sqrt(max(m.shape))
+            self.params[name] -= lr * (step + self.weight_decay * self.params[name])
+
+
+def newton_schulz(x):
+    x = x / (np.linalg.norm(x) + 1e-7)
+    if len(x) > x.shape[1]:
+        return newton_schulz(x.T).T
+    for _ in range(5):
+        A = x @ x.T
+        x = 3.4445 * x + (-4.7750 * A + 2.0315 * A @ A) @ x
+    return x
+
+
+PEERS = {AdamW: NumpyAdamW, Muon: NumpyMuon}
+TOLERANCE = {AdamW: 2e-5, Muon: 1e-4}
+
+
 def draw(rng) -> dict[str, np.ndarray]:
     return {name: rng.standard_normal(shape, dtype=np.float32) for name, shape in SHAPES.items()}
 
 
-def make(arrays, **options) -> AdamW:
-    return AdamW({name: Tensor(a).realize() for name, a in arrays.items()}, **options)
+def make(arrays, cls=AdamW, **options):
+    return cls({name: Tensor(a).realize() for name, a in arrays.items()}, **options)
 
 
 def stepper(optimizer):
@@ -61,11 +100,12 @@ def assert_same(ours, theirs):
         np.testing.assert_array_equal(ours[name], array, err_msg=name)
 
 
+@pytest.mark.parametrize("cls, numpy_cls", PEERS.items())
 @pytest.mark.parametrize("options", [dict(beta1=0.9, beta2=0.99, weight_decay=0.1),
                                      dict(beta1=0.0, beta2=0.999, weight_decay=0.0)])
-def test_adamw_equals_numpy_over_50_steps(rng, options):
+def test_it_equals_numpy_over_50_steps(rng, cls, numpy_cls, options):
     start = draw(rng)
-    ours, theirs = make(start, **options), NumpyAdamW(start, **options)
+    ours, theirs = make(start, cls, **options), numpy_cls(start, **options)
     step = stepper(ours)
     for number in range(50):
         grads = {name: g * 10.0 ** rng.integers(-6, 3) for name, g in draw(rng).items()}
@@ -80,33 +120,77 @@ def test_adamw_equals_numpy_over_50_steps(rng, options):
             step(grads, lr, scale)
             theirs.update({name: g * scale for name, g in grads.items()}, lr)
         for name, p in theirs.params.items():
-            np.testing.assert_allclose(ours.params[name].numpy(), p, atol=2e-5, err_msg=name)
+            np.testing.assert_allclose(ours.params[name].numpy(), p, atol=TOLERANCE[cls],
+                                       err_msg=name)
     assert ours.step.item() == theirs.count == 47
 
 
-def test_only_matrices_decay(rng):
+@pytest.mark.parametrize("cls", PEERS)
+def test_only_matrices_decay(rng, cls):
     start = draw(rng)
-    optimizer = make(start, weight_decay=0.5)
+    optimizer = make(start, cls, weight_decay=0.5)
     stepper(optimizer)({name: np.zeros_like(a) for name, a in start.items()}, 0.1)
     for name, a in start.items():
         kept = 0.95 if a.ndim >= 2 else 1.0
         np.testing.assert_allclose(optimizer.params[name].numpy(), a * kept, rtol=1e-6)
 
 
-def test_a_loaded_state_continues_where_it_was_saved(rng):
-    first = make(draw(rng))
+@pytest.mark.parametrize("cls", PEERS)
+def test_a_loaded_state_continues_where_it_was_saved(rng, cls):
+    first = make(draw(rng), cls)
     step = stepper(first)
     for _ in range(3):
         step(draw(rng), 0.01)
     state = {name: t.numpy() for name, t in first.state_dict().items()}
-    assert set(state) == {"step", *(f"{kind}.{name}" for kind in "mv" for name in SHAPES)}
-    second = make({name: p.numpy() for name, p in first.params.items()})
+    assert first.nbytes() == sum(a.nbytes for a in state.values())
+    second = make({name: p.numpy() for name, p in first.params.items()}, cls)
     second.load_state_dict(state)
     assert_same(everything(second), everything(first))
     grads, resumed = draw(rng), stepper(second)
     step(grads, 0.01)
     resumed(grads, 0.01)
     assert_same(everything(second), everything(first))
+
+
+def test_the_names_of_a_state(rng):
+    arrays = draw(rng)
+    matrices = {name for name in arrays if name.startswith("h.") and name != "h.0.bias"}
+    assert set(make(arrays).state_dict()) == {"step", *(f"{kind}.{k}" for kind in "mv"
+                                                        for k in arrays)}
+    assert set(make(arrays, Muon).state_dict()) == {
+        "step", *(f"muon.{k}" for k in matrices),
+        *(f"{kind}.{k}" for kind in "mv" for k in set(arrays) - matrices)}
+
+
+@pytest.mark.parametrize("cls, other", list(itertools.permutations(PEERS, 2)))
+def test_the_state_of_another_optimizer_is_refused_by_name(rng, cls, other):
+    optimizer = make(start := draw(rng), cls)
+    before = everything(optimizer)
+    state = {name: t.numpy() + 1 for name, t in make(start, other).state_dict().items()}
+    with pytest.raises(ValueError, match=f"file has .* {other.__name__.lower()}, not of "
+                                         f"{cls.__name__.lower()}: use --optimizer"):
+        optimizer.load_state_dict(state, "file")
+    assert_same(everything(optimizer), before)
+
+
+@pytest.mark.parametrize("rows, columns", [(16, 16), (16, 48), (64, 16), (1, 7), (7, 1), (13, 29)])
+@pytest.mark.parametrize("size", [1e-3, 1.0, 1e6])
+def test_orthogonalize_brings_singular_values_near_one(rng, rows, columns, size):
+    x = rng.standard_normal((rows, columns), dtype=np.float32)
+    u, s, v = np.linalg.svd(x, full_matrices=False)
+    x = (u * np.geomspace(1, 0.02, len(s))) @ v * np.float32(size)
+    y = orthogonalize(Tensor(x)).numpy()
+    inside = u.T @ y @ v.T  # y has the singular vectors of x
+    np.testing.assert_allclose(inside, np.diag(np.diag(inside)), atol=1e-4)
+    assert np.diag(inside).min() > 0.6 and np.diag(inside).max() < 1.25
+    np.testing.assert_allclose(y, newton_schulz(x.astype(np.float64)), atol=1e-4)
+
+
+@pytest.mark.parametrize("rank", [0, 1, 3])
+def test_orthogonalize_leaves_what_a_matrix_lacks_at_zero(rng, rank):
+    x = rng.standard_normal((20, rank)) @ rng.standard_normal((rank, 30))
+    y = orthogonalize(Tensor(x.astype(np.float32))).numpy()
+    np.testing.assert_allclose(y, newton_schulz(x), atol=1e-4)
 
 
 def test_a_state_is_loaded_under_a_compiled_step(rng):

@@ -40,9 +40,10 @@ def weights(model) -> dict[str, np.ndarray]:
     return {k: w.numpy() for k, w in model.state_dict().items()}
 
 
-@pytest.mark.parametrize("accumulation", [1, 3])
-def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(config, text, tmp_path, accumulation):
-    config = replace(config, gradient_accumulation_steps=accumulation)
+@pytest.mark.parametrize("settings", [
+    dict(), dict(gradient_accumulation_steps=3), dict(optimizer="muon")], ids=str)
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(config, text, tmp_path, settings):
+    config = replace(config, **settings)
     shape = replace(TINY, dropout=0.2)
     whole = GPT(shape)
     train(whole, config, text)
@@ -129,6 +130,8 @@ def test_a_resume_with_another_model_or_tokenizer_is_refused(config, text, tmp_p
         train(GPT(replace(TINY, n_embd=32)), again, text)
     with pytest.raises(ValueError, match="another tokenizer"):
         train(GPT(TINY), replace(again, tokenizer="char"), text)
+    with pytest.raises(ValueError, match="optimizer adamw, not of muon: use --optimizer adamw"):
+        train(GPT(TINY), replace(again, optimizer="muon"), text)
     with pytest.raises(ValueError, match="no checkpoint"):
         train(GPT(TINY), replace(again, out_dir=str(tmp_path / "none")), text)
     assert {p: p.read_bytes() for p in (tmp_path / "out").iterdir()} == before
