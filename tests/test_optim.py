@@ -6,11 +6,23 @@ import numpy as np
 import pytest
 from tinygrad import Tensor, TinyJit
 
-from tinygpt.optim import AdamW, Muon, clip_scale, global_norm, orthogonalize
+from tinygpt.config import TrainConfig
+from tinygpt.optim import (
+    AdamW,
+    AdamW8bit,
+    Lion,
+    Muon,
+    clip_scale,
+    dequantize,
+    global_norm,
+    make_optimizer,
+    orthogonalize,
+    quantize,
+)
 
 SHAPES = {"matrix": (3, 5), "vector": (7,), "one": (1,), "cube": (2, 3, 2)}
 SHAPES |= {f"h.0.{r}x{c}": (r, c) for r, c in ((8, 24), (24, 8), (7, 7), (1, 9), (9, 1), (1, 1))}
-SHAPES["h.0.bias"] = (9,)
+SHAPES |= {"h.0.bias": (9,), "large": (67, 71), "long": (4096,)}
 SKIPPED = (0, 13, 14)
 
 
@@ -66,8 +78,58 @@ def newton_schulz(x):
     return x
 
 
-PEERS = {AdamW: NumpyAdamW, Muon: NumpyMuon}
-TOLERANCE = {AdamW: 2e-5, Muon: 1e-4}
+class NumpyLion:
+    """Algorithm 2 of arXiv:2302.06675, in float64."""
+
+    def __init__(self, params, beta1, beta2, weight_decay):
+        self.params = {name: p.astype(np.float64) for name, p in params.items()}
+        self.betas, self.weight_decay, self.count = (beta1, beta2), weight_decay, 0
+        self.m = {name: np.zeros(p.shape) for name, p in params.items()}
+
+    def update(self, grads, lr):
+        self.count += 1
+        b1, b2 = self.betas
+        for name, p in self.params.items():
+            step = np.sign(b1 * self.m[name] + (1 - b1) * grads[name])
+            p -= lr * (step + (self.weight_decay * p if p.ndim >= 2 else 0))
+            self.m[name] = b2 * self.m[name] + (1 - b2) * grads[name]
+
+
+class NumpyAdamW8bit(NumpyAdamW):
+    """AdamW whose moments are rounded to the dynamic map between steps, in float64."""
+
+    def update(self, grads, lr):
+        super().update(grads, lr)
+        for name, p in self.params.items():
+            if p.size >= 4096:
+                self.m[name] = rounded(self.m[name], True)
+                self.v[name] = rounded(self.v[name], False)
+
+
+def dynamic_map(signed: bool) -> np.ndarray:
+    """bitsandbytes' create_dynamic_map: 256 values in order."""
+    values = [0.0, 1.0]
+    for i in range(7):
+        edges = np.linspace(0.1, 1, 2**i + 1 if signed else 2**(i + 1) + 1)
+        means = 10.0**(i - 6) * (edges[:-1] + edges[1:]) / 2
+        values += [*means, *(-means if signed else ())]
+    return np.sort(values)
+
+
+def rounded(x: np.ndarray, signed: bool) -> np.ndarray:
+    """x as the nearest values in blocks of 256; without a sign only zero becomes zero."""
+    values = dynamic_map(signed)
+    blocks = np.pad(x.ravel(), (0, -x.size % 256)).reshape(-1, 256)
+    tops = np.abs(blocks).max(-1, keepdims=True)
+    share = blocks / np.where(tops > 0, tops, 1)
+    nearest = values[np.searchsorted((values[1:] + values[:-1]) / 2, share)]
+    if not signed:
+        nearest = np.where((share > 0) & (nearest == 0), values[1], nearest)
+    return (nearest * tops).ravel()[:x.size].reshape(x.shape)
+
+
+PEERS = {AdamW: NumpyAdamW, Lion: NumpyLion, Muon: NumpyMuon, AdamW8bit: NumpyAdamW8bit}
+TOLERANCE = {AdamW: 2e-5, Lion: 2e-5, Muon: 1e-4, AdamW8bit: 1e-4}
 
 
 def draw(rng) -> dict[str, np.ndarray]:
@@ -160,6 +222,11 @@ def test_the_names_of_a_state(rng):
     assert set(make(arrays, Muon).state_dict()) == {
         "step", *(f"muon.{k}" for k in matrices),
         *(f"{kind}.{k}" for kind in "mv" for k in set(arrays) - matrices)}
+    assert set(make(arrays, Lion).state_dict()) == {"step", *(f"lion.{k}" for k in arrays)}
+    large = {"large", "long"}
+    assert set(make(arrays, AdamW8bit).state_dict()) == {
+        "step", *(f"{kind}.{k}" for kind in "mv" for k in set(arrays) - large),
+        *(f"adamw8bit.{kind}.{k}" for kind in ("m", "m_max", "v", "v_max") for k in large)}
 
 
 @pytest.mark.parametrize("cls, other", list(itertools.permutations(PEERS, 2)))
@@ -173,12 +240,50 @@ def test_the_state_of_another_optimizer_is_refused_by_name(rng, cls, other):
     assert_same(everything(optimizer), before)
 
 
+@pytest.mark.parametrize("name, cls", [
+    ("adamw", AdamW), ("lion", Lion), ("muon", Muon), ("adamw8bit", AdamW8bit)])
+def test_an_optimizer_is_made_as_the_configuration_says(rng, name, cls):
+    params = make(draw(rng)).params
+    made = make_optimizer(params, TrainConfig(optimizer=name, beta1=0.3, beta2=0.4,
+                                              weight_decay=0.5))
+    assert type(made) is cls and made.params is params
+    inner = {"muon": "rest", "adamw8bit": "exact"}.get(name)
+    for part in (made, *([getattr(made, inner)] if inner else [])):
+        for field, value in (("beta1", 0.3), ("beta2", 0.4), ("weight_decay", 0.5)):
+            assert getattr(part, field, value) == value
+
+
+def test_moments_of_8_bits_take_a_quarter():
+    params = {"w": Tensor.zeros(300, 256).contiguous().realize()}
+    n = 300 * 256
+    assert AdamW(params).nbytes() == 4 + 8 * n
+    assert AdamW8bit(params).nbytes() == 4 + 2 * n + 8 * n // 256
+
+
+@pytest.mark.parametrize("signed", [True, False])
+def test_codes_stand_for_the_dynamic_map(signed):
+    codes = np.arange(256, dtype=np.uint8).reshape(1, 256)
+    values = dequantize(Tensor(codes), Tensor([[1.0]]), signed).numpy()[0]
+    np.testing.assert_allclose(np.sort(values), dynamic_map(signed), rtol=1e-6)
+
+
+@pytest.mark.parametrize("signed", [True, False])
+def test_the_code_is_of_the_nearest_value(rng, signed):
+    x = rng.standard_normal((64, 256)) * 10.0 ** rng.uniform(-9, 0, (64, 256))
+    x = (x if signed else np.abs(x)).astype(np.float32)
+    x[3], x[4, 5], x[5] = 0.0, 0.0, 1e-38
+    codes, tops = quantize(Tensor(x), signed)
+    assert str(codes.dtype) == "dtypes.uchar" and tops.shape == (64, 1)
+    found = dequantize(codes, tops, signed).numpy()
+    np.testing.assert_allclose(found, rounded(x.astype(np.float64), signed), rtol=1e-6)
+
+
 @pytest.mark.parametrize("rows, columns", [(16, 16), (16, 48), (64, 16), (1, 7), (7, 1), (13, 29)])
 @pytest.mark.parametrize("size", [1e-3, 1.0, 1e6])
 def test_orthogonalize_brings_singular_values_near_one(rng, rows, columns, size):
     x = rng.standard_normal((rows, columns), dtype=np.float32)
     u, s, v = np.linalg.svd(x, full_matrices=False)
-    x = (u * np.geomspace(1, 0.02, len(s))) @ v * np.float32(size)
+    x = ((u * np.geomspace(1, 0.02, len(s))) @ v * size).astype(np.float32)
     y = orthogonalize(Tensor(x)).numpy()
     inside = u.T @ y @ v.T  # y has the singular vectors of x
     np.testing.assert_allclose(inside, np.diag(np.diag(inside)), atol=1e-4)

@@ -41,7 +41,8 @@ def weights(model) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.parametrize("settings", [
-    dict(), dict(gradient_accumulation_steps=3), dict(optimizer="muon")], ids=str)
+    dict(), dict(gradient_accumulation_steps=3), dict(optimizer="lion"), dict(optimizer="muon"),
+    dict(optimizer="adamw8bit", gradient_accumulation_steps=2)], ids=str)
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(config, text, tmp_path, settings):
     config = replace(config, **settings)
     shape = replace(TINY, dropout=0.2)

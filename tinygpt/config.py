@@ -52,7 +52,7 @@ class TrainConfig:
         "help": "micro-batches in a step"})
     max_iters: int = field(default=2000, metadata={"help": "training steps"})
     optimizer: str = field(default="adamw", metadata={
-        "help": "adamw, or muon (for the blocks' matrices, AdamW for the rest)"})
+        "help": "adamw, lion, muon (AdamW but for the blocks' matrices) or adamw8bit"})
     learning_rate: float = field(default=1e-3, metadata={"help": "the highest learning rate"})
     decay_lr: bool = field(default=True, metadata={
         "help": "let the learning rate fall as a cosine after the warm-up"})
@@ -100,7 +100,7 @@ class TrainConfig:
         for name in ("beta1", "beta2", "label_smoothing"):
             check_range(self, name, low=0, below=1)
         check_choice(self, "tokenizer", ("bpe", "gpt2", "char", "byte"))
-        check_choice(self, "optimizer", ("adamw", "muon"))
+        check_choice(self, "optimizer", ("adamw", "lion", "muon", "adamw8bit"))
         check_choice(self, "dtype", ("float32", "bfloat16"))
         check_choice(self, "kernels", ("auto", "cpu", "portable", "reference"))
         check_range(self, "threads", low=1, high=64)

@@ -26,7 +26,7 @@ def clip_scale(norm: Tensor, limit: float) -> Tensor:
 
 def make_optimizer(params: dict[str, Tensor], config: TrainConfig) -> "Optimizer":
     """The optimizer that config names, on float32 tensors by name."""
-    cls = {"adamw": AdamW, "muon": Muon}[config.optimizer]
+    cls = {"adamw": AdamW, "lion": Lion, "muon": Muon, "adamw8bit": AdamW8bit}[config.optimizer]
     return cls(params, config.beta1, config.beta2, config.weight_decay)
 
 
@@ -72,7 +72,7 @@ class Optimizer:
 def _maker(state: dict) -> str:
     """The optimizer that a state belongs to: all but AdamW's have names that begin with it."""
     kinds = {name.split(".")[0] for name in state}
-    return next((kind for kind in ("muon",) if kind in kinds), "adamw")
+    return next((kind for kind in ("lion", "muon", "adamw8bit") if kind in kinds), "adamw")
 
 
 class AdamW(Optimizer):
@@ -85,34 +85,61 @@ class AdamW(Optimizer):
                  weight_decay: float = 0.1, eps: float = 1e-8):
         super().__init__(params)
         self.beta1, self.beta2, self.weight_decay, self.eps = beta1, beta2, weight_decay, eps
-        self.m = {name: _zeros_like(p) for name, p in params.items()}
-        self.v = {name: _zeros_like(p) for name, p in params.items()}
+        self.m = {name: _zeros(p.shape) for name, p in params.items()}
+        self.v = {name: _zeros(p.shape) for name, p in params.items()}
 
     def update(self, grads: list[Tensor], learning_rate: Tensor, scale: Tensor,
                apply: Tensor) -> list[Tensor]:
-        apply = apply.where(1.0, 0.0).reshape(1)
-        self.step.assign(self.step + apply)
-        shared = [scale.reshape(1), apply]
-        options = {decay: self._options(learning_rate, decay, shared)
-                   for decay in (self.weight_decay, 0.0)}
-        updated = [self.step]
+        updated = [self.step.assign(self.step + apply.where(1.0, 0.0))]
+        options = self.options(learning_rate, scale, apply)
         for (name, p), g in zip(self.params.items(), grads, strict=True):
-            decay = self.weight_decay if p.ndim >= 2 else 0.0
-            updated += kernels.adamw(p, self.m[name], self.v[name], g, options[decay])
+            updated += kernels.adamw(p, self.m[name], self.v[name], g, options[p.ndim >= 2])
         return updated
 
-    def _options(self, learning_rate: Tensor, decay: float, shared: list[Tensor]) -> Tensor:
-        """What `kernels.adamw` is told, (9,) float32."""
+    def options(self, learning_rate: Tensor, scale: Tensor, apply: Tensor) -> dict[bool, Tensor]:
+        """What `kernels.adamw` is told, (9,) float32, of vectors (False) and matrices (True)."""
         def debias(beta: float) -> Tensor:
             return 1 / (1 - (self.step * math.log(beta)).exp()) if beta else self.step.ones_like()
-        fixed = [Tensor.full((1,), x) for x in (self.beta1, self.beta2, self.eps, decay)]
-        return Tensor.cat(learning_rate, *fixed, debias(self.beta1), debias(self.beta2),
-                          *shared).contiguous()
+        known = [debias(self.beta1), debias(self.beta2), scale.reshape(1),
+                 apply.where(1.0, 0.0).reshape(1)]
+        return {is_matrix: Tensor.cat(learning_rate, *(Tensor.full((1,), x) for x in (
+            self.beta1, self.beta2, self.eps, self.weight_decay if is_matrix else 0.0)),
+            *known).contiguous() for is_matrix in (False, True)}
 
     def state_dict(self) -> dict[str, Tensor]:
         """The state beside the parameters: step, m.<name>, v.<name>."""
         return {"step": self.step, **{f"m.{k}": t for k, t in self.m.items()},
                 **{f"v.{k}": t for k, t in self.v.items()}}
+
+
+class Lion(Optimizer):
+    """Lion (arXiv:2302.06675): steps of one size, in the direction that the momentum has.
+
+    It wants a learning rate 3 to 10 times lower than AdamW's and a weight decay as much higher.
+    The momentum is float32 of the parameters' shapes.
+    """
+
+    def __init__(self, params: dict[str, Tensor], beta1: float = 0.9, beta2: float = 0.99,
+                 weight_decay: float = 0.1):
+        super().__init__(params)
+        self.beta1, self.beta2, self.weight_decay = beta1, beta2, weight_decay
+        self.m = {name: _zeros(p.shape) for name, p in params.items()}
+
+    def update(self, grads: list[Tensor], learning_rate: Tensor, scale: Tensor,
+               apply: Tensor) -> list[Tensor]:
+        updated = [self.step.assign(self.step + apply.where(1.0, 0.0))]
+        for (name, p), grad in zip(self.params.items(), grads, strict=True):
+            m, grad = self.m[name], grad * scale
+            decay = self.weight_decay if p.ndim >= 2 else 0.0
+            step = (self.beta1 * m + (1 - self.beta1) * grad).sign()
+            moved = p * (1 - learning_rate * decay) - learning_rate * step
+            later = self.beta2 * m + (1 - self.beta2) * grad
+            updated += [p.assign(apply.where(moved, p)), m.assign(apply.where(later, m))]
+        return updated
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """step, lion.<name>."""
+        return {"step": self.step, **{f"lion.{k}": t for k, t in self.m.items()}}
 
 
 class Muon(Optimizer):
@@ -127,7 +154,7 @@ class Muon(Optimizer):
                  weight_decay: float = 0.1, momentum: float = 0.95):
         super().__init__(params)
         self.weight_decay, self.momentum = weight_decay, momentum
-        self.m = {name: _zeros_like(p) for name, p in params.items()
+        self.m = {name: _zeros(p.shape) for name, p in params.items()
                   if name.startswith("h.") and p.ndim == 2}
         rest = {name: p for name, p in params.items() if name not in self.m}
         self.rest = AdamW(rest, beta1, beta2, weight_decay)
@@ -174,5 +201,112 @@ def orthogonalize(x: Tensor) -> Tensor:
     return kernels.linear(product, flipped) if wide else kernels.linear(x, product)
 
 
-def _zeros_like(p: Tensor) -> Tensor:
-    return Tensor(np.zeros(p.shape, np.float32)).realize()
+class AdamW8bit(Optimizer):
+    """AdamW whose moments take a byte for each weight (arXiv:2110.02861).
+
+    They are quantized in blocks of 256 (2048 there; smaller ones are more exact and cost 1.6%
+    more), each with its largest magnitude. Parameters of fewer than 4096 elements keep theirs in
+    float32, as in bitsandbytes.
+    """
+
+    def __init__(self, params: dict[str, Tensor], beta1: float = 0.9, beta2: float = 0.99,
+                 weight_decay: float = 0.1, eps: float = 1e-8):
+        super().__init__(params)
+        large = [name for name, p in params.items() if p.numel() >= 4096]
+        self.exact = AdamW({name: p for name, p in params.items() if name not in large}, beta1,
+                           beta2, weight_decay, eps)
+        self.step = self.exact.step
+        blocks = {name: -(-params[name].numel() // BLOCK) for name in large}
+        self.codes = {name: [_zeros((n, BLOCK), np.uint8) for _ in "mv"]
+                      for name, n in blocks.items()}
+        self.tops = {name: [_zeros((n, 1)) for _ in "mv"] for name, n in blocks.items()}
+
+    def update(self, grads: list[Tensor], learning_rate: Tensor, scale: Tensor,
+               apply: Tensor) -> list[Tensor]:
+        named = dict(zip(self.params, grads, strict=True))
+        updated = self.exact.update([named[name] for name in self.exact.params], learning_rate,
+                                    scale, apply)
+        options = self.exact.options(learning_rate, scale, apply)
+        for name in self.codes:
+            p = self.params[name]
+            moments = [dequantize(codes, tops, signed).reshape(-1)[:p.numel()].reshape(p.shape)
+                       for codes, tops, signed in self._moments(name)]
+            p, *moments = kernels.adamw(p, *(m.contiguous() for m in moments), named[name],
+                                        options[p.ndim >= 2])
+            updated.append(p)
+            for moment, (codes, tops, signed) in zip(moments, self._moments(name), strict=True):
+                new = quantize(_blocks(moment), signed)
+                updated += [old.assign(apply.where(x, old))
+                            for old, x in zip((codes, tops), new, strict=True)]
+        return updated
+
+    def _moments(self, name: str) -> list[tuple[Tensor, Tensor, bool]]:
+        """Codes and magnitudes of m and v, and whether they have a sign."""
+        return list(zip(self.codes[name], self.tops[name], (True, False), strict=True))
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """AdamW's state of the small; adamw8bit.m.<name>, .v. and .m_max., .v_max. of the large."""
+        state = self.exact.state_dict()
+        for name in self.codes:
+            for kind, codes, tops in zip("mv", self.codes[name], self.tops[name], strict=True):
+                state |= {f"adamw8bit.{kind}.{name}": codes, f"adamw8bit.{kind}_max.{name}": tops}
+        return state
+
+
+BLOCK = 256  # weights that share a magnitude in AdamW8bit's moments
+
+
+def _decades(signed: bool) -> list[tuple[int, float, float]]:
+    """(n, unit, least) of the dynamic map's seven decades, the lowest first.
+
+    A decade has n values, unit * (0.1 + 0.9 (j + 0.5) / n), whose codes are n + j; what is at least
+    `least` is nearer to one of them than to those below.
+    """
+    found, below = [], 0.0
+    for i in range(7):
+        n, unit = 2**i * (1 if signed else 2), 10.0**(i - 6)
+        found.append((n, unit, (below + unit * (0.1 + 0.45 / n)) / 2))
+        below = unit * (1 - 0.45 / n)
+    return found
+
+
+def dequantize(codes: Tensor, tops: Tensor, signed: bool) -> Tensor:
+    """What `quantize` made codes (N, 256) uint8 and tops (N, 1) float32 of, roughly."""
+    k = (codes & 127 if signed else codes).cast("int32")
+    n, unit = k.const_like(0), tops.const_like(0.0)
+    for size, value, _ in _decades(signed):
+        n, unit = (k >= size).where(size, n), (k >= size).where(value, unit)
+    x = (n > 0).where(unit * (0.1 + 0.9 * (k - n + 0.5) / n.maximum(1)), 0.0)
+    x = (codes == (128 if signed else 1)).where(1.0, x)
+    return ((codes > 128) & signed).where(-x, x) * tops
+
+
+def quantize(x: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
+    """x (N, 256) float32, not negative unless signed -> codes uint8, largest magnitudes (N, 1).
+
+    The code is that of the nearest among the 256 values of arXiv:2110.02861's dynamic map. Without
+    a sign only zero becomes zero: the root of a second moment divides.
+    """
+    tops = x.abs().max(-1, keepdim=True).contiguous()
+    y = x.abs() / (tops > 0).where(tops, 1.0)
+    n, unit = y.const_like(0.0), y.const_like(1.0)
+    for number, (size, value, least) in enumerate(_decades(signed)):
+        reached = y > 0 if number == 0 and not signed else y >= least
+        n, unit = reached.where(size, n), reached.where(value, unit)
+    j = ((y / unit - 0.1) / 0.9 * n).floor().maximum(0.0).minimum(n - 1)
+    codes = (n > 0).where(n + j, 0.0)
+    last = _decades(signed)[-1][0]
+    whole = (1 + (1 - 0.45 / last)) / 2  # what is above is nearest to 1
+    if not signed:
+        return (y > whole).where(1.0, codes).cast("uint8"), tops
+    codes = ((x < 0) & (codes > 0)).where(codes + 128, codes)
+    return ((x > 0) & (y > whole)).where(128.0, codes).cast("uint8"), tops
+
+
+def _blocks(x: Tensor) -> Tensor:
+    """The elements of x and zeros up to a whole block, (N, 256)."""
+    return x.reshape(-1).pad((0, -x.numel() % BLOCK)).reshape(-1, BLOCK)
+
+
+def _zeros(shape: tuple[int, ...], dtype=np.float32) -> Tensor:
+    return Tensor(np.zeros(shape, dtype)).realize()
