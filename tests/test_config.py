@@ -75,8 +75,9 @@ OUT_OF_RANGE = {
         "min_lr": [-1e-9, NAN], "weight_decay": [-0.1, NAN, INF], "beta1": [-0.1, 1.0, NAN],
         "beta2": [-0.1, 1.0, 1.5], "grad_clip": [-1.0, NAN], "label_smoothing": [-0.1, 1.0],
         "z_loss": [-1e-4], "dtype": ["float16", ""], "eval_interval": [0], "eval_iters": [0],
-        "optimizer": ["sgd", "AdamW", ""], "log_interval": [0],
-        "sample_interval": [-1], "keep": [0], "seed": [-1],
+        "log_interval": [0], "sample_interval": [-1], "keep": [0], "seed": [-1],
+        "optimizer": ["sgd", "AdamW", ""], "schedule": ["step", "WSD"],
+        "decay_fraction": [0.0, -0.1, 1.01, NAN],
         "tokenizer": ["word", "BPE"], "kernels": ["cuda", ""], "threads": [0, 65]},
     SampleConfig: {
         "max_new_tokens": [-1], "temperature": [-0.1, NAN, INF], "top_k": [0, -3],

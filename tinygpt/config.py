@@ -55,7 +55,12 @@ class TrainConfig:
         "help": "adamw, lion, muon (AdamW but for the blocks' matrices) or adamw8bit"})
     learning_rate: float = field(default=1e-3, metadata={"help": "the highest learning rate"})
     decay_lr: bool = field(default=True, metadata={
-        "help": "let the learning rate fall as a cosine after the warm-up"})
+        "help": "let the learning rate fall after the warm-up"})
+    schedule: str = field(default="cosine", metadata={
+        "help": "how the learning rate falls: cosine, linear, wsd (late and linear) or constant "
+                "(not at all)"})
+    decay_fraction: float = field(default=0.2, metadata={
+        "help": "share of the steps, the last ones, in which wsd falls"})
     warmup_iters: int = field(default=100, metadata={
         "help": "steps over which the learning rate rises"})
     lr_decay_iters: int | None = field(default=None, metadata={
@@ -97,10 +102,12 @@ class TrainConfig:
                      "z_loss", "min_lr"):
             check_range(self, name, low=0)
         check_range(self, "learning_rate", above=0)
+        check_range(self, "decay_fraction", above=0, high=1)
         for name in ("beta1", "beta2", "label_smoothing"):
             check_range(self, name, low=0, below=1)
         check_choice(self, "tokenizer", ("bpe", "gpt2", "char", "byte"))
         check_choice(self, "optimizer", ("adamw", "lion", "muon", "adamw8bit"))
+        check_choice(self, "schedule", ("cosine", "linear", "wsd", "constant"))
         check_choice(self, "dtype", ("float32", "bfloat16"))
         check_choice(self, "kernels", ("auto", "cpu", "portable", "reference"))
         check_range(self, "threads", low=1, high=64)
