@@ -8,6 +8,7 @@ from tinygrad import Tensor, TinyJit
 
 from tinygpt.config import TrainConfig
 from tinygpt.optim import (
+    EMA,
     AdamW,
     AdamW8bit,
     Lion,
@@ -349,3 +350,46 @@ def test_clipped_gradients_have_the_limit_as_their_norm(rng):
     grads = [Tensor(a) for a in draw(rng).values()]
     scale = clip_scale(global_norm(grads), 0.7)
     assert global_norm([g * scale for g in grads]).item() == pytest.approx(0.7, rel=1e-5)
+
+
+def test_ema_equals_numpy_and_a_skipped_step_changes_nothing(rng):
+    params = make(draw(rng)).params
+    ema = EMA(params, 0.8)
+    expected = {name: p.numpy().astype(np.float64) for name, p in params.items()}
+
+    @TinyJit
+    def step(count, apply, **new):
+        assigns = [p.assign(apply[0].where(new[name], p)) for name, p in params.items()]
+        Tensor.realize(*assigns, *ema.update(count, apply[0]))
+
+    for number in range(1, 51):
+        new, apply = draw(rng), number not in (3, 20)
+        step(Tensor(np.array([number], np.float32)).realize(), Tensor([apply]).realize(),
+             **{name: Tensor(a).realize() for name, a in new.items()})
+        decay = min(0.8, (1 + number) / (10 + number))
+        for name, average in expected.items():
+            if apply:
+                average[...] = decay * average + (1 - decay) * new[name]
+            np.testing.assert_allclose(ema.weights[name].numpy(), average, atol=1e-6)
+
+
+def test_ema_trades_places_with_the_weights_for_a_while(rng):
+    start, other = draw(rng), draw(rng)
+    params = make(start).params
+    ema = EMA(params)
+    ema.load_state_dict(other)
+
+    @TinyJit
+    def compiled():
+        return (params["cube"] + 0).realize()
+
+    for _ in range(3):
+        np.testing.assert_array_equal(compiled().numpy(), start["cube"])
+    with pytest.raises(KeyError), ema.in_place():
+        np.testing.assert_array_equal(compiled().numpy(), other["cube"])
+        assert_same({name: t.numpy() for name, t in ema.weights.items()}, start)
+        raise KeyError
+    np.testing.assert_array_equal(compiled().numpy(), start["cube"])
+    assert_same({name: t.numpy() for name, t in ema.weights.items()}, other)
+    with pytest.raises(ValueError, match="file has no tensor cube"):
+        ema.load_state_dict({name: a for name, a in start.items() if name != "cube"}, "file")

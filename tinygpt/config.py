@@ -70,6 +70,10 @@ class TrainConfig:
     weight_decay: float = field(default=0.1, metadata={"help": "of matrices, not of vectors"})
     beta1: float = field(default=0.9, metadata={"help": "AdamW's decay of the first moment"})
     beta2: float = field(default=0.99, metadata={"help": "AdamW's decay of the second moment"})
+    ema: bool = field(default=False, metadata={
+        "help": "keep a moving average of the weights too, and evaluate and sample from it"})
+    ema_decay: float = field(default=0.999, metadata={
+        "help": "share of the average that a step keeps; less in the first steps"})
     grad_clip: float = field(default=1.0, metadata={
         "help": "largest norm of the gradient; 0: unlimited"})
     label_smoothing: float = field(default=0.0, metadata={
@@ -103,7 +107,7 @@ class TrainConfig:
             check_range(self, name, low=0)
         check_range(self, "learning_rate", above=0)
         check_range(self, "decay_fraction", above=0, high=1)
-        for name in ("beta1", "beta2", "label_smoothing"):
+        for name in ("beta1", "beta2", "ema_decay", "label_smoothing"):
             check_range(self, name, low=0, below=1)
         check_choice(self, "tokenizer", ("bpe", "gpt2", "char", "byte"))
         check_choice(self, "optimizer", ("adamw", "lion", "muon", "adamw8bit"))

@@ -5,6 +5,7 @@ All have one interface: `update` gives the assignments of a step, `state_dict` a
 """
 
 import math
+from contextlib import contextmanager
 
 import numpy as np
 from tinygrad import Tensor
@@ -199,6 +200,53 @@ def orthogonalize(x: Tensor) -> Tensor:
             A = kernels.linear(kernels.linear(step, A), step)
             A = ((A + A.T) / 2).contiguous()  # else what is not symmetric grows at every step
     return kernels.linear(product, flipped) if wide else kernels.linear(x, product)
+
+
+class EMA:
+    """A moving average of weights, float32 tensors by name, that starts as what they are."""
+
+    def __init__(self, params: dict[str, Tensor], decay: float = 0.999):
+        self.params, self.decay = params, decay
+        self.weights = {name: Tensor(p.numpy()).realize() for name, p in params.items()}
+
+    def update(self, step: Tensor, apply: Tensor) -> list[Tensor]:
+        """The assignments that follow an optimizer's, to be realized together with them.
+
+        step (1,) float32 counts the updates made, this one included. The decay is at most
+        (1 + step) / (10 + step), so that the start is soon forgotten. Where apply, a scalar bool,
+        is false, nothing changes.
+        """
+        share = 1 - ((1 + step) / (10 + step)).minimum(self.decay)
+        return [average.assign(apply.where(average + share * (self.params[name] - average),
+                                           average))
+                for name, average in self.weights.items()]
+
+    @contextmanager
+    def in_place(self):
+        """Within it, the weights hold the average and the average the weights."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    def _swap(self) -> None:
+        # by contents, because compiled steps know the tensors by their memory
+        for name, p in self.params.items():
+            kept = p.clone().realize()
+            p.assign(self.weights[name]).realize()
+            self.weights[name].assign(kept).realize()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The average of each weight, by its name."""
+        return self.weights
+
+    def load_state_dict(self, arrays: dict[str, np.ndarray], path="the state") -> None:
+        """Takes averages of the same names and shapes; raises ValueError, changing nothing, else.
+        """
+        check_shapes(arrays, {k: t.shape for k, t in self.weights.items()}, path)
+        for name, average in self.weights.items():
+            average.assign(Tensor(arrays[name])).realize()
 
 
 class AdamW8bit(Optimizer):
