@@ -83,7 +83,8 @@ class Report:
         tail += ", of the weights' moving average" if ema else ""
         self.line(f"step {iter_num}: train loss {train:.4f}, val loss {val:.4f}{tail}")
         self._record(iter=iter_num, train_loss=train, val_loss=val, lr=lr,
-                     bits_per_byte=bits_per_byte, ema=ema, time=time.time())
+                     bits_per_byte=bits_per_byte, time=time.time(),
+                     **({"ema": True} if ema else {}))
         self.draw()
 
     def draw(self) -> None:
