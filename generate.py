@@ -20,6 +20,8 @@ class GenerateConfig:
 
     checkpoint: str | None = field(default=None, metadata={
         "help": "a .safetensors file; unset: the best one of the newest run in checkpoints/"})
+    ema: bool = field(default=False, metadata={
+        "help": "write with the moving average of the weights, of a run with --ema"})
     prompt: str = field(default="\n", metadata={
         "help": "text to continue; FILE:path reads it from a file, - from standard input"})
     num_samples: int = field(default=1, metadata={"help": "texts to write, as one batch"})
@@ -112,7 +114,7 @@ def _put(text: str) -> None:
 def run(what: GenerateConfig, config: SampleConfig) -> None:
     device.choose(what.device)
     path = what.checkpoint or checkpoint.best_of_newest_run(Path("checkpoints"))
-    model = GPT.from_checkpoint(path)
+    model = GPT.from_checkpoint(path, what.ema)
     if model.tokenizer is None:
         raise ValueError(f"{path} was trained on bare token ids and has no tokenizer: "
                          "use GPT.from_checkpoint and generate in a script")

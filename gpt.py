@@ -440,23 +440,25 @@ class GPT:
     # ---- checkpoints
 
     def save_checkpoint(self, iter_num: int, optimizer=None, out_dir: str | Path = "checkpoints",
-                        metadata: dict | None = None) -> Path:
+                        metadata: dict | None = None, ema=None) -> Path:
         """Writes out_dir/ckpt_<iter_num>.safetensors, whole or not at all, and returns its path.
 
-        It holds the weights, the optimizer's state where one is given, and in its metadata the
-        configuration, the tokenizer and whatever `metadata` adds. Raises ValueError where it
-        cannot be written.
+        It holds the weights, the state of the optimizer and of the EMA where they are given, and
+        in its metadata the configuration, the tokenizer and whatever `metadata` adds. Raises
+        ValueError where it cannot be written.
         """
         tensors = {f"model.{k}": w.numpy() for k, w in self.state_dict().items()}
-        if optimizer is not None:
-            tensors |= {f"optimizer.{k}": t.numpy() for k, t in optimizer.state_dict().items()}
+        for prefix, other in (("optimizer.", optimizer), ("ema.", ema)):
+            if other is not None:
+                tensors |= {prefix + k: t.numpy() for k, t in other.state_dict().items()}
         facts = {"model_config": asdict(self.config), "iter_num": iter_num,
                  "tokenizer": self.tokenizer and self.tokenizer.to_json()}
         return checkpoint.save(Path(out_dir) / checkpoint.name(iter_num), tensors,
                                facts | (metadata or {}))
 
-    def load_checkpoint(self, path: str | Path, optimizer=None) -> dict:
-        """Takes weights, and the optimizer's state, from a checkpoint; returns its metadata.
+    def load_checkpoint(self, path: str | Path, optimizer=None, ema=None) -> dict:
+        """Takes weights, and the state of optimizer and EMA, from a checkpoint; returns its
+        metadata. Where the checkpoint has no average, the EMA starts at its weights.
 
         Raises ValueError, with nothing changed, where the file is missing, damaged or of another
         architecture, or has no optimizer though one is given.
@@ -466,16 +468,23 @@ class GPT:
         checkpoint.check_same(path, asdict(theirs), asdict(self.config), ignore=("dropout",))
         weights = checkpoint.part(tensors, "model.")
         checkpoint.check_shapes(weights, {k: w.shape for k, w in self.state_dict().items()}, path)
+        averages = checkpoint.part(tensors, "ema.") or weights
+        if ema is not None:
+            checkpoint.check_shapes(averages, {k: w.shape for k, w in weights.items()}, path)
         if optimizer is not None:
             optimizer.load_state_dict(checkpoint.part(tensors, "optimizer."), path)
+        if ema is not None:
+            ema.load_state_dict(averages, path)
         self.load_state_dict(weights)
         if facts.get("tokenizer"):
             self.tokenizer = load_tokenizer(facts["tokenizer"])
         return facts
 
     @classmethod
-    def from_checkpoint(cls, path: str | Path) -> "GPT":
-        """The model that a checkpoint holds, with its tokenizer. Raises ValueError."""
+    def from_checkpoint(cls, path: str | Path, ema: bool = False) -> "GPT":
+        """The model that a checkpoint holds, with its tokenizer; with ema the moving average of
+        its weights. Raises ValueError.
+        """
         tensors, facts = checkpoint.load(path)
         config = _config_of(facts, path)
         # a header can claim anything: believe no size that the tensors do not have
@@ -486,8 +495,14 @@ class GPT:
                                            (config.inner_size, config.n_embd)):
             raise checkpoint.CheckpointError(f"{path} does not hold the model that its header "
                                              "describes: use another one")
+        averages = checkpoint.part(tensors, "ema.")
+        if ema and not averages:
+            raise checkpoint.CheckpointError(f"{path} has no moving average of the weights: leave "
+                                             "out --ema, or train with it")
         model = cls(config)
         model.load_checkpoint(path)
+        if ema:
+            model.load_state_dict(averages)
         return model
 
 

@@ -5,7 +5,7 @@ import sys
 import threading
 import time
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from tinygpt import checkpoint, device, kernels
 from tinygpt.config import PRESETS, SampleConfig, TrainConfig, parse_flags, to_json
 from tinygpt.data import Batches, TokenData, load_data
 from tinygpt.kernels.random import make_key
-from tinygpt.optim import AdamW, clip_scale, global_norm
+from tinygpt.optim import EMA, clip_scale, global_norm, make_optimizer
 from tinygpt.report import Report, bits_per_byte
 from tinygpt.schedule import learning_rate
 
@@ -84,7 +84,8 @@ class Run:
         self.batches = Batches(data.train, block, rows, config.seed)
         self.val_batches = Batches(data.val, block, rows, config.seed)
         self.params = model.state_dict()
-        self.optimizer = AdamW(self.params, config.beta1, config.beta2, config.weight_decay)
+        self.optimizer = make_optimizer(self.params, config)
+        self.ema = EMA(self.params, config.ema_decay) if config.ema else None
         self._claim_out_dir()
         model.tokenizer = data.tokenizer
 
@@ -117,6 +118,8 @@ class Run:
         scale = clip_scale(norm, self.config.grad_clip).contiguous()
         finite = (loss + norm).isfinite().contiguous()
         updates = self.optimizer.update(grads, lr, scale, finite)
+        if self.ema:
+            updates += self.ema.update(self.optimizer.step, finite)
         return Tensor.stack(loss.reshape(()), norm).realize(*updates)
 
     def _train_step(self, x: Tensor, y: Tensor, key: Tensor, lr: Tensor) -> Tensor:
@@ -185,7 +188,7 @@ class Run:
         saved = saved or checkpoint.newest(self.out_dir)
         self._sample()
         self.report.remark(f"saved in {saved}; write with: python generate.py "
-                           f"--checkpoint {self._best_path()}")
+                           f"--checkpoint {self._best_path()}{' --ema' if config.ema else ''}")
         return TrainResult(self.iter_num, *losses, self.best_val_loss, saved, self._best_path())
 
     def _step(self, lr: float) -> tuple[float, float]:
@@ -214,17 +217,24 @@ class Run:
         device.write(self.y, y)
 
     def _evaluate(self) -> tuple[float, float]:
-        """Mean loss on windows spread over each split, in nats per token."""
+        """Mean loss on windows spread over each split, in nats per token, of the weights' moving
+        average where there is one."""
         means = []
-        for batches in (self.batches, self.val_batches):
-            losses = []
-            for x, y in batches.spread(self.config.eval_iters):
-                self._load(x, y)
-                losses.append(self.eval_step(self.x, self.y).item())
-            means.append(float(np.mean(losses)))
+        with self._averaged():
+            for batches in (self.batches, self.val_batches):
+                losses = []
+                for x, y in batches.spread(self.config.eval_iters):
+                    self._load(x, y)
+                    losses.append(self.eval_step(self.x, self.y).item())
+                means.append(float(np.mean(losses)))
         self.report.evaluation(self.iter_num, *means, learning_rate(self.iter_num, self.config),
-                               bits_per_byte(means[1], self.data.bytes_per_token()))
+                               bits_per_byte(means[1], self.data.bytes_per_token()),
+                               self.config.ema)
         return means[0], means[1]
+
+    def _averaged(self):
+        """Puts the weights' moving average, where there is one, in their place for a while."""
+        return self.ema.in_place() if self.ema else nullcontext()
 
     def _skipped(self, loss: float, norm: float, count: int) -> None:
         self.report.line(f"iter {self.iter_num}: loss {loss}, gradient norm {norm}: skipped")
@@ -243,7 +253,9 @@ class Run:
         except ValueError:  # a tokenizer of characters that knows no line break
             prompt = [int(self.data.val[0])]
         ids = self.model.stream([prompt], SampleConfig(max_new_tokens=200, seed=self.config.seed))
-        self.report.line(f"sample {self.iter_num}:\n{tokenizer.decode(list(ids))}\n")
+        with self._averaged():
+            text = tokenizer.decode(list(ids))
+        self.report.line(f"sample {self.iter_num}:\n{text}\n")
 
     # ---- saving and resuming
 
@@ -256,7 +268,7 @@ class Run:
         path = self.model.save_checkpoint(self.iter_num, self.optimizer, self.out_dir, {
             "train_config": asdict(config), "best_val_loss": self.best_val_loss,
             "data_position": self.iter_num * config.gradient_accumulation_steps,
-            "random_state": {"seed": config.seed}})
+            "random_state": {"seed": config.seed}}, self.ema)
         if best:
             checkpoint.mark_best(path)
         checkpoint.rotate(self.out_dir, config.keep)
@@ -285,7 +297,7 @@ class Run:
         if theirs != ours:
             raise ValueError(f"{path} was trained with another tokenizer than the data has now: "
                              "use the same --data and --tokenizer, or start a new run")
-        facts = self.model.load_checkpoint(path, self.optimizer)
+        facts = self.model.load_checkpoint(path, self.optimizer, self.ema)
         self.iter_num, self.best_val_loss = facts["iter_num"], facts["best_val_loss"]
 
     def _checkpoint_path(self) -> Path:
@@ -306,6 +318,8 @@ class Run:
         say(f"data {data.source}: {len(data.train):,} training and {len(data.val):,} validation "
             f"tokens")
         say(f"model {self.model.num_params():,} parameters; {tokens:,} tokens a step")
+        if self.ema:
+            say("evaluations and samples are of the weights' moving average")
         if self.iter_num:
             say(f"resuming after step {self.iter_num}")
         say("compiling: the first evaluation and two steps are slow, the first time most of all")

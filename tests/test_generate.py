@@ -7,6 +7,7 @@ import pytest
 
 from generate import StopFilter, read_prompt, statistics
 from gpt import GPT, GPTConfig
+from tinygpt.optim import EMA
 from tinygpt.tokenizer import ByteTokenizer, CharTokenizer
 
 
@@ -25,6 +26,20 @@ def test_text_on_stdout_statistics_on_stderr_same_seed_same_text(command, saved)
     assert runs[0].stdout.startswith("ROMEO:") and len(runs[0].stdout) > 7
     assert runs[0].stdout == runs[1].stdout != runs[2].stdout
     assert "decode" in runs[0].stderr and "prefill 6 tokens" in runs[0].stderr
+
+
+def test_the_moving_average_writes_where_there_is_one(command, saved):
+    refused = command("generate.py", "--ema")
+    assert refused.returncode == 2 and "has no moving average" in refused.stderr
+    model, other = (GPT(GPTConfig(block_size=8, vocab_size=256, n_layer=1, n_head=2, n_embd=16),
+                        seed) for seed in (1, 2))
+    model.tokenizer = other.tokenizer = ByteTokenizer()
+    both = model.save_checkpoint(2, None, saved.parent, ema=EMA(other.state_dict()))
+    alone = other.save_checkpoint(3, None, saved.parent)
+    runs = [command("generate.py", "--checkpoint", path, "--max_new_tokens", 12, *flags)
+            for path, flags in ((both, ["--ema"]), (alone, []), (both, []))]
+    assert all(r.returncode == 0 for r in runs), runs[0].stderr
+    assert runs[0].stdout == runs[1].stdout != runs[2].stdout
 
 
 def test_several_samples_are_one_batch_and_each_stops(command, saved, tmp_path):

@@ -75,6 +75,14 @@ def test_hours_are_told_as_hours(make, capsys):
     assert lines(capsys)[0].endswith("ETA 2:00:00")
 
 
+def test_an_evaluation_of_the_moving_average_says_so(make, tmp_path, capsys):
+    report = make()
+    report.evaluation(7, 4.0, 4.5, 1e-5, None, ema=True)
+    assert capsys.readouterr().out == (
+        "step 7: train loss 4.0000, val loss 4.5000, of the weights' moving average\n")
+    assert records(tmp_path)[0]["ema"] is True
+
+
 def test_metrics_hold_what_was_logged(make, tmp_path, capsys):
     report = make()
     report.evaluation(0, 4.0, 4.5, 1e-5, 3.25)

@@ -1,4 +1,4 @@
-"""The learning rate, against nanoGPT's formula."""
+"""The learning rate, against nanoGPT's formula and values computed by hand."""
 
 import math
 from itertools import pairwise
@@ -55,14 +55,42 @@ def test_a_min_lr_of_zero_is_zero():
     assert learning_rate(10, config) == learning_rate(99, config) == 0.0
 
 
+HAND = dict(learning_rate=1.0, min_lr=0.2, warmup_iters=4, max_iters=20)
+
+
+@pytest.mark.parametrize("settings, values", [
+    (dict(schedule="linear"), {4: 1.0, 5: 0.95, 8: 0.8, 12: 0.6, 16: 0.4, 19: 0.25, 20: 0.2}),
+    (dict(schedule="linear", lr_decay_iters=12), {4: 1.0, 6: 0.8, 10: 0.4, 12: 0.2, 19: 0.2}),
+    (dict(schedule="wsd"), {4: 1.0, 15: 1.0, 16: 1.0, 17: 0.8, 18: 0.6, 19: 0.4, 20: 0.2}),
+    (dict(schedule="wsd", decay_fraction=0.5), {4: 1.0, 10: 1.0, 11: 0.92, 15: 0.6, 20: 0.2}),
+    (dict(schedule="wsd", lr_decay_iters=10), {4: 1.0, 8: 1.0, 9: 0.6, 10: 0.2, 19: 0.2}),
+    # a decay as long as the run begins after the warm-up
+    (dict(schedule="wsd", decay_fraction=1.0), {4: 1.0, 5: 0.95, 12: 0.6, 20: 0.2}),
+    (dict(schedule="wsd", decay_fraction=1e-9), {4: 1.0, 19: 1.0, 20: 0.2}),
+    (dict(schedule="constant"), {4: 1.0, 12: 1.0, 20: 1.0, 99: 1.0}),
+    (dict(schedule="cosine"), {4: 1.0, 8: 0.6 + 0.4 * math.sqrt(0.5), 12: 0.6, 20: 0.2})])
+def test_values_computed_by_hand(settings, values):
+    config = TrainConfig(**HAND, **settings)
+    warmup = {0: 0.2, 1: 0.4, 2: 0.6, 3: 0.8}
+    for step, value in (warmup | values | {100: values[max(values)]}).items():
+        assert learning_rate(step, config) == pytest.approx(value, rel=1e-12), step
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "wsd", "constant"])
+def test_without_decay_every_schedule_is_constant(schedule):
+    config = TrainConfig(**HAND, schedule=schedule, decay_lr=False)
+    assert {learning_rate(step, config) for step in range(4, 40)} == {1.0}
+
+
 def test_without_decay_it_stays_at_the_top():
     config = TrainConfig(max_iters=50, warmup_iters=10, decay_lr=False, learning_rate=0.2)
     assert learning_rate(4, config) == pytest.approx(0.2 * 5 / 11, rel=1e-12)
     assert {learning_rate(step, config) for step in range(10, 200)} == {0.2}
 
 
-@pytest.mark.parametrize("warmup, end", [(10, 10), (50, 10), (100, 20), (0, 1)])
-def test_a_warmup_that_outlasts_the_decay_divides_by_nothing(warmup, end):
-    config = TrainConfig(warmup_iters=warmup, lr_decay_iters=end, max_iters=60)
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "wsd", "constant"])
+@pytest.mark.parametrize("warmup, end", [(10, 10), (50, 10), (100, 20), (0, 1), (9, 10)])
+def test_a_warmup_that_outlasts_the_decay_divides_by_nothing(warmup, end, schedule):
+    config = TrainConfig(warmup_iters=warmup, lr_decay_iters=end, max_iters=60, schedule=schedule)
     rates = [learning_rate(step, config) for step in range(200)]
     assert all(0 < rate <= config.learning_rate for rate in rates)

@@ -15,7 +15,9 @@ from conftest import ROOT
 from gpt import GPT, GPTConfig
 from tinygpt import checkpoint
 from tinygpt.config import TrainConfig
+from tinygpt.data import load_data
 from tinygpt.kernels import use
+from tinygpt.report import Report
 from tinygpt.tokenizer import ByteTokenizer
 from train import Run, train
 
@@ -40,9 +42,12 @@ def weights(model) -> dict[str, np.ndarray]:
     return {k: w.numpy() for k, w in model.state_dict().items()}
 
 
-@pytest.mark.parametrize("accumulation", [1, 3])
-def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(config, text, tmp_path, accumulation):
-    config = replace(config, gradient_accumulation_steps=accumulation)
+@pytest.mark.parametrize("settings", [
+    dict(), dict(gradient_accumulation_steps=3), dict(optimizer="lion"), dict(optimizer="muon"),
+    dict(optimizer="adamw8bit", gradient_accumulation_steps=2),
+    dict(ema=True, ema_decay=0.5)], ids=str)
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(config, text, tmp_path, settings):
+    config = replace(config, **settings)
     shape = replace(TINY, dropout=0.2)
     whole = GPT(shape)
     train(whole, config, text)
@@ -55,6 +60,40 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(config, text, tmp_pa
     assert losses(tmp_path / "parts") == expected
     for name, w in weights(whole).items():
         assert np.array_equal(w, weights(rest)[name]), name
+    ends = [checkpoint.load(tmp_path / out / "ckpt_6.safetensors")[0] for out in ("out", "parts")]
+    assert set(ends[0]) == set(ends[1])
+    assert all(np.array_equal(array, ends[1][name]) for name, array in ends[0].items())
+
+
+def test_ema_is_evaluated_sampled_and_saved_beside_the_weights(config, text, tmp_path, capsys):
+    config = replace(config, ema=True, learning_rate=0.1, eval_interval=1)
+    model = GPT(TINY)
+    result = train(model, config, text)
+    assert "of the weights' moving average" in capsys.readouterr().out
+    tensors, _ = checkpoint.load(result.last)
+    averages = checkpoint.part(tensors, "ema.")
+    assert set(averages) == set(weights(model)) and len(averages) > 5
+    for name, w in weights(model).items():
+        assert np.array_equal(tensors[f"model.{name}"], w), name
+        assert not np.array_equal(averages[name], w), name
+    run = Run(GPT.from_checkpoint(result.last, ema=True),
+              replace(config, ema=False, max_iters=1, out_dir=str(tmp_path / "other")),
+              load_data(text, "byte", 256))
+    run.report = Report(tmp_path / "other", 0, 1, 1, 1, 1, 1)
+    assert run._evaluate() == (result.train_loss, result.val_loss)
+    plain = GPT.from_checkpoint(result.last)
+    assert np.array_equal(plain.wte.weight.numpy(), tensors["model.wte.weight"])
+    logged = [r["val_loss"] for r in map(json.loads, (
+        tmp_path / "out" / "metrics.jsonl").read_text().splitlines()) if "val_loss" in r]
+    assert result.best_val_loss == min(logged[1:])  # the first is of no checkpoint
+
+
+def test_ema_starts_at_the_weights_of_a_run_without(config, text, tmp_path):
+    train(GPT(TINY), replace(config, max_iters=3), text)
+    start = checkpoint.part(checkpoint.load(tmp_path / "out" / "ckpt_3.safetensors")[0], "model.")
+    run = Run(GPT(TINY), replace(config, ema=True, resume=True), load_data(text, "byte", 256))
+    for name, average in run.ema.weights.items():
+        assert np.array_equal(average.numpy(), start[name]), name
 
 
 def test_accumulation_equals_one_large_batch(config, text, tmp_path):
@@ -98,7 +137,6 @@ def test_a_non_finite_loss_changes_nothing_and_stops_with_advice(config, text):
 
 
 def test_dropout_is_fresh_at_every_step(config, text):
-    from tinygpt.data import load_data
     run = Run(GPT(replace(TINY, dropout=0.5)), replace(config, learning_rate=1e-30),
               load_data(text, "byte", 256))
     batch = run.batches.batch(0)
@@ -129,6 +167,8 @@ def test_a_resume_with_another_model_or_tokenizer_is_refused(config, text, tmp_p
         train(GPT(replace(TINY, n_embd=32)), again, text)
     with pytest.raises(ValueError, match="another tokenizer"):
         train(GPT(TINY), replace(again, tokenizer="char"), text)
+    with pytest.raises(ValueError, match="optimizer adamw, not of muon: use --optimizer adamw"):
+        train(GPT(TINY), replace(again, optimizer="muon"), text)
     with pytest.raises(ValueError, match="no checkpoint"):
         train(GPT(TINY), replace(again, out_dir=str(tmp_path / "none")), text)
     assert {p: p.read_bytes() for p in (tmp_path / "out").iterdir()} == before

@@ -51,9 +51,16 @@ class TrainConfig:
     gradient_accumulation_steps: int = field(default=1, metadata={
         "help": "micro-batches in a step"})
     max_iters: int = field(default=2000, metadata={"help": "training steps"})
+    optimizer: str = field(default="adamw", metadata={
+        "help": "adamw, lion, muon (AdamW but for the blocks' matrices) or adamw8bit"})
     learning_rate: float = field(default=1e-3, metadata={"help": "the highest learning rate"})
     decay_lr: bool = field(default=True, metadata={
-        "help": "let the learning rate fall as a cosine after the warm-up"})
+        "help": "let the learning rate fall after the warm-up"})
+    schedule: str = field(default="cosine", metadata={
+        "help": "how the learning rate falls: cosine, linear, wsd (late and linear) or constant "
+                "(not at all)"})
+    decay_fraction: float = field(default=0.2, metadata={
+        "help": "share of the steps, the last ones, in which wsd falls"})
     warmup_iters: int = field(default=100, metadata={
         "help": "steps over which the learning rate rises"})
     lr_decay_iters: int | None = field(default=None, metadata={
@@ -63,6 +70,10 @@ class TrainConfig:
     weight_decay: float = field(default=0.1, metadata={"help": "of matrices, not of vectors"})
     beta1: float = field(default=0.9, metadata={"help": "AdamW's decay of the first moment"})
     beta2: float = field(default=0.99, metadata={"help": "AdamW's decay of the second moment"})
+    ema: bool = field(default=False, metadata={
+        "help": "keep a moving average of the weights too, and evaluate and sample from it"})
+    ema_decay: float = field(default=0.999, metadata={
+        "help": "share of the average that a step keeps; less in the first steps"})
     grad_clip: float = field(default=1.0, metadata={
         "help": "largest norm of the gradient; 0: unlimited"})
     label_smoothing: float = field(default=0.0, metadata={
@@ -95,9 +106,12 @@ class TrainConfig:
                      "z_loss", "min_lr"):
             check_range(self, name, low=0)
         check_range(self, "learning_rate", above=0)
-        for name in ("beta1", "beta2", "label_smoothing"):
+        check_range(self, "decay_fraction", above=0, high=1)
+        for name in ("beta1", "beta2", "ema_decay", "label_smoothing"):
             check_range(self, name, low=0, below=1)
         check_choice(self, "tokenizer", ("bpe", "gpt2", "char", "byte"))
+        check_choice(self, "optimizer", ("adamw", "lion", "muon", "adamw8bit"))
+        check_choice(self, "schedule", ("cosine", "linear", "wsd", "constant"))
         check_choice(self, "dtype", ("float32", "bfloat16"))
         check_choice(self, "kernels", ("auto", "cpu", "portable", "reference"))
         check_range(self, "threads", low=1, high=64)

@@ -1,12 +1,18 @@
-"""Optimizers. Each is a rule on tensors that the compiled train step contains."""
+"""Optimizers. Each is a rule on tensors that the compiled train step contains.
+
+All have one interface: `update` gives the assignments of a step, `state_dict` and
+`load_state_dict` keep the state between runs, `nbytes` says what it takes.
+"""
 
 import math
+from contextlib import contextmanager
 
 import numpy as np
 from tinygrad import Tensor
 
 from tinygpt import kernels
-from tinygpt.checkpoint import check_shapes
+from tinygpt.checkpoint import CheckpointError, check_shapes
+from tinygpt.config import TrainConfig
 
 
 def global_norm(tensors: list[Tensor]) -> Tensor:
@@ -19,20 +25,21 @@ def clip_scale(norm: Tensor, limit: float) -> Tensor:
     return (limit / (norm + 1e-6)).minimum(1.0) if limit else norm.ones_like()
 
 
-class AdamW:
-    """Adam with decoupled weight decay (arXiv:1711.05101) on weights of two or more dimensions.
+def make_optimizer(params: dict[str, Tensor], config: TrainConfig) -> "Optimizer":
+    """The optimizer that config names, on float32 tensors by name."""
+    cls = {"adamw": AdamW, "lion": Lion, "muon": Muon, "adamw8bit": AdamW8bit}[config.optimizer]
+    return cls(params, config.beta1, config.beta2, config.weight_decay)
 
-    params are float32 tensors by name. The moments m and v are float32 of the same shapes; step
-    (1,) float32 counts the updates made.
+
+class Optimizer:
+    """What all optimizers share. params are float32 tensors by name.
+
+    step (1,) float32 counts the updates made.
     """
 
-    def __init__(self, params: dict[str, Tensor], beta1: float = 0.9, beta2: float = 0.99,
-                 weight_decay: float = 0.1, eps: float = 1e-8):
-        self.params, self.beta1, self.beta2 = params, beta1, beta2
-        self.weight_decay, self.eps = weight_decay, eps
+    def __init__(self, params: dict[str, Tensor]):
+        self.params = params
         self.step = Tensor.zeros(1).contiguous().realize()
-        self.m = {name: _zeros_like(p) for name, p in params.items()}
-        self.v = {name: _zeros_like(p) for name, p in params.items()}
 
     def update(self, grads: list[Tensor], learning_rate: Tensor, scale: Tensor,
                apply: Tensor) -> list[Tensor]:
@@ -41,37 +48,313 @@ class AdamW:
         grads are in the order of params and are multiplied by scale, a scalar; learning_rate (1,)
         float32. Where apply, a scalar bool, is false, nothing changes, the count of steps included.
         """
-        apply = apply.where(1.0, 0.0).reshape(1)
-        self.step.assign(self.step + apply)
-        shared = [scale.reshape(1), apply]
-        options = {decay: self._options(learning_rate, decay, shared)
-                   for decay in (self.weight_decay, 0.0)}
-        updated = [self.step]
+        raise NotImplementedError
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The state beside the parameters, by name."""
+        raise NotImplementedError
+
+    def load_state_dict(self, arrays: dict[str, np.ndarray], path="the state") -> None:
+        """Takes state of the same names and shapes; raises ValueError, changing nothing, else."""
+        state = self.state_dict()
+        if _maker(arrays) != _maker(state):
+            raise CheckpointError(f"{path} has the state of the optimizer {_maker(arrays)}, not of "
+                                  f"{_maker(state)}: use --optimizer {_maker(arrays)}, or start "
+                                  "a new run")
+        check_shapes(arrays, {k: t.shape for k, t in state.items()}, path)
+        for name, tensor in state.items():
+            tensor.assign(Tensor(arrays[name])).realize()
+
+    def nbytes(self) -> int:
+        """Bytes of the state beside the parameters."""
+        return sum(t.nbytes() for t in self.state_dict().values())
+
+
+def _maker(state: dict) -> str:
+    """The optimizer that a state belongs to: all but AdamW's have names that begin with it."""
+    kinds = {name.split(".")[0] for name in state}
+    return next((kind for kind in ("lion", "muon", "adamw8bit") if kind in kinds), "adamw")
+
+
+class AdamW(Optimizer):
+    """Adam with decoupled weight decay (arXiv:1711.05101) on weights of two or more dimensions.
+
+    The moments m and v are float32 of the parameters' shapes.
+    """
+
+    def __init__(self, params: dict[str, Tensor], beta1: float = 0.9, beta2: float = 0.99,
+                 weight_decay: float = 0.1, eps: float = 1e-8):
+        super().__init__(params)
+        self.beta1, self.beta2, self.weight_decay, self.eps = beta1, beta2, weight_decay, eps
+        self.m = {name: _zeros(p.shape) for name, p in params.items()}
+        self.v = {name: _zeros(p.shape) for name, p in params.items()}
+
+    def update(self, grads: list[Tensor], learning_rate: Tensor, scale: Tensor,
+               apply: Tensor) -> list[Tensor]:
+        updated = [self.step.assign(self.step + apply.where(1.0, 0.0))]
+        options = self.options(learning_rate, scale, apply)
         for (name, p), g in zip(self.params.items(), grads, strict=True):
-            decay = self.weight_decay if p.ndim >= 2 else 0.0
-            updated += kernels.adamw(p, self.m[name], self.v[name], g, options[decay])
+            updated += kernels.adamw(p, self.m[name], self.v[name], g, options[p.ndim >= 2])
         return updated
 
-    def _options(self, learning_rate: Tensor, decay: float, shared: list[Tensor]) -> Tensor:
-        """What `kernels.adamw` is told, (9,) float32."""
+    def options(self, learning_rate: Tensor, scale: Tensor, apply: Tensor) -> dict[bool, Tensor]:
+        """What `kernels.adamw` is told, (9,) float32, of vectors (False) and matrices (True)."""
         def debias(beta: float) -> Tensor:
             return 1 / (1 - (self.step * math.log(beta)).exp()) if beta else self.step.ones_like()
-        fixed = [Tensor.full((1,), x) for x in (self.beta1, self.beta2, self.eps, decay)]
-        return Tensor.cat(learning_rate, *fixed, debias(self.beta1), debias(self.beta2),
-                          *shared).contiguous()
+        known = [debias(self.beta1), debias(self.beta2), scale.reshape(1),
+                 apply.where(1.0, 0.0).reshape(1)]
+        return {is_matrix: Tensor.cat(learning_rate, *(Tensor.full((1,), x) for x in (
+            self.beta1, self.beta2, self.eps, self.weight_decay if is_matrix else 0.0)),
+            *known).contiguous() for is_matrix in (False, True)}
 
     def state_dict(self) -> dict[str, Tensor]:
         """The state beside the parameters: step, m.<name>, v.<name>."""
         return {"step": self.step, **{f"m.{k}": t for k, t in self.m.items()},
                 **{f"v.{k}": t for k, t in self.v.items()}}
 
+
+class Lion(Optimizer):
+    """Lion (arXiv:2302.06675): steps of one size, in the direction that the momentum has.
+
+    It wants a learning rate 3 to 10 times lower than AdamW's and a weight decay as much higher.
+    The momentum is float32 of the parameters' shapes.
+    """
+
+    def __init__(self, params: dict[str, Tensor], beta1: float = 0.9, beta2: float = 0.99,
+                 weight_decay: float = 0.1):
+        super().__init__(params)
+        self.beta1, self.beta2, self.weight_decay = beta1, beta2, weight_decay
+        self.m = {name: _zeros(p.shape) for name, p in params.items()}
+
+    def update(self, grads: list[Tensor], learning_rate: Tensor, scale: Tensor,
+               apply: Tensor) -> list[Tensor]:
+        updated = [self.step.assign(self.step + apply.where(1.0, 0.0))]
+        for (name, p), grad in zip(self.params.items(), grads, strict=True):
+            m, grad = self.m[name], grad * scale
+            decay = self.weight_decay if p.ndim >= 2 else 0.0
+            step = (self.beta1 * m + (1 - self.beta1) * grad).sign()
+            moved = p * (1 - learning_rate * decay) - learning_rate * step
+            later = self.beta2 * m + (1 - self.beta2) * grad
+            updated += [p.assign(apply.where(moved, p)), m.assign(apply.where(later, m))]
+        return updated
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """step, lion.<name>."""
+        return {"step": self.step, **{f"lion.{k}": t for k, t in self.m.items()}}
+
+
+class Muon(Optimizer):
+    """Muon (arXiv:2502.16982) for the blocks' matrices, AdamW for all other parameters.
+
+    The momentum, float32 of a matrix's shape, is orthogonalized before it is taken as a step, and
+    the step scaled to the root mean square that AdamW's have, 0.2, so that AdamW's learning rate
+    and weight decay suit both.
+    """
+
+    def __init__(self, params: dict[str, Tensor], beta1: float = 0.9, beta2: float = 0.99,
+                 weight_decay: float = 0.1, momentum: float = 0.95):
+        super().__init__(params)
+        self.weight_decay, self.momentum = weight_decay, momentum
+        self.m = {name: _zeros(p.shape) for name, p in params.items()
+                  if name.startswith("h.") and p.ndim == 2}
+        rest = {name: p for name, p in params.items() if name not in self.m}
+        self.rest = AdamW(rest, beta1, beta2, weight_decay)
+        self.step = self.rest.step
+
+    def update(self, grads: list[Tensor], learning_rate: Tensor, scale: Tensor,
+               apply: Tensor) -> list[Tensor]:
+        named = dict(zip(self.params, grads, strict=True))
+        updated = self.rest.update([named[name] for name in self.rest.params], learning_rate,
+                                   scale, apply)
+        for name, m in self.m.items():
+            p, grad = self.params[name], named[name] * scale
+            m.assign(apply.where(self.momentum * m + grad, m))
+            step = orthogonalize(grad + self.momentum * m) * (0.2 * math.sqrt(max(p.shape)))
+            moved = p * (1 - learning_rate * self.weight_decay) - learning_rate * step
+            updated += [m, p.assign(apply.where(moved, p))]
+        return updated
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """step, muon.<name> of the matrices, and AdamW's m.<name> and v.<name> of the rest."""
+        return self.rest.state_dict() | {f"muon.{k}": t for k, t in self.m.items()}
+
+
+def orthogonalize(x: Tensor) -> Tensor:
+    """The orthogonal matrix nearest to x, roughly: u f(s) v^T for x = u s v^T, f(s) about 1.
+
+    x (R, C) float32 -> the same. Five Newton-Schulz steps x <- (a + b A + c A^2) x, A = x x^T,
+    as in arXiv:2502.16982, which bring singular values into 0.7..1.2. As A and its polynomials
+    commute, the steps are taken on A, (N, N) with N = min(R, C), and their product applied to x
+    once: a third to a half of the operations. Float32 bears that, half precision would not.
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    x = (x / (x.square().sum().sqrt() + 1e-7).contiguous()).contiguous()
+    flipped = x.T.contiguous()
+    wide = x.shape[0] <= x.shape[1]
+    A = kernels.linear(x, x) if wide else kernels.linear(flipped, flipped)  # (N, N)
+    eye, product = Tensor.eye(A.shape[0]) * a, None
+    for i in range(5):
+        step = (eye + b * A + c * kernels.linear(A, A)).contiguous()
+        product = step if product is None else kernels.linear(product, step)
+        if i < 4:
+            A = kernels.linear(kernels.linear(step, A), step)
+            A = ((A + A.T) / 2).contiguous()  # else what is not symmetric grows at every step
+    return kernels.linear(product, flipped) if wide else kernels.linear(x, product)
+
+
+class EMA:
+    """A moving average of weights, float32 tensors by name, that starts as what they are."""
+
+    def __init__(self, params: dict[str, Tensor], decay: float = 0.999):
+        self.params, self.decay = params, decay
+        self.weights = {name: Tensor(p.numpy()).realize() for name, p in params.items()}
+
+    def update(self, step: Tensor, apply: Tensor) -> list[Tensor]:
+        """The assignments that follow an optimizer's, to be realized together with them.
+
+        step (1,) float32 counts the updates made, this one included. The decay is at most
+        (1 + step) / (10 + step), so that the start is soon forgotten. Where apply, a scalar bool,
+        is false, nothing changes.
+        """
+        share = 1 - ((1 + step) / (10 + step)).minimum(self.decay)
+        return [average.assign(apply.where(average + share * (self.params[name] - average),
+                                           average))
+                for name, average in self.weights.items()]
+
+    @contextmanager
+    def in_place(self):
+        """Within it, the weights hold the average and the average the weights."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    def _swap(self) -> None:
+        # by contents, because compiled steps know the tensors by their memory
+        for name, p in self.params.items():
+            kept = p.clone().realize()
+            p.assign(self.weights[name]).realize()
+            self.weights[name].assign(kept).realize()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The average of each weight, by its name."""
+        return self.weights
+
     def load_state_dict(self, arrays: dict[str, np.ndarray], path="the state") -> None:
-        """Takes state of the same names and shapes; raises ValueError, changing nothing, else."""
-        state = self.state_dict()
-        check_shapes(arrays, {k: t.shape for k, t in state.items()}, path)
-        for name, tensor in state.items():
-            tensor.assign(Tensor(arrays[name])).realize()
+        """Takes averages of the same names and shapes; raises ValueError, changing nothing, else.
+        """
+        check_shapes(arrays, {k: t.shape for k, t in self.weights.items()}, path)
+        for name, average in self.weights.items():
+            average.assign(Tensor(arrays[name])).realize()
 
 
-def _zeros_like(p: Tensor) -> Tensor:
-    return Tensor(np.zeros(p.shape, np.float32)).realize()
+class AdamW8bit(Optimizer):
+    """AdamW whose moments take a byte for each weight (arXiv:2110.02861).
+
+    They are quantized in blocks of 256 (2048 there; smaller ones are more exact and cost 1.6%
+    more), each with its largest magnitude. Parameters of fewer than 4096 elements keep theirs in
+    float32, as in bitsandbytes.
+    """
+
+    def __init__(self, params: dict[str, Tensor], beta1: float = 0.9, beta2: float = 0.99,
+                 weight_decay: float = 0.1, eps: float = 1e-8):
+        super().__init__(params)
+        large = [name for name, p in params.items() if p.numel() >= 4096]
+        self.exact = AdamW({name: p for name, p in params.items() if name not in large}, beta1,
+                           beta2, weight_decay, eps)
+        self.step = self.exact.step
+        blocks = {name: -(-params[name].numel() // BLOCK) for name in large}
+        self.codes = {name: [_zeros((n, BLOCK), np.uint8) for _ in "mv"]
+                      for name, n in blocks.items()}
+        self.tops = {name: [_zeros((n, 1)) for _ in "mv"] for name, n in blocks.items()}
+
+    def update(self, grads: list[Tensor], learning_rate: Tensor, scale: Tensor,
+               apply: Tensor) -> list[Tensor]:
+        named = dict(zip(self.params, grads, strict=True))
+        updated = self.exact.update([named[name] for name in self.exact.params], learning_rate,
+                                    scale, apply)
+        options = self.exact.options(learning_rate, scale, apply)
+        for name in self.codes:
+            p = self.params[name]
+            moments = [dequantize(codes, tops, signed).reshape(-1)[:p.numel()].reshape(p.shape)
+                       for codes, tops, signed in self._moments(name)]
+            p, *moments = kernels.adamw(p, *(m.contiguous() for m in moments), named[name],
+                                        options[p.ndim >= 2])
+            updated.append(p)
+            for moment, (codes, tops, signed) in zip(moments, self._moments(name), strict=True):
+                new = quantize(_blocks(moment), signed)
+                updated += [old.assign(apply.where(x, old))
+                            for old, x in zip((codes, tops), new, strict=True)]
+        return updated
+
+    def _moments(self, name: str) -> list[tuple[Tensor, Tensor, bool]]:
+        """Codes and magnitudes of m and v, and whether they have a sign."""
+        return list(zip(self.codes[name], self.tops[name], (True, False), strict=True))
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """AdamW's state of the small; adamw8bit.m.<name>, .v. and .m_max., .v_max. of the large."""
+        state = self.exact.state_dict()
+        for name in self.codes:
+            for kind, codes, tops in zip("mv", self.codes[name], self.tops[name], strict=True):
+                state |= {f"adamw8bit.{kind}.{name}": codes, f"adamw8bit.{kind}_max.{name}": tops}
+        return state
+
+
+BLOCK = 256  # weights that share a magnitude in AdamW8bit's moments
+
+
+def _decades(signed: bool) -> list[tuple[int, float, float]]:
+    """(n, unit, least) of the dynamic map's seven decades, the lowest first.
+
+    A decade has n values, unit * (0.1 + 0.9 (j + 0.5) / n), whose codes are n + j; what is at least
+    `least` is nearer to one of them than to those below.
+    """
+    found, below = [], 0.0
+    for i in range(7):
+        n, unit = 2**i * (1 if signed else 2), 10.0**(i - 6)
+        found.append((n, unit, (below + unit * (0.1 + 0.45 / n)) / 2))
+        below = unit * (1 - 0.45 / n)
+    return found
+
+
+def dequantize(codes: Tensor, tops: Tensor, signed: bool) -> Tensor:
+    """What `quantize` made codes (N, 256) uint8 and tops (N, 1) float32 of, roughly."""
+    k = (codes & 127 if signed else codes).cast("int32")
+    n, unit = k.const_like(0), tops.const_like(0.0)
+    for size, value, _ in _decades(signed):
+        n, unit = (k >= size).where(size, n), (k >= size).where(value, unit)
+    x = (n > 0).where(unit * (0.1 + 0.9 * (k - n + 0.5) / n.maximum(1)), 0.0)
+    x = (codes == (128 if signed else 1)).where(1.0, x)
+    return ((codes > 128) & signed).where(-x, x) * tops
+
+
+def quantize(x: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
+    """x (N, 256) float32, not negative unless signed -> codes uint8, largest magnitudes (N, 1).
+
+    The code is that of the nearest among the 256 values of arXiv:2110.02861's dynamic map. Without
+    a sign only zero becomes zero: the root of a second moment divides.
+    """
+    tops = x.abs().max(-1, keepdim=True).contiguous()
+    y = x.abs() / (tops > 0).where(tops, 1.0)
+    n, unit = y.const_like(0.0), y.const_like(1.0)
+    for number, (size, value, least) in enumerate(_decades(signed)):
+        reached = y > 0 if number == 0 and not signed else y >= least
+        n, unit = reached.where(size, n), reached.where(value, unit)
+    j = ((y / unit - 0.1) / 0.9 * n).floor().maximum(0.0).minimum(n - 1)
+    codes = (n > 0).where(n + j, 0.0)
+    last = _decades(signed)[-1][0]
+    whole = (1 + (1 - 0.45 / last)) / 2  # what is above is nearest to 1
+    if not signed:
+        return (y > whole).where(1.0, codes).cast("uint8"), tops
+    codes = ((x < 0) & (codes > 0)).where(codes + 128, codes)
+    return ((x > 0) & (y > whole)).where(128.0, codes).cast("uint8"), tops
+
+
+def _blocks(x: Tensor) -> Tensor:
+    """The elements of x and zeros up to a whole block, (N, 256)."""
+    return x.reshape(-1).pad((0, -x.numel() % BLOCK)).reshape(-1, BLOCK)
+
+
+def _zeros(shape: tuple[int, ...], dtype=np.float32) -> Tensor:
+    return Tensor(np.zeros(shape, dtype)).realize()

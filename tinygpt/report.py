@@ -74,12 +74,17 @@ class Report:
                          ms=seconds * 1e3, tokens_per_second=rate, mfu=mfu)
 
     def evaluation(self, iter_num: int, train: float, val: float, lr: float,
-                   bits_per_byte: float | None) -> None:
-        """Tells of an evaluation, in nats per token and bits per byte, and draws loss.png."""
+                   bits_per_byte: float | None, ema: bool = False) -> None:
+        """Tells of an evaluation, in nats per token and bits per byte, and draws loss.png.
+
+        With ema it was not of the weights but of their moving average.
+        """
         tail = "" if bits_per_byte is None else f", {bits_per_byte:.4f} bits per byte"
+        tail += ", of the weights' moving average" if ema else ""
         self.line(f"step {iter_num}: train loss {train:.4f}, val loss {val:.4f}{tail}")
         self._record(iter=iter_num, train_loss=train, val_loss=val, lr=lr,
-                     bits_per_byte=bits_per_byte, time=time.time())
+                     bits_per_byte=bits_per_byte, time=time.time(),
+                     **({"ema": True} if ema else {}))
         self.draw()
 
     def draw(self) -> None:

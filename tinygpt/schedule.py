@@ -6,18 +6,24 @@ from tinygpt.config import TrainConfig
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
-    """Linear warm-up, then a cosine down to min_lr at lr_decay_iters, then min_lr.
+    """Linear warm-up, then config.schedule down to min_lr at lr_decay_iters, then min_lr.
 
-    Step 0 is the first. Without decay_lr, learning_rate after the warm-up.
+    Step 0 is the first. `cosine` is nanoGPT's, `linear` a straight line; `wsd` (warm-up, stable,
+    decay: arXiv:2404.06395) stays up but for the last decay_fraction of the steps, in which it is
+    a line; `constant`, and any without decay_lr, stays up for ever.
     """
     peak = config.learning_rate
     lowest = peak / 10 if config.min_lr is None else config.min_lr
-    end = config.lr_decay_iters or config.max_iters
-    if step < config.warmup_iters:
-        return peak * (step + 1) / (config.warmup_iters + 1)
-    if not config.decay_lr:
+    start, end = config.warmup_iters, config.lr_decay_iters or config.max_iters
+    if step < start:
+        return peak * (step + 1) / (start + 1)
+    if config.schedule == "constant" or not config.decay_lr:
         return peak
     if step >= end:
         return lowest
-    done = (step - config.warmup_iters) / (end - config.warmup_iters)
-    return lowest + 0.5 * (1 + math.cos(math.pi * done)) * (peak - lowest)
+    length = end - start
+    if config.schedule == "wsd":
+        length = min(length, config.decay_fraction * end)
+    done = max(0.0, 1 - (end - step) / length)
+    left = 0.5 * (1 + math.cos(math.pi * done)) if config.schedule == "cosine" else 1 - done
+    return lowest + left * (peak - lowest)
