@@ -215,14 +215,10 @@ class Tiles:
                 row, k = core.a(lane, e)
                 i = (self.warp * core.M + row) * a_width + k0 + k
                 left.append(program.get_shared(a, i).cast(kind))
-            results = {}
             for n in range(width // 8):
                 places = [core.b(lane, e) for e in range(core.counts[1])]
                 right = [b_at(k0 + k, n * 8 + col).cast(kind) for k, col in places]
-                numbers = range(n * core.counts[2], (n + 1) * core.counts[2])
-                sums = core.multiply(left, right, [program.get(registers, e) for e in numbers])
-                results |= dict(zip(numbers, sums, strict=True))
-            program.set(registers, results)
+                program.multiply(core, left, right, registers, n * core.counts[2])
 
     def reduce_rows(self, partial: list[UOp], operation) -> list[UOp]:
         """Of each slot's row: the operation over what every lane that has the row brings."""

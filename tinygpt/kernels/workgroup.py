@@ -14,7 +14,7 @@ from tinygrad import Device, UOp, dtypes
 from tinygrad.codegen import to_program
 from tinygrad.dtype import AddrSpace, DType
 from tinygrad.renderer import Estimates, Renderer
-from tinygrad.uop.ops import KernelInfo, Ops, ProgramInfo
+from tinygrad.uop.ops import AxisType, KernelInfo, Ops, ProgramInfo
 
 WARP = 32  # threads that multiply matrices together
 IS_014 = "target" in ProgramInfo.__dataclass_fields__
@@ -48,21 +48,6 @@ class Core:
 
     def row(self, lane: UOp, slot: int) -> UOp:
         return self.c(lane, slot * self.counts[2] // self.slots)[0]
-
-    def multiply(self, a: list[UOp], b: list[UOp], c: list[UOp]) -> list[UOp]:
-        """A lane's elements of A B + C, from its elements of A, B and C."""
-        if not self.name:
-            return [c[e] + a[e] * b[0] for e in range(len(c))]
-        dims = (8, self.M, self.K)
-        if IS_014:
-            made = UOp.wmma(UOp.stack(*a), UOp.stack(*b), UOp.stack(*c), dims, self.name, WARP)
-            return [made.index(e) for e in range(len(c))]
-        kind, axes = a[0].dtype, tuple(((0, n),) for n in self.counts)
-        arg = (f"WMMA_8_{self.M}_{self.K}_{kind.name}_float", dims, kind, dtypes.float32,
-               self.name, WARP, axes, ())
-        made = UOp(Ops.WMMA, dtypes.float32.vec(len(c)),
-                   tuple(x[0].vectorize(*x[1:]) for x in (a, b, c)), arg)
-        return [made.gep(e) for e in range(len(c))]
 
 
 def _pair(lane: UOp, e: int) -> UOp:
@@ -139,6 +124,30 @@ class Program:
         """Puts values, none of which reads another's register, into registers."""
         target = registers.after(*self._now)
         self._now = (UOp.group(*[target[i].store(x) for i, x in values.items()]),)
+
+    def multiply(self, core: Core, a: list[UOp], b: list[UOp], registers: UOp, first: int) -> None:
+        """A lane's part of C += A B, of which it brings its elements of A and B and has those of C
+        in `registers` from number `first` on."""
+        count = core.counts[2]
+        c = [self.get(registers, first + e) for e in range(count)]
+        if not core.name:
+            self.set(registers, {first + e: c[e] + a[e] * b[0] for e in range(count)})
+            return
+        dims = (8, core.M, core.K)
+        if IS_014:
+            made = UOp.wmma(UOp.stack(*a), UOp.stack(*b), UOp.stack(*c), dims, core.name, WARP)
+            self.set(registers, {first + e: made.index(e) for e in range(count)})
+            return
+        kind = a[0].dtype
+        arg = (f"WMMA_8_{core.M}_{core.K}_{kind.name}_float", dims, kind, dtypes.float32, core.name,
+               WARP, tuple(((0, n),) for n in core.counts), ())
+        made = UOp(Ops.WMMA, dtypes.float32.vec(count),
+                   tuple(x[0].vectorize(*x[1:]) for x in (a, b, c)), arg)
+        # the sum of what is not hidden takes an element out of the vector
+        element = UOp.range(count, next(self._numbers), AxisType.UNROLL)
+        made = UOp(Ops.UNROLL, dtypes.float32, (made,), ((element.arg[0], count),))
+        self.set(registers, {first + e: UOp(Ops.REDUCE, dtypes.float32, (
+            element.eq(e).where(made, 0.0), element), (Ops.ADD, ())) for e in range(count)})
 
     def get_shared(self, memory: UOp, i: UOp) -> UOp:
         """What was there at the last barrier."""
