@@ -297,12 +297,15 @@ def test_use_decides_what_auto_means(restore, monkeypatch):
         for operation in ("attention", "gelu"):
             if hasattr(module, operation):
                 monkeypatch.setattr(module, operation, lambda *_, name=name: name)
+    monkeypatch.setattr(kernels.flash, "fits", lambda *_: True)
     before = kernels.gelu(None), kernels.attention(None, None, None)
     for name in kernels.IMPLEMENTATIONS:
         kernels.use(name)
         assert kernels.attention(None, None, None) == name
     kernels.use("tinygrad")
     assert kernels.gelu(None) == "portable"  # tinygrad's has none
+    kernels.use("flash")
+    assert kernels.gelu(None) == before[0]  # flash has attention alone
     kernels.use("reference")
     assert kernels.gelu(None) == kernels.gelu(None, implementation="auto") == "reference"
     assert kernels.gelu(None, implementation="portable") == "portable"

@@ -83,7 +83,8 @@ class TrainConfig:
     device: str = field(default="auto", metadata={
         "help": "auto, cpu, cuda, metal, or what else tinygrad knows"})
     kernels: str = field(default="auto", metadata={
-        "help": "implementation of the operations: auto, cpu, portable or reference"})
+        "help": "implementation of the operations: auto, cpu, portable, reference, or flash: "
+                "attention in kernels for GPUs, all else automatic"})
     threads: int | None = field(default=None, metadata={
         "help": "threads of the CPU kernels; unset: one for each CPU of this process"})
 
@@ -99,7 +100,7 @@ class TrainConfig:
             check_range(self, name, low=0, below=1)
         check_choice(self, "tokenizer", ("bpe", "gpt2", "char", "byte"))
         check_choice(self, "dtype", ("float32", "bfloat16"))
-        check_choice(self, "kernels", ("auto", "cpu", "portable", "reference"))
+        check_choice(self, "kernels", ("auto", "cpu", "portable", "reference", "flash"))
         check_range(self, "threads", low=1, high=64)
         if self.min_lr is not None and self.min_lr > self.learning_rate:
             raise ValueError(f"min_lr={self.min_lr} is above learning_rate={self.learning_rate}: "

@@ -12,8 +12,12 @@ from dataclasses import dataclass
 
 from tinygrad import Device, UOp, dtypes
 from tinygrad.codegen import to_program
+from tinygrad.codegen.opt import tc
+from tinygrad.device import Compiler
 from tinygrad.dtype import AddrSpace, DType
+from tinygrad.helpers import Target
 from tinygrad.renderer import Estimates, Renderer
+from tinygrad.renderer.cstyle import CUDARenderer, MetalRenderer
 from tinygrad.uop.ops import AxisType, KernelInfo, Ops, ProgramInfo
 
 WARP = 32  # threads that multiply matrices together
@@ -90,8 +94,23 @@ def renderer_of(device: str) -> Renderer:
     return Device[device].renderer
 
 
+def renderer_for(device: str, arch: str) -> Renderer:
+    """What writes the source for a device, "CUDA" or "METAL", that need not be there."""
+    kind = {"CUDA": CUDARenderer, "METAL": MetalRenderer}[device]
+    renderer = kind.__new__(kind)  # the usual way would look for the device's compiler
+    Renderer.__init__(renderer, Target(device, arch=arch))
+    renderer.compiler = Compiler()
+    renderer.tensor_cores = tc.metal if device == "METAL" else tc.get_cuda(arch)
+    return renderer
+
+
+def arguments(kinds: list[tuple[int, DType]]) -> list[UOp]:
+    """Stand-ins for buffers of so many elements of such types."""
+    return [UOp.placeholder((count,), dtype, i) for i, (count, dtype) in enumerate(kinds)]
+
+
 def render(kernel: UOp, renderer: Renderer) -> str:
-    """The source of a kernel for a device that need not be there."""
+    """The source of a kernel."""
     program = to_program(kernel, renderer)
     return next(part.arg for part in program.src if part.op is Ops.SOURCE)
 
