@@ -116,7 +116,7 @@ def largest_buffer(module, device: str, T: int) -> int:
 
 
 def test_no_matrix_of_queries_times_keys_is_in_memory():
-    assert largest_buffer(flash, "PYTHON", 100) == 100 * 4
+    assert largest_buffer(flash, "PYTHON", 100) < 100 * 100
     assert largest_buffer(reference, Device.DEFAULT, 100) >= 100 * 100  # the measure sees one
 
 

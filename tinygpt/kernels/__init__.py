@@ -136,7 +136,7 @@ def _run(operation: str, implementation: str, tensors: tuple, *options):
     if name == "auto":
         name = _choose(operation, tensors)
     if not _offers(name, operation, tensors):
-        kinds = ", ".join(f"{t.dtype} on {t.device}" for t in tensors if t is not None)
+        kinds = ", ".join(f"{t.dtype} {t.shape} on {t.device}" for t in tensors if t is not None)
         raise ValueError(f"the kernels {name!r} have no {operation} for {kinds}")
     return getattr(IMPLEMENTATIONS[name], operation)(*tensors, *options)
 
@@ -148,11 +148,11 @@ def _choose(operation: str, tensors: tuple) -> str:
     name = "cpu" if _in_use in ("auto", "flash") else _in_use
     if _offers(name, operation, tensors):
         return name
-    device = str(tensors[0].device)
-    if _in_use == "auto" and device.split(":")[0] in FLASH_WINS and _offers(
-            "flash", operation, tensors):
-        return "flash"
-    if device == "CPU" and hasattr(IMPLEMENTATIONS[name], operation):
+    if _in_use == "auto" and hasattr(flash, operation):
+        device = str(tensors[0].device).split(":")[0]
+        if device in FLASH_WINS and _offers("flash", operation, tensors):
+            return "flash"
+    if hasattr(IMPLEMENTATIONS[name], operation) and str(tensors[0].device) == "CPU":
         _say_fallback(operation, str(tensors[0].dtype))
     return "portable"
 
@@ -164,7 +164,7 @@ def _offers(name: str, operation: str, tensors: tuple) -> bool:
 
 @functools.cache
 def _say_fallback(operation: str, dtype: str) -> None:
-    warnings.warn(f"no C kernel for {operation} in {dtype}: the portable one runs", stacklevel=4)
+    warnings.warn(f"no C kernel for {operation} in {dtype}: the portable one runs", stacklevel=5)
 
 
 def _check_name(implementation: str) -> str:
