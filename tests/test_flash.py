@@ -160,6 +160,7 @@ def test_which_core_multiplies():
 # ---- the source for GPUs
 
 
+BARRIERS = {"forward": 6, "gradient_of_queries": 4, "gradient_of_keys": 4}
 SHAPES = {"bfloat16": ((1, 2, 128, 128), (1, 1, 128, 128)),
           "float32": ((1, 4, 77, 20), (1, 2, 99, 20))}
 
@@ -177,7 +178,8 @@ def sources(device: str, dtype: str) -> dict[str, str]:
 def test_source(device, dtype, uses):
     barrier = {"CUDA": "__syncthreads()", "METAL": "threadgroup_barrier"}[device]
     for name, text in sources(device, dtype).items():
-        assert uses in text and barrier in text, name
+        # the emulator's threads run in step, so it cannot see that a barrier is missing
+        assert uses in text and text.count(barrier) == BARRIERS[name], name
 
 
 @pytest.mark.parametrize("dtype", SHAPES)
