@@ -2,8 +2,8 @@
 
     python bench/attention.py [--bfloat16] [--kernels flash portable]
 
-Several kernels are timed in the same run. On a GPU (`CUDA=1 python bench/attention.py --kernels
-flash portable`, or METAL=1) PyTorch computes there too.
+Several kernels are timed in the same run. On a GPU (`DEV=CUDA python bench/attention.py --kernels
+flash portable`, or DEV=METAL) PyTorch computes there too.
 """
 
 import argparse

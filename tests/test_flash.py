@@ -13,7 +13,7 @@ from tinygrad import Device, Tensor, TinyJit, UOp, dtypes
 from tinygpt import kernels
 from tinygpt.kernels import flash, reference
 from tinygpt.kernels.random import make_key
-from tinygpt.kernels.workgroup import CUDA, METAL, PLAIN, find_core, renderer_for
+from tinygpt.kernels.workgroup import CUDA, IS_014, METAL, PLAIN, find_core, renderer_for
 
 # largest error, as a share of the largest number that is right
 TOLERANCE = {"float32": 2e-6, "bfloat16": 2e-2}
@@ -178,8 +178,10 @@ def sources(device: str, dtype: str) -> dict[str, str]:
 def test_source(device, dtype, uses):
     barrier = {"CUDA": "__syncthreads()", "METAL": "threadgroup_barrier"}[device]
     for name, text in sources(device, dtype).items():
-        # the emulator's threads run in step, so it cannot see that a barrier is missing
-        assert uses in text and text.count(barrier) == BARRIERS[name], name
+        # the emulator's threads run in step, so it cannot see that a barrier is missing; tinygrad
+        # 0.14 adds one of its own behind the loop over a group's heads
+        wanted = BARRIERS[name] + (IS_014 and name == "gradient_of_keys")
+        assert uses in text and text.count(barrier) == wanted, name
 
 
 @pytest.mark.parametrize("dtype", SHAPES)

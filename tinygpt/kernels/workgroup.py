@@ -79,14 +79,13 @@ METAL = Core("METAL", 8, 8, (2, 2, 2), slots=1, mates=4,
 def find_core(renderer: Renderer, dtype: DType) -> Core:
     """The tensor core that tinygrad has for products of that type, or plain multiplications.
 
-    A CUDA device's float32 cores round to 10 bits, so float32 is multiplied without them.
+    A CUDA device's cores for float32 round it to 10 bits; theirs are other dimensions, so that it
+    is multiplied without them.
     """
-    core = {"CUDA": CUDA, "NV": CUDA, "METAL": METAL}.get(renderer.target.device)
-    if core and (core is METAL or dtype != dtypes.float32):
-        for found in renderer.tensor_cores:
-            if (found.dims, found.dtype_in, found.dtype_out) == ((8, core.M, core.K), dtype,
-                                                                 dtypes.float32):
-                return core
+    if core := {"CUDA": CUDA, "NV": CUDA, "METAL": METAL}.get(renderer.target.device):
+        wanted = (8, core.M, core.K), dtype, dtypes.float32
+        if any((c.dims, c.dtype_in, c.dtype_out) == wanted for c in renderer.tensor_cores):
+            return core
     return PLAIN
 
 
