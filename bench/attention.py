@@ -1,11 +1,18 @@
-"""Causal attention, forward and backward, ours and PyTorch's in turn: python bench/attention.py"""
+"""Causal attention, forward and backward, ours and PyTorch's in turn: python bench/attention.py
 
+    python bench/attention.py [--bfloat16] [--kernels flash portable]
+
+Several kernels are timed in the same run. On a GPU (`DEV=CUDA python bench/attention.py --kernels
+flash portable`, or DEV=METAL) PyTorch computes there too.
+"""
+
+import argparse
 import sys
 from pathlib import Path
 
 import numpy as np
 import torch
-from tinygrad import Device, Tensor, TinyJit
+from tinygrad import Device, Tensor, TinyJit, dtypes
 from torch.nn import functional as F  # noqa: N812
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -15,42 +22,55 @@ from tinygpt import kernels
 from tinygpt.kernels.cpu.launch import cpu_count
 
 CASES = [(12, 64, 4, 32), (12, 256, 6, 64), (1, 4096, 12, 64)]  # B, T, H, D
+TORCH_DEVICE = {"CUDA": "cuda", "NV": "cuda", "METAL": "mps"}
 
 
-def ours(arrays: list[np.ndarray]):
-    q, k, v, dy = (Tensor(a).realize() for a in arrays)
+def ours(arrays: list[np.ndarray], implementation: str, dtype: str):
+    q, k, v, dy = (Tensor(a).cast(getattr(dtypes, dtype)).realize() for a in arrays)
 
     @TinyJit
     def step(q, k, v, dy):
         heads = [x.transpose(1, 2) for x in (q, k, v)]  # (B, H, T, D)
-        y = kernels.attention(*heads).transpose(1, 2)
+        y = kernels.attention(*heads, implementation=implementation).transpose(1, 2)
         return Tensor.realize(y, *y.gradient(q, k, v, gradient=dy))
 
     def call():
         step(q, k, v, dy)
-        Device["CPU"].synchronize()
+        Device[Device.DEFAULT].synchronize()
     return call
 
 
-def theirs(arrays: list[np.ndarray]):
-    q, k, v = (torch.from_numpy(a).requires_grad_() for a in arrays[:3])
-    dy = torch.from_numpy(arrays[3])
+def theirs(arrays: list[np.ndarray], dtype: str):
+    device = TORCH_DEVICE.get(Device.DEFAULT, "cpu")
+    q, k, v, dy = (torch.from_numpy(a).to(device, getattr(torch, dtype)) for a in arrays)
+    for x in (q, k, v):
+        x.requires_grad_()
 
     def step():
         q.grad = k.grad = v.grad = None
         heads = [x.transpose(1, 2) for x in (q, k, v)]
         F.scaled_dot_product_attention(*heads, is_causal=True).transpose(1, 2).backward(dy)
+        if device != "cpu":
+            getattr(torch, device).synchronize()
     return step
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--bfloat16", action="store_true")
+    parser.add_argument("--kernels", default=["auto"], nargs="+", help="which of ours")
+    parser.add_argument("--seconds", type=float, default=6, help="for each peer and case")
+    args = parser.parse_args()
     torch.set_num_threads(cpu_count())
+    dtype = "bfloat16" if args.bfloat16 else "float32"
     for B, T, H, D in CASES:
         rng = np.random.default_rng(0)
         arrays = [rng.normal(size=(B, T, H, D)).astype(np.float32) for _ in range(4)]
-        times = in_turn({"ours": ours(arrays), "torch": theirs(arrays)}, seconds=6)
-        record("attention.py", f"B {B}, T {T}, H {H}, D {D}", times["ours"], "torch",
-               times["torch"])
+        peers = {name: ours(arrays, name, dtype) for name in args.kernels}
+        times = in_turn(peers | {"torch": theirs(arrays, dtype)}, args.seconds)
+        for name in args.kernels:
+            record("attention.py", f"B {B}, T {T}, H {H}, D {D}, {dtype}, {Device.DEFAULT}, {name}",
+                   times[name], "torch", times["torch"])
 
 
 if __name__ == "__main__":

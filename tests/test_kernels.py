@@ -169,13 +169,18 @@ def constants(options: dict) -> dict:
             for name, a in options.items()}
 
 
+def call(operation: str, implementation: str, *inputs: Tensor, **options) -> Tensor:
+    """The output, or a skip where the implementation has none for such inputs."""
+    try:
+        return getattr(kernels, operation)(*inputs, **options, implementation=implementation)
+    except ValueError as error:
+        pytest.skip(f"not offered: {error}")
+
+
 def differentiate(operation: str, implementation: str, inputs: dict[str, Tensor], options: dict,
                   dy: np.ndarray | None = None) -> tuple[Tensor, dict[str, Tensor]]:
     """The output and the gradient of each input, where the output's gradient is dy."""
-    try:
-        y = getattr(kernels, operation)(**inputs, **options, implementation=implementation)
-    except ValueError as error:
-        pytest.skip(f"not offered: {error}")
+    y = call(operation, implementation, **inputs, **options)
     dy = Tensor(cotangent(y.shape) if dy is None else dy)
     grads = (y.cast(dtypes.float32) * dy).sum().gradient(*inputs.values())
     return y, dict(zip(inputs, grads, strict=True))
@@ -301,12 +306,15 @@ def test_use_decides_what_auto_means(restore, monkeypatch):
         for operation in ("attention", "gelu"):
             if hasattr(module, operation):
                 monkeypatch.setattr(module, operation, lambda *_, name=name: name)
+    monkeypatch.setattr(kernels.flash, "fits", lambda *_: True)
     before = kernels.gelu(None), kernels.attention(None, None, None)
     for name in kernels.IMPLEMENTATIONS:
         kernels.use(name)
         assert kernels.attention(None, None, None) == name
     kernels.use("tinygrad")
     assert kernels.gelu(None) == "portable"  # tinygrad's has none
+    kernels.use("flash")
+    assert kernels.gelu(None) == before[0]  # flash has attention alone
     kernels.use("reference")
     assert kernels.gelu(None) == kernels.gelu(None, implementation="auto") == "reference"
     assert kernels.gelu(None, implementation="portable") == "portable"
@@ -434,8 +442,8 @@ def test_symbolic_offset(implementation):
     arrays = draw(CACHED)
     inputs = tensors(arrays)
     variable = UOp.variable("offset", 0, 10)
-    attend = TinyJit(lambda q, k, v, offset: kernels.attention(
-        q, k, v, offset, window=4, implementation=implementation).realize())
+    attend = TinyJit(lambda q, k, v, offset: call(
+        "attention", implementation, q, k, v, offset=offset, window=4).realize())
     for offset in (1, 10, 0, 7):
         y = attend(*inputs.values(), variable.bind(offset)).numpy()
         check({"y": y}, {"y": np_attention(**arrays, offset=offset, window=4)})
@@ -448,7 +456,7 @@ def test_attention_takes_views(implementation):
     whole = np.concatenate([a.transpose(0, 2, 1, 3).reshape(2, 5, -1) for a in arrays.values()], -1)
     x = Tensor(whole).realize()
     q, k, v = (part.reshape(2, 5, -1, 8).transpose(1, 2) for part in x.split([32, 16, 16], -1))
-    y = kernels.attention(q, k, v, implementation=implementation)
+    y = call("attention", implementation, q, k, v)
     dx = (y * Tensor(cotangent(y.shape))).sum().gradient(x)[0]
     Tensor.realize(y, dx)
     right = result("attention", 0, "reference")

@@ -94,7 +94,8 @@ class TrainConfig:
     device: str = field(default="auto", metadata={
         "help": "auto, cpu, cuda, metal, or what else tinygrad knows"})
     kernels: str = field(default="auto", metadata={
-        "help": "implementation of the operations: auto, cpu, portable or reference"})
+        "help": "implementation of the operations: auto, cpu, portable, reference, or flash: "
+                "attention in kernels for GPUs, all else automatic"})
     threads: int | None = field(default=None, metadata={
         "help": "threads of the CPU kernels; unset: one for each CPU of this process"})
 
@@ -113,7 +114,7 @@ class TrainConfig:
         check_choice(self, "optimizer", ("adamw", "lion", "muon", "adamw8bit"))
         check_choice(self, "schedule", ("cosine", "linear", "wsd", "constant"))
         check_choice(self, "dtype", ("float32", "bfloat16"))
-        check_choice(self, "kernels", ("auto", "cpu", "portable", "reference"))
+        check_choice(self, "kernels", ("auto", "cpu", "portable", "reference", "flash"))
         check_range(self, "threads", low=1, high=64)
         if self.min_lr is not None and self.min_lr > self.learning_rate:
             raise ValueError(f"min_lr={self.min_lr} is above learning_rate={self.learning_rate}: "

@@ -4,11 +4,12 @@
     cpu         C for float32 on the CPU (kernels/cpu/)
     portable    Tensor code that tinygrad compiles well on every device
     tinygrad    tinygrad's own scaled_dot_product_attention (attention only)
+    flash       UOps for a GPU's workgroups and tensor cores (attention only, kernels/flash.py)
 
-`implementation="auto"` takes the fastest one that can run, `cpu` where it can and else `portable`;
-`use()` narrows that for the whole process. An implementation asked for by name runs or raises
-ValueError. Activations are float32 or, but for `cpu`, bfloat16; weights are float32 and are cast
-to the activations' dtype.
+`implementation="auto"` takes the fastest one that can run: `cpu` where it can, `flash` on the
+devices of FLASH_WINS, else `portable`. `use()` narrows that for the whole process. An
+implementation asked for by name runs or raises ValueError. Activations are float32 or, but for
+`cpu`, bfloat16; weights are float32 and are cast to the activations' dtype.
 """
 
 import functools
@@ -16,18 +17,25 @@ import warnings
 
 from tinygrad import Tensor, UOp
 
-from tinygpt.kernels import cpu, portable, reference, stock
+from tinygpt.kernels import cpu, flash, portable, reference, stock
 from tinygpt.kernels.cpu.launch import set_threads
 
 __all__ = ["IMPLEMENTATIONS", "adamw", "attention", "cross_entropy", "dropout", "embedding", "gelu",
            "layer_norm", "linear", "rms_norm", "rope", "set_threads", "swiglu", "use"]
 
-IMPLEMENTATIONS = {"reference": reference, "cpu": cpu, "portable": portable, "tinygrad": stock}
+IMPLEMENTATIONS = {"reference": reference, "cpu": cpu, "portable": portable, "tinygrad": stock,
+                   "flash": flash}
+# Devices, "CUDA" or "METAL", on which `python bench/attention.py --kernels flash portable` measured
+# flash attention faster. None yet: it was never timed, so only who asks for it gets it.
+FLASH_WINS: frozenset[str] = frozenset()
 _in_use = "auto"
 
 
 def use(implementation: str) -> None:
-    """Makes `implementation` what "auto" means from now on; "auto" itself undoes that."""
+    """Makes `implementation` what "auto" means from now on; "auto" itself undoes that.
+
+    What `implementation` does not have at all is `portable`'s; beside "flash" it stays automatic.
+    """
     global _in_use
     _in_use = _check_name(implementation)
 
@@ -126,25 +134,37 @@ def _run(operation: str, implementation: str, tensors: tuple, *options):
     """Calls the operation of an implementation; `tensors` decide whether `cpu` can take them."""
     name = _check_name(implementation)
     if name == "auto":
-        name = "cpu" if _in_use == "auto" else _in_use
-        if not _offers(name, operation, tensors):
-            if hasattr(IMPLEMENTATIONS[name], operation) and str(tensors[0].device) == "CPU":
-                _say_fallback(operation, str(tensors[0].dtype))
-            name = "portable"
+        name = _choose(operation, tensors)
     if not _offers(name, operation, tensors):
-        kinds = ", ".join(f"{t.dtype} on {t.device}" for t in tensors if t is not None)
+        kinds = ", ".join(f"{t.dtype} {t.shape} on {t.device}" for t in tensors if t is not None)
         raise ValueError(f"the kernels {name!r} have no {operation} for {kinds}")
     return getattr(IMPLEMENTATIONS[name], operation)(*tensors, *options)
 
 
+def _choose(operation: str, tensors: tuple) -> str:
+    """What "auto" means for an operation on these tensors."""
+    if _in_use == "flash" and hasattr(flash, operation):
+        return "flash"  # even where it cannot run: it was asked for
+    name = "cpu" if _in_use in ("auto", "flash") else _in_use
+    if _offers(name, operation, tensors):
+        return name
+    if _in_use == "auto" and hasattr(flash, operation):
+        device = str(tensors[0].device).split(":")[0]
+        if device in FLASH_WINS and _offers("flash", operation, tensors):
+            return "flash"
+    if hasattr(IMPLEMENTATIONS[name], operation) and str(tensors[0].device) == "CPU":
+        _say_fallback(operation, str(tensors[0].dtype))
+    return "portable"
+
+
 def _offers(name: str, operation: str, tensors: tuple) -> bool:
     module = IMPLEMENTATIONS[name]
-    return hasattr(module, operation) and (module is not cpu or cpu.fits(*tensors))
+    return hasattr(module, operation) and (not hasattr(module, "fits") or module.fits(*tensors))
 
 
 @functools.cache
 def _say_fallback(operation: str, dtype: str) -> None:
-    warnings.warn(f"no C kernel for {operation} in {dtype}: the portable one runs", stacklevel=4)
+    warnings.warn(f"no C kernel for {operation} in {dtype}: the portable one runs", stacklevel=5)
 
 
 def _check_name(implementation: str) -> str:

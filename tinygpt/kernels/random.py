@@ -15,13 +15,13 @@ def make_key(*words: int) -> np.ndarray:
 
 def next_key(key: Tensor) -> Tensor:
     """The key (1,) uint32 that follows `key`; a chain of them serves one forward pass."""
-    return _mix(key + 0x9E3779B9).contiguous()
+    return mix(key + 0x9E3779B9).contiguous()
 
 
 def random_bits(key: Tensor, shape: tuple[int, ...]) -> Tensor:
     """Independent uniform uint32 words of the given shape."""
     index = Tensor.arange(int(np.prod(shape))).cast(dtypes.uint32)
-    return _mix(_mix(index) + key).reshape(shape)
+    return mix(mix(index) + key).reshape(shape)
 
 
 def uniform(key: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -29,7 +29,8 @@ def uniform(key: Tensor, shape: tuple[int, ...]) -> Tensor:
     return ((random_bits(key, shape).contiguous() >> 9).cast(dtypes.float32) + 0.5) * 2.0**-23
 
 
-def _mix(x: Tensor) -> Tensor:
+def mix(x: Tensor) -> Tensor:
+    """Another uint32 word for each; no two words share one."""
     x = (x ^ (x >> 16)) * 0x7FEB352D
     x = (x ^ (x >> 15)) * 0x846CA68B
     return x ^ (x >> 16)

@@ -1,8 +1,9 @@
 """Compiles the C files of this folder with tinygrad's own clang and runs them as tinygrad kernels.
 
-This is the one file that touches the private interfaces which custom kernels need, of tinygrad
-0.13 and 0.14. What it asks of a C file: the entry is the first function that is not inlined (the
-loader jumps to the beginning), nothing of libc is called, and no variable is static.
+Of tinygrad's private interfaces, 0.13's and 0.14's, those that custom kernels need are touched here
+and in kernels/workgroup.py alone. What this file asks of a C file: the entry is the first function
+that is not inlined (the loader jumps to the beginning), nothing of libc is called, and no variable
+is static.
 """
 
 import atexit
