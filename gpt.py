@@ -21,6 +21,7 @@ from tinygpt import checkpoint, device, kernels
 from tinygpt.config import SampleConfig, TrainConfig, check_choice, check_range
 from tinygpt.decoder import Decoder
 from tinygpt.kernels.random import next_key
+from tinygpt.quantize import quantize, refuse_quantized
 from tinygpt.sampling import Controls
 from tinygpt.tokenizer import BPETokenizer, Tokenizer, load_tokenizer
 
@@ -139,6 +140,9 @@ class Embedding:
 
     def __call__(self, idx: Tensor) -> Tensor:
         return kernels.embedding(idx, self.weight)
+
+    def unembed(self, x: Tensor) -> Tensor:
+        return kernels.linear(x, self.weight)
 
 
 class CausalSelfAttention:
@@ -330,10 +334,7 @@ class GPT:
 
     def _head(self, x: Tensor) -> Tensor:
         """(B, T, C) -> logits (B, T, V)."""
-        x = self.ln_f(x)
-        if self.lm_head is not None:
-            return self.lm_head(x)
-        return kernels.linear(x, self.wte.weight)
+        return (self.lm_head or self.wte.unembed)(self.ln_f(x))
 
     # ---- writing text
 
@@ -402,8 +403,21 @@ class GPT:
 
     # ---- weights and sizes
 
+    def quantize(self, kind: str) -> "GPT":
+        """Keeps its matrices as "int8" or "fp16" from now on, to write text with; returns itself.
+
+        It can then be neither trained nor saved. Raises ValueError where it is quantized already.
+        """
+        quantize(self, kind)
+        _DECODERS.pop(self, None)  # compiled for the weights as they were
+        return self
+
     def state_dict(self) -> dict[str, Tensor]:
-        """Every weight by its name, GPT-2's names; a tied lm_head is wte.weight and not listed."""
+        """Every weight by its name, GPT-2's names; a tied lm_head is wte.weight and not listed.
+
+        Raises ValueError where the model is quantized.
+        """
+        refuse_quantized(self, "trained, saved or loaded into")
         return get_state_dict({"wte": self.wte, "wpe": self.wpe, "h": self.h, "ln_f": self.ln_f,
                                "lm_head": self.lm_head})
 

@@ -135,6 +135,13 @@ def peak_flops() -> float:
     return cpu_count() * (max(speeds) * 1e6 if speeds else clock) * 2 * lanes * 2
 
 
+def free_memory() -> None:
+    """Gives back what tinygrad keeps of freed tensors for the next ones."""
+    Device[default()].synchronize()
+    if hasattr(allocator := Device[default()].allocator, "free_cache"):
+        allocator.free_cache()
+
+
 def write(tensor: Tensor, data) -> None:
     """Puts data into a realized tensor's own memory, whatever compiled step reads it next."""
     from tinygrad.dtype import _to_np_dtype

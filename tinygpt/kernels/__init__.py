@@ -20,7 +20,8 @@ from tinygpt.kernels import cpu, portable, reference, stock
 from tinygpt.kernels.cpu.launch import set_threads
 
 __all__ = ["IMPLEMENTATIONS", "adamw", "attention", "cross_entropy", "dropout", "embedding", "gelu",
-           "layer_norm", "linear", "rms_norm", "rope", "set_threads", "swiglu", "use"]
+           "layer_norm", "linear", "quantized_embedding", "quantized_linear", "rms_norm", "rope",
+           "set_threads", "swiglu", "use"]
 
 IMPLEMENTATIONS = {"reference": reference, "cpu": cpu, "portable": portable, "tinygrad": stock}
 _in_use = "auto"
@@ -44,6 +45,26 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tens
 def embedding(idx: Tensor, weight: Tensor, implementation: str = "auto") -> Tensor:
     """Rows of weight (V, C) at idx (...,) int32 -> (..., C). Ids outside 0..V-1 are undefined."""
     return _run("embedding", implementation, (idx, weight))
+
+
+def quantized_linear(x: Tensor, weight: Tensor, scale: Tensor | None = None,
+                     bias: Tensor | None = None, residual: Tensor | None = None,
+                     implementation: str = "auto") -> Tensor:
+    """residual + x @ (scale * weight).T + bias with weights that are kept small; no gradient.
+
+    x (..., C), weight (N, C) int8 with scale (N,) float32, a row's, or float16 without one,
+    bias (N,), residual (..., N) -> (..., N) in x's dtype.
+    """
+    return _run("quantized_linear", implementation, (x, scale, bias, residual), weight)
+
+
+def quantized_embedding(idx: Tensor, weight: Tensor, scale: Tensor | None = None,
+                        implementation: str = "auto") -> Tensor:
+    """Rows of scale * weight at idx (...,) int32 -> (..., C) float32; no gradient.
+
+    weight (V, C) int8 with scale (V,) float32, or float16 without one.
+    """
+    return _run("quantized_embedding", implementation, (idx, scale), weight)
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-5,

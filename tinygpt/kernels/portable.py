@@ -13,7 +13,7 @@ from tinygpt.kernels import reference
 from tinygpt.kernels.reference import adamw, attention_mask, dropout
 
 __all__ = ["adamw", "attention", "cross_entropy", "embedding", "gelu", "layer_norm", "linear",
-           "rms_norm", "rope", "swiglu"]
+           "quantized_embedding", "quantized_linear", "rms_norm", "rope", "swiglu"]
 
 
 def linear(x, weight, bias=None, residual=None):
@@ -27,6 +27,21 @@ def embedding(idx, weight):
     # a sum over a one-hot matrix: its gradient is a matrix product instead of a scatter
     one_hot = Tensor.arange(weight.shape[0]) == idx.unsqueeze(-1)
     return _barrier(one_hot.cast(weight.dtype).contiguous() @ weight)
+
+
+def quantized_linear(x, scale, bias, residual, weight):
+    y = x @ weight.cast(x.dtype).T
+    if scale is not None:
+        y = y * scale.cast(x.dtype)
+    y = _barrier(y)
+    if bias is not None:
+        y = y + bias.cast(x.dtype)
+    return _barrier(y if residual is None else residual + y)
+
+
+def quantized_embedding(idx, scale, weight):
+    rows = weight[idx].cast(dtypes.float32)
+    return _barrier(rows if scale is None else rows * scale[idx].unsqueeze(-1))
 
 
 def layer_norm(x, weight, bias=None, eps=1e-5):

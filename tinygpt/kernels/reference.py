@@ -23,6 +23,19 @@ def embedding(idx, weight):
     return weight[idx]
 
 
+def quantized_linear(x, scale, bias, residual, weight):
+    return linear(x, _dequantized(weight, scale), bias, residual)
+
+
+def quantized_embedding(idx, scale, weight):
+    return _dequantized(weight, scale)[idx]
+
+
+def _dequantized(weight, scale):
+    weight = weight.cast(dtypes.float32)
+    return weight if scale is None else weight * scale.unsqueeze(-1)
+
+
 def layer_norm(x, weight, bias=None, eps=1e-5):
     z = x.cast(dtypes.float32)
     z = z - z.mean(-1, keepdim=True)

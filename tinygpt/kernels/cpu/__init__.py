@@ -9,6 +9,7 @@ from tinygrad import Tensor, UOp, dtypes
 from tinygpt.kernels.cpu.launch import Kernel, constants, untransposed
 
 FLOAT_IN, FLOAT_OUT = "const float*", "float*"
+WEIGHT_IN = "const void*"  # of as many bits as the define WEIGHT says
 GEMV_ROWS = 4  # as many rows at most are cheaper as dot products than packed
 
 
@@ -30,8 +31,28 @@ def linear(x, weight, bias=None, residual=None):
         dw, *sums = _gemm("gemm.c", w_shape, dy, x, (N, K, rows), ta=1, sums=with_bias)
         return [dx, dw, *sums, *([dy] if with_residual else [])]
 
-    return _gemm("gemv.c" if rows <= GEMV_ROWS else "gemm.c", (*x.shape[:-1], N), x, weight,
-                 (rows, N, K), bias, residual, tb=1, gradient=gradient)
+    if rows <= GEMV_ROWS:
+        return _gemv(x, weight, None, bias, residual, gradient)
+    return _gemm("gemm.c", (*x.shape[:-1], N), x, weight, (rows, N, K), bias, residual, tb=1,
+                 gradient=gradient)
+
+
+def quantized_linear(x, scale, bias, residual, weight):
+    return _gemv(x, weight, scale, bias, residual)
+
+
+def _gemv(x, weight, scale, bias, residual, gradient=None):
+    N, K = weight.shape
+    M = x.numel() // K
+    arguments = [(FLOAT_OUT, "y"), (FLOAT_IN, "x"), (WEIGHT_IN, "w")]
+    inputs, defines = [x, weight], {"WEIGHT": 8 * weight.dtype.itemsize}
+    for name, tensor in (("bias", bias), ("residual", residual), ("scale", scale)):
+        defines[name.upper()] = name if tensor is not None else 0
+        if tensor is not None:
+            inputs.append(tensor)
+            arguments.append((FLOAT_IN, name))
+    kernel = Kernel("gemv.c", tuple(arguments), tuple(defines.items()))
+    return kernel([Tensor.empty(*x.shape[:-1], N)], inputs, (M, N, K), gradient, 2 * M * N * K)[0]
 
 
 def _gemm(file, shape, a, b, sizes, bias=None, residual=None, ta=0, tb=0, sums=None, gradient=None):
@@ -65,8 +86,21 @@ def embedding(idx, weight):
     def gradient(dy: Tensor, _) -> list[Tensor | None]:
         return [None, *Kernel("embedding_backward.c")([Tensor.empty(V, C)], [dy, idx], (N, V, C))]
 
-    return Kernel("embedding_forward.c")([Tensor.empty(*idx.shape, C)], [idx, weight], (N, C),
-                                         gradient)[0]
+    return _rows(idx, weight, None, gradient)
+
+
+def quantized_embedding(idx, scale, weight):
+    return _rows(idx.cast(dtypes.int32), weight, scale)
+
+
+def _rows(idx, weight, scale, gradient=None):
+    C = weight.shape[1]
+    arguments = ((FLOAT_OUT, "out"), ("const int*", "idx"), (WEIGHT_IN, "weight"),
+                 *([(FLOAT_IN, "scale")] if scale is not None else []))
+    kernel = Kernel("embedding_forward.c", arguments, (
+        ("WEIGHT", 8 * weight.dtype.itemsize), ("SCALE", 0 if scale is None else "scale")))
+    inputs = [idx, weight, *([] if scale is None else [scale])]
+    return kernel([Tensor.empty(*idx.shape, C)], inputs, (idx.numel(), C), gradient)[0]
 
 
 def layer_norm(x, weight, bias=None, eps=1e-5):
