@@ -168,10 +168,11 @@ class CausalSelfAttention:
         if self.config.position == "rope":
             cos, sin = run.rotation(self.config)  # (T, D/2)
             q, k = kernels.rope(q, cos, sin), kernels.rope(k, cos, sin)
+        window = self.config.sliding_window
         if run.cache is not None:
-            k, v = run.cache.update(layer, k, v, run.position)  # (B, G, S, D)
-        y = kernels.attention(q, k, v, run.position, self.config.sliding_window,
-                              self.config.dropout, run.next_dropout_key())  # (B, H, T, D)
+            y = run.cache.attend(layer, q, k, v, run.position, window)  # (B, H, T, D)
+        else:
+            y = kernels.attention(q, k, v, 0, window, self.config.dropout, run.next_dropout_key())
         y = y.transpose(1, 2).reshape(B, T, C)
         return run.dropout(self.c_proj, y, residual, self.config.dropout)
 
@@ -223,14 +224,10 @@ class KVCache:
             return Tensor.zeros(shape, dtype=dtype).contiguous().realize()
         self.layers = [(empty(), empty()) for _ in range(config.n_layer)]
 
-    def update(self, layer: int, k: Tensor, v: Tensor,
-               position: int | UOp) -> tuple[Tensor, Tensor]:
-        """Writes k and v (B, G, T, D) at position and returns the whole (B, G, S, D)."""
-        keys, values = self.layers[layer]
-        T = k.shape[2]
-        keys[:, :, position:position + T, :] = k.cast(keys.dtype)
-        values[:, :, position:position + T, :] = v.cast(values.dtype)
-        return keys, values
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, position: int | UOp,
+               window: int | None) -> Tensor:
+        """Keeps k and v (B, G, T, D) at position; what q (B, H, T, D) gathers from all so far."""
+        return kernels.cached_attention(q, k, v, *self.layers[layer], position, window)
 
 
 class Pass:

@@ -19,9 +19,9 @@ from tinygrad import Tensor, UOp
 from tinygpt.kernels import cpu, portable, reference, stock
 from tinygpt.kernels.cpu.launch import set_threads
 
-__all__ = ["IMPLEMENTATIONS", "adamw", "attention", "cross_entropy", "dropout", "embedding", "gelu",
-           "layer_norm", "linear", "quantized_embedding", "quantized_linear", "rms_norm", "rope",
-           "set_threads", "swiglu", "use"]
+__all__ = ["IMPLEMENTATIONS", "adamw", "attention", "cached_attention", "cross_entropy", "dropout",
+           "embedding", "gelu", "layer_norm", "linear", "quantized_embedding", "quantized_linear",
+           "rms_norm", "rope", "set_threads", "swiglu", "use"]
 
 IMPLEMENTATIONS = {"reference": reference, "cpu": cpu, "portable": portable, "tinygrad": stock}
 _in_use = "auto"
@@ -117,6 +117,17 @@ def attention(q: Tensor, k: Tensor, v: Tensor, offset: int | UOp = 0, window: in
     query are never looked at. dropout_p acts on the softmax's weights where there is a key.
     """
     return _run("attention", implementation, (q, k, v), offset, window, dropout_p, dropout_key)
+
+
+def cached_attention(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor,
+                     offset: int | UOp, window: int | None = None,
+                     implementation: str = "auto") -> Tensor:
+    """Writes k and v (B, G, T, D) into a cache, keys and values (B, G, S, D), from position offset
+    on, and is then `attention` of q (B, H, T, D) to the cache; no gradient.
+
+    keys and values have to be realized, and hold what is written when the result is realized.
+    """
+    return _run("cached_attention", implementation, (q, k, v, keys, values), offset, window)
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, label_smoothing: float = 0.0,

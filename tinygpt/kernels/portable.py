@@ -10,10 +10,11 @@ import math
 from tinygrad import Tensor, dtypes
 
 from tinygpt.kernels import reference
-from tinygpt.kernels.reference import adamw, attention_mask, dropout
+from tinygpt.kernels.reference import adamw, attention_mask, dropout, write_cache
 
-__all__ = ["adamw", "attention", "cross_entropy", "embedding", "gelu", "layer_norm", "linear",
-           "quantized_embedding", "quantized_linear", "rms_norm", "rope", "swiglu"]
+__all__ = ["adamw", "attention", "cached_attention", "cross_entropy", "embedding", "gelu",
+           "layer_norm", "linear", "quantized_embedding", "quantized_linear", "rms_norm", "rope",
+           "swiglu"]
 
 
 def linear(x, weight, bias=None, residual=None):
@@ -84,6 +85,11 @@ def attention(q, k, v, offset=0, window=None, dropout_p=0.0, dropout_key=None):
     weights = _barrier(weights / _barrier(weights.sum(-1, keepdim=True))).cast(q.dtype)
     weights = dropout(weights, dropout_p, dropout_key)
     return _barrier(_barrier(weights @ v).reshape(B, H, T, D))
+
+
+def cached_attention(q, k, v, keys, values, offset, window=None):
+    write_cache(k, v, keys, values, offset)
+    return attention(q, keys, values, offset, window)
 
 
 def cross_entropy(logits, targets, label_smoothing=0.0, z_loss=0.0, ignore_index=-1):

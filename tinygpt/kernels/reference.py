@@ -90,6 +90,17 @@ def attention(q, k, v, offset=0, window=None, dropout_p=0.0, dropout_key=None):
     return (dropout(weights, dropout_p, dropout_key) @ v).reshape(B, H, T, D)
 
 
+def write_cache(k, v, keys, values, offset):
+    T = k.shape[2]
+    keys[:, :, offset:offset + T, :] = k.cast(keys.dtype)
+    values[:, :, offset:offset + T, :] = v.cast(values.dtype)
+
+
+def cached_attention(q, k, v, keys, values, offset, window=None):
+    write_cache(k, v, keys, values, offset)
+    return attention(q, keys, values, offset, window)
+
+
 def cross_entropy(logits, targets, label_smoothing=0.0, z_loss=0.0, ignore_index=-1):
     logits = logits.cast(dtypes.float32)
     V = logits.shape[-1]

@@ -6,7 +6,8 @@ and takes its sizes when it runs. `fits` says which tensors these functions can 
 
 from tinygrad import Tensor, UOp, dtypes
 
-from tinygpt.kernels.cpu.launch import Kernel, constants, untransposed
+from tinygpt.kernels import reference
+from tinygpt.kernels.cpu.launch import Kernel, constants, memory, untransposed
 
 FLOAT_IN, FLOAT_OUT = "const float*", "float*"
 WEIGHT_IN = "const void*"  # of as many bits as the define WEIGHT says
@@ -175,10 +176,7 @@ def attention(q, k, v, offset=0, window=None, dropout_p=0.0, dropout_key=None):
     G, S = k.shape[1:3]
     inputs, strides = zip(*[_strided(x) for x in (q, k, v)], strict=True)
     drops = dropout_p > 0 and dropout_key is not None
-    if isinstance(offset, UOp):
-        offset = (Tensor.zeros(1, dtype=dtypes.int32) + offset).contiguous()
-    else:
-        offset = constants(dtypes.int32, offset)
+    offset = _number(offset)
     key = dropout_key if drops else constants(dtypes.uint32, 0)
     sizes = (B, H, G, T, S, D, *sum(strides, ()), window or 0,
              int(dropout_p * 2**32) if drops else 0)
@@ -194,6 +192,30 @@ def attention(q, k, v, offset=0, window=None, dropout_p=0.0, dropout_key=None):
         [Tensor.empty(B, T, H, D), Tensor.empty(B, H, T)], [*inputs, offset, key], sizes, gradient,
         flops)[0]
     return out.transpose(1, 2)
+
+
+def cached_attention(q, k, v, keys, values, offset, window=None):
+    B, H, T, D = q.shape
+    if T > 1:
+        reference.write_cache(k, v, keys, values, offset)
+        return attention(q, keys, values, offset, window)
+    sources, places = [], []
+    for x in (q, k, v):
+        source, start, strides = memory(x)
+        if strides[3] != 1:
+            source, start, strides = memory(x.contiguous())
+        sources.append(source)
+        places += [start, *strides[:2]]
+    return Kernel("attention_decode.c")(
+        [Tensor.empty(B, H, T, D), keys, values], [*sources, _number(offset)],
+        (B, H, *keys.shape[1:], window or 0, *places), flops=4 * B * H * D * keys.shape[2])[0]
+
+
+def _number(n: int | UOp) -> Tensor:
+    """(1,) int32. The same symbolic number gives the same node of the graph, computed once."""
+    if isinstance(n, UOp):
+        return (Tensor(0, dtype=dtypes.int32, device="CPU") + n).reshape(1).contiguous()
+    return constants(dtypes.int32, n)
 
 
 def _strided(x: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
