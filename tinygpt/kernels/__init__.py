@@ -19,9 +19,9 @@ from tinygrad import Tensor, UOp
 from tinygpt.kernels import cpu, portable, reference, stock
 from tinygpt.kernels.cpu.launch import set_threads
 
-__all__ = ["IMPLEMENTATIONS", "adamw", "attention", "cached_attention", "cross_entropy", "dropout",
-           "embedding", "gelu", "layer_norm", "linear", "quantized_embedding", "quantized_linear",
-           "rms_norm", "rope", "set_threads", "swiglu", "use"]
+__all__ = ["IMPLEMENTATIONS", "adamw", "attention", "cached_attention", "cross_entropy", "draw",
+           "dropout", "embedding", "gelu", "layer_norm", "linear", "quantized_embedding",
+           "quantized_linear", "rms_norm", "rope", "set_threads", "swiglu", "use"]
 
 IMPLEMENTATIONS = {"reference": reference, "cpu": cpu, "portable": portable, "tinygrad": stock}
 _in_use = "auto"
@@ -141,6 +141,16 @@ def cross_entropy(logits: Tensor, targets: Tensor, label_smoothing: float = 0.0,
     """
     return _run("cross_entropy", implementation, (logits, targets), label_smoothing, z_loss,
                 ignore_index)
+
+
+def draw(logits: Tensor, key: Tensor | None = None, temperature: Tensor | None = None,
+         implementation: str = "auto") -> Tensor:
+    """An index of each row of logits (B, V) float32, drawn from softmax(logits / temperature) by
+    the Gumbel-max trick; without a key the index of the largest, the first of equals: (B,) int32.
+
+    key (1,) uint32, temperature (1,) float32; no gradient.
+    """
+    return _run("draw", implementation, (logits, key, temperature))
 
 
 def adamw(p: Tensor, m: Tensor, v: Tensor, grad: Tensor, options: Tensor,

@@ -10,11 +10,11 @@ import math
 from tinygrad import Tensor, dtypes
 
 from tinygpt.kernels import reference
-from tinygpt.kernels.reference import adamw, attention_mask, dropout, write_cache
+from tinygpt.kernels.reference import adamw, attention_mask, draw, dropout, write_cache
 
-__all__ = ["adamw", "attention", "cached_attention", "cross_entropy", "embedding", "gelu",
-           "layer_norm", "linear", "quantized_embedding", "quantized_linear", "rms_norm", "rope",
-           "swiglu"]
+__all__ = ["adamw", "attention", "cached_attention", "cross_entropy", "draw", "embedding",
+           "gelu", "layer_norm", "linear", "quantized_embedding", "quantized_linear", "rms_norm",
+           "rope", "swiglu"]
 
 
 def linear(x, weight, bias=None, residual=None):

@@ -9,7 +9,7 @@ import math
 
 from tinygrad import Tensor, dtypes
 
-from tinygpt.kernels.random import random_bits
+from tinygpt.kernels.random import random_bits, uniform
 
 
 def linear(x, weight, bias=None, residual=None):
@@ -109,6 +109,14 @@ def cross_entropy(logits, targets, label_smoothing=0.0, z_loss=0.0, ignore_index
     loss = log_z - (1 - label_smoothing) * target.sum(-1) - label_smoothing * logits.mean(-1)
     counted = targets != ignore_index
     return counted.where(loss + z_loss * log_z.square(), 0).sum() / counted.sum()
+
+
+def draw(logits, key=None, temperature=None):
+    if temperature is not None:
+        logits = logits / temperature
+    if key is not None:
+        logits = logits - (-uniform(key, logits.shape).log()).log()
+    return logits.contiguous().argmax(-1).cast(dtypes.int32).contiguous()
 
 
 def adamw(p, m, v, grad, options):

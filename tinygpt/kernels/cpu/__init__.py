@@ -242,6 +242,17 @@ def cross_entropy(logits, targets, label_smoothing=0.0, z_loss=0.0, ignore_index
     return loss.sum() / (targets != ignore_index).sum()
 
 
+def draw(logits, key=None, temperature=None):
+    B, V = logits.shape
+    given = [("const unsigned*", "key", key), (FLOAT_IN, "temperature", temperature)]
+    arguments = [("int*", "token"), (FLOAT_IN, "logits")]
+    arguments += [(kind, name) for kind, name, tensor in given if tensor is not None]
+    kernel = Kernel("draw.c", tuple(arguments), tuple(
+        (name.upper(), 0 if tensor is None else name) for _, name, tensor in given))
+    inputs = [logits, *(tensor for _, _, tensor in given if tensor is not None)]
+    return kernel([Tensor.empty(B, dtype=dtypes.int32)], inputs, (B, V))[0]
+
+
 def adamw(p, m, v, grad, options):
     updated = Kernel("adamw.c")([p, m, v], [grad, options], (p.numel(),))
     for old, new in zip((p, m, v), updated, strict=True):
