@@ -155,3 +155,14 @@ def write(tensor: Tensor, data) -> None:
         buffer.copyin(array.data)
     else:  # tinygrad 0.14
         tensor.assign(Tensor(array, device=tensor.device)).realize()
+
+
+def read(tensor: Tensor) -> np.ndarray:
+    """A copy of a realized tensor, on the CPU without the graph that Tensor.numpy() builds."""
+    if not tensor.device.startswith("CPU"):
+        return tensor.numpy()
+    from tinygrad.dtype import _to_np_dtype
+
+    Device[tensor.device].synchronize()
+    data = tensor.uop.base.realized.as_memoryview(force_zero_copy=True)
+    return np.frombuffer(data, _to_np_dtype(tensor.dtype)).reshape(tensor.shape).copy()
