@@ -405,8 +405,8 @@ class GPT:
 
         It can then be neither trained nor saved. Raises ValueError where it is quantized already.
         """
-        quantize(self, kind)
         _DECODERS.pop(self, None)  # compiled for the weights as they were
+        quantize(self, kind)
         return self
 
     def state_dict(self) -> dict[str, Tensor]:

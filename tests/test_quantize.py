@@ -76,9 +76,10 @@ def test_every_finite_float16_is_read_exactly(instructions, monkeypatch):
 def test_rounding_is_to_the_nearest_step_of_each_row(rng):
     matrix = rng.standard_normal((6, 40), dtype=np.float32) * 10.0 ** np.arange(-3, 3)[:, None]
     matrix[2] = 0
-    q = QuantizedMatrix(Tensor(matrix.astype(np.float32)), "int8")
+    with np.errstate(all="raise"):
+        q = QuantizedMatrix(Tensor(matrix.astype(np.float32)), "int8")
     weight, scale = q.weight.numpy().astype(np.float64), q.scale.numpy()[:, None]
-    assert (np.abs(weight * scale - matrix) <= scale * 0.5001).all()
+    assert (np.abs(weight * scale - matrix) <= scale * 0.5001).all() and (scale > 0).all()
     assert (np.abs(weight).max(axis=1) == [127, 127, 0, 127, 127, 127]).all()
     huge = QuantizedMatrix(Tensor(np.array([[1e6, -1e6]], np.float32)), "fp16").weight.numpy()
     assert huge.tolist() == [[65504, -65504]]
@@ -127,7 +128,7 @@ def test_the_float32_matrices_are_gone(kind, share):
     before = GlobalCounters.mem_used
     model = GPT(config)
     whole = GlobalCounters.mem_used - before
-    model.generate([[1, 2]], 2)
+    model.generate([[1, 2]], 6)  # its compiled step holds the matrices too
     model.quantize(kind)
     assert GlobalCounters.mem_used - before < share * whole
     assert sum(t.nbytes() for t in get_state_dict(model).values()) < share * whole

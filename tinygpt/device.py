@@ -2,6 +2,7 @@
 code outside the kernels needs."""
 
 import functools
+import gc
 import hashlib
 import importlib.util
 import os
@@ -136,7 +137,8 @@ def peak_flops() -> float:
 
 
 def free_memory() -> None:
-    """Gives back what tinygrad keeps of freed tensors for the next ones."""
+    """Gives back what nothing refers to any more, and what tinygrad keeps of it for later."""
+    gc.collect()
     Device[default()].synchronize()
     if hasattr(allocator := Device[default()].allocator, "free_cache"):
         allocator.free_cache()

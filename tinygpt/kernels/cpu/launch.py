@@ -192,10 +192,10 @@ def plain(x: Tensor) -> Tensor:
 
     Kernels are told every size, so the shape that is left does not matter to them.
     """
-    source, start, strides = memory(x)
+    source, _, strides = memory(x)
     dense = [math.prod(x.shape[i + 1:]) for i in range(x.ndim)]
     same = all(a == b or n == 1 for a, b, n in zip(strides, dense, x.shape, strict=True))
-    return source if same and start == 0 and source.numel() == x.numel() else x
+    return source if same and source.numel() == x.numel() else x
 
 
 def memory(x: Tensor) -> tuple[Tensor, int, tuple[int, ...]]:
