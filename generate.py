@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 
 from gpt import GPT
-from tinygpt import checkpoint, device
-from tinygpt.config import SampleConfig, check_range, parse_flags
+from tinygpt import checkpoint, device, kernels
+from tinygpt.config import SampleConfig, check_choice, check_range, parse_flags
+from tinygpt.quantize import KINDS
 from tinygpt.tokenizer import StreamDecoder
 
 
@@ -28,9 +29,16 @@ class GenerateConfig:
     stop: str | None = field(default=None, metadata={"help": "end before this string"})
     device: str = field(default="auto", metadata={
         "help": "auto, cpu, cuda, metal, or what else tinygrad knows"})
+    quantize: str = field(default="none", metadata={
+        "help": "keep the matrices in memory as int8 or fp16 instead of float32: none, fp16 or "
+                "int8"})
+    threads: int | None = field(default=None, metadata={
+        "help": "threads of the CPU kernels; unset: one for each CPU of this process"})
 
     def __post_init__(self):
         check_range(self, "num_samples", low=1)
+        check_choice(self, "quantize", ("none", *KINDS))
+        check_range(self, "threads", low=1, high=64)
         if self.stop == "":
             raise ValueError("stop is empty: give a string to stop at")
 
@@ -113,11 +121,15 @@ def _put(text: str) -> None:
 
 def run(what: GenerateConfig, config: SampleConfig) -> None:
     device.choose(what.device)
+    if what.threads:
+        kernels.set_threads(what.threads)
     path = what.checkpoint or checkpoint.best_of_newest_run(Path("checkpoints"))
     model = GPT.from_checkpoint(path, what.ema)
     if model.tokenizer is None:
         raise ValueError(f"{path} was trained on bare token ids and has no tokenizer: "
                          "use GPT.from_checkpoint and generate in a script")
+    if what.quantize != "none":
+        model.quantize(what.quantize)
     prompt = read_prompt(what.prompt)
     ids = model.tokenizer.encode(prompt)
     if not ids:

@@ -21,6 +21,7 @@ from tinygpt import checkpoint, device, kernels
 from tinygpt.config import SampleConfig, TrainConfig, check_choice, check_range
 from tinygpt.decoder import Decoder
 from tinygpt.kernels.random import next_key
+from tinygpt.quantize import quantize, refuse_quantized
 from tinygpt.sampling import Controls
 from tinygpt.tokenizer import BPETokenizer, Tokenizer, load_tokenizer
 
@@ -140,6 +141,9 @@ class Embedding:
     def __call__(self, idx: Tensor) -> Tensor:
         return kernels.embedding(idx, self.weight)
 
+    def unembed(self, x: Tensor) -> Tensor:
+        return kernels.linear(x, self.weight)
+
 
 class CausalSelfAttention:
     """Every position gathers values from the positions before it, weighted by query and key."""
@@ -164,10 +168,11 @@ class CausalSelfAttention:
         if self.config.position == "rope":
             cos, sin = run.rotation(self.config)  # (T, D/2)
             q, k = kernels.rope(q, cos, sin), kernels.rope(k, cos, sin)
+        window = self.config.sliding_window
         if run.cache is not None:
-            k, v = run.cache.update(layer, k, v, run.position)  # (B, G, S, D)
-        y = kernels.attention(q, k, v, run.position, self.config.sliding_window,
-                              self.config.dropout, run.next_dropout_key())  # (B, H, T, D)
+            y = run.cache.attend(layer, q, k, v, run.position, window)  # (B, H, T, D)
+        else:
+            y = kernels.attention(q, k, v, 0, window, self.config.dropout, run.next_dropout_key())
         y = y.transpose(1, 2).reshape(B, T, C)
         return run.dropout(self.c_proj, y, residual, self.config.dropout)
 
@@ -219,14 +224,10 @@ class KVCache:
             return Tensor.zeros(shape, dtype=dtype).contiguous().realize()
         self.layers = [(empty(), empty()) for _ in range(config.n_layer)]
 
-    def update(self, layer: int, k: Tensor, v: Tensor,
-               position: int | UOp) -> tuple[Tensor, Tensor]:
-        """Writes k and v (B, G, T, D) at position and returns the whole (B, G, S, D)."""
-        keys, values = self.layers[layer]
-        T = k.shape[2]
-        keys[:, :, position:position + T, :] = k.cast(keys.dtype)
-        values[:, :, position:position + T, :] = v.cast(values.dtype)
-        return keys, values
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, position: int | UOp,
+               window: int | None) -> Tensor:
+        """Keeps k and v (B, G, T, D) at position; what q (B, H, T, D) gathers from all so far."""
+        return kernels.cached_attention(q, k, v, *self.layers[layer], position, window)
 
 
 class Pass:
@@ -330,10 +331,7 @@ class GPT:
 
     def _head(self, x: Tensor) -> Tensor:
         """(B, T, C) -> logits (B, T, V)."""
-        x = self.ln_f(x)
-        if self.lm_head is not None:
-            return self.lm_head(x)
-        return kernels.linear(x, self.wte.weight)
+        return (self.lm_head or self.wte.unembed)(self.ln_f(x))
 
     # ---- writing text
 
@@ -402,8 +400,21 @@ class GPT:
 
     # ---- weights and sizes
 
+    def quantize(self, kind: str) -> "GPT":
+        """Keeps its matrices as "int8" or "fp16" from now on, to write text with; returns itself.
+
+        It can then be neither trained nor saved. Raises ValueError where it is quantized already.
+        """
+        _DECODERS.pop(self, None)  # compiled for the weights as they were
+        quantize(self, kind)
+        return self
+
     def state_dict(self) -> dict[str, Tensor]:
-        """Every weight by its name, GPT-2's names; a tied lm_head is wte.weight and not listed."""
+        """Every weight by its name, GPT-2's names; a tied lm_head is wte.weight and not listed.
+
+        Raises ValueError where the model is quantized.
+        """
+        refuse_quantized(self, "trained, saved or loaded into")
         return get_state_dict({"wte": self.wte, "wpe": self.wpe, "h": self.h, "ln_f": self.ln_f,
                                "lm_head": self.lm_head})
 

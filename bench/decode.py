@@ -1,4 +1,5 @@
-"""Drawing token after token through the KV cache, batch 1, ours and PyTorch's in turn:
+"""Drawing token after token through the KV cache, batch 1: ours with matrices in float32, fp16
+and int8, and PyTorch's in float32, all in turn:
 python bench/decode.py [small] [124M]"""
 
 import sys
@@ -15,11 +16,14 @@ from tinygpt.kernels.cpu.launch import cpu_count
 
 CASES = {"small": (6, 6, 384, 256, 512), "124M": (12, 12, 768, 1024, 50257)}  # L, H, C, T, V
 PROMPT, TOKENS = 16, 128
+KINDS = ("float32", "fp16", "int8")
 
 
-def ours(case: str):
+def ours(case: str, kind: str):
     L, H, C, T, V = CASES[case]
     model = GPT(GPTConfig(n_layer=L, n_head=H, n_embd=C, block_size=T, vocab_size=V))
+    if kind != "float32":
+        model.quantize(kind)
     prompt = np.random.default_rng(0).integers(0, V, (1, PROMPT))
     return lambda: list(model.stream(prompt, max_new_tokens=TOKENS, temperature=1.0))
 
@@ -43,9 +47,11 @@ def theirs(case: str):
 def main() -> None:
     torch.set_num_threads(cpu_count())
     for case in sys.argv[1:] or CASES:
-        times = in_turn({"ours": ours(case), "torch": theirs(case)}, seconds=15)
-        record("decode.py", f"{case} float32, per token", times["ours"] / TOKENS, "torch",
-               times["torch"] / TOKENS)
+        peers = {kind: ours(case, kind) for kind in KINDS} | {"torch": theirs(case)}
+        times = in_turn(peers, seconds=15)
+        for kind in KINDS:
+            record("decode.py", f"{case} {kind}, per token", times[kind] / TOKENS, "torch",
+                   times["torch"] / TOKENS)
 
 
 if __name__ == "__main__":

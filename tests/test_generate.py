@@ -50,6 +50,15 @@ def test_several_samples_are_one_batch_and_each_stops(command, saved, tmp_path):
     assert done.stdout.count("--- sample") == done.stdout.count("abc") == 3
 
 
+@pytest.mark.parametrize("flags", [("--quantize", "int8"), ("--quantize", "fp16", "--num_samples",
+                                                            "2"), ("--threads", "1")])
+def test_quantized_and_on_one_thread_it_writes_and_leaves_the_checkpoint(command, saved, flags):
+    before = saved.read_bytes()
+    done = command("generate.py", "--prompt", "ab", "--max_new_tokens", 5, *flags)
+    assert done.returncode == 0, done.stderr
+    assert "ab" in done.stdout and saved.read_bytes() == before
+
+
 def test_the_prompt_can_come_from_standard_input(command, saved):
     done = command("generate.py", "--prompt", "-", "--max_new_tokens", 0, input="from a pipe")
     assert done.returncode == 0, done.stderr
@@ -61,6 +70,7 @@ def test_the_prompt_can_come_from_standard_input(command, saved):
     (("--prompt", "FILE:missing.txt"), "missing.txt"),
     (("--checkpoint", "missing.safetensors"), "there is no checkpoint missing.safetensors"),
     (("--top_p", "1.5"), "top_p=1.5"), (("--temperature", "-1"), "temperature=-1"),
+    (("--quantize", "int4"), "quantize='int4'"), (("--threads", "0"), "threads=0"),
     (("--num_samples", "0"), "num_samples=0"), (("--stop", ""), "stop is empty"),
     (("--top_q", "1"), "unrecognized arguments")])
 def test_a_mistake_gets_one_line_and_status_2(command, saved, flags, says):

@@ -221,10 +221,13 @@ def test_a_wrong_configuration_names_the_field(options, names):
         GPTConfig(**SMALL | options)
 
 
-def test_the_cache_is_an_object_of_its_own(rng):
+@pytest.mark.parametrize("T", [1, 3])
+def test_the_cache_is_an_object_of_its_own(T, rng):
     cache = KVCache(GPTConfig(**SMALL), batch_size=2)
-    k, v = (rng.normal(size=(2, 4, 3, 6)).astype(np.float32) for _ in "kv")
-    keys, values = cache.update(1, Tensor(k), Tensor(v), 2)
-    assert (keys.numpy()[:, :, 2:5] == k).all() and (values.numpy()[:, :, 2:5] == v).all()
-    assert (keys.numpy()[:, :, :2] == 0).all() and (keys.numpy()[:, :, 5:] == 0).all()
+    q, k, v = (rng.normal(size=(2, 4, T, 6)).astype(np.float32) for _ in "qkv")
+    y = cache.attend(1, Tensor(q), Tensor(k), Tensor(v), 2, 1).numpy()  # each sees itself alone
+    np.testing.assert_allclose(y, v, rtol=1e-6)
+    for kept, given in zip(cache.layers[1], (k, v), strict=True):
+        assert (kept.numpy()[:, :, 2:2 + T] == given).all()
+        assert (kept.numpy()[:, :, :2] == 0).all() and (kept.numpy()[:, :, 2 + T:] == 0).all()
     assert (cache.layers[0][0].numpy() == 0).all()

@@ -376,9 +376,9 @@ def c_sources():
 def test_c_compiles_for_other_processors(processor, c_sources):
     assert any("_amx" in name for name, _ in c_sources) and len(c_sources) > 30
     target, *options = PROCESSORS[processor]
-    command = [os.environ.get("CC", "clang"), "-x", "c", "-O1", "-ffreestanding", "-Wall", "-Werror",
-               "-Wno-psabi", "-Wno-unused", f"--target={target}-none-unknown-elf", *options,
-               "-c", "-o", os.devnull, "-"]
+    command = [os.environ.get("CC", "clang"), f"--target={target}-none-unknown-elf", *options,
+               *"-x c -c -O1 -ffreestanding -Wall -Werror -Wno-psabi -Wno-unused".split(),
+               "-o", os.devnull, "-"]
     for (name, _), code in c_sources.items():
         if "_amx" not in name or processor == "avx512":
             done = subprocess.run(command, input=code, text=True, capture_output=True)

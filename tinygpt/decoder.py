@@ -72,7 +72,7 @@ class Decoder:
         device.write(self.tokens[T], tokens)
         where = UOp.variable("position", 0, last).bind(position) if last else 0
         which = UOp.variable("row", 0, T - 1).bind(row) if T > 1 else 0
-        return self.steps[T](self.tokens[T], where, which).numpy()
+        return device.read(self.steps[T](self.tokens[T], where, which))
 
     def _step(self, tokens: Tensor, position: UOp | int, row: UOp | int) -> Tensor:
         """Draws the tokens (B,) int32 after `row` of tokens (B, T)."""

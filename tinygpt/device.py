@@ -2,6 +2,7 @@
 code outside the kernels needs."""
 
 import functools
+import gc
 import hashlib
 import importlib.util
 import os
@@ -135,6 +136,14 @@ def peak_flops() -> float:
     return cpu_count() * (max(speeds) * 1e6 if speeds else clock) * 2 * lanes * 2
 
 
+def free_memory() -> None:
+    """Gives back what nothing refers to any more, and what tinygrad keeps of it for later."""
+    gc.collect()
+    Device[default()].synchronize()
+    if hasattr(allocator := Device[default()].allocator, "free_cache"):
+        allocator.free_cache()
+
+
 def write(tensor: Tensor, data) -> None:
     """Puts data into a realized tensor's own memory, whatever compiled step reads it next."""
     from tinygrad.dtype import _to_np_dtype
@@ -148,3 +157,14 @@ def write(tensor: Tensor, data) -> None:
         buffer.copyin(array.data)
     else:  # tinygrad 0.14
         tensor.assign(Tensor(array, device=tensor.device)).realize()
+
+
+def read(tensor: Tensor) -> np.ndarray:
+    """A copy of a realized tensor, on the CPU without the graph that Tensor.numpy() builds."""
+    if not tensor.device.startswith("CPU"):
+        return tensor.numpy()
+    from tinygrad.dtype import _to_np_dtype
+
+    Device[tensor.device].synchronize()
+    data = tensor.uop.base.realized.as_memoryview(force_zero_copy=True)
+    return np.frombuffer(data, _to_np_dtype(tensor.dtype)).reshape(tensor.shape).copy()

@@ -6,9 +6,8 @@ is always a threshold on its logit, found by a search over the bits of a float: 
 
 from tinygrad import Tensor, dtypes
 
-from tinygpt import device
+from tinygpt import device, kernels
 from tinygpt.config import SampleConfig
-from tinygpt.kernels.random import uniform
 
 OPTIONS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
@@ -52,20 +51,19 @@ def sample(logits: Tensor, seen: Tensor, key: Tensor, controls: Controls) -> Ten
     seen (B, V) bool marks the tokens of the text so far and gains the drawn ones; key (1,) uint32
     decides the draw. Without a temperature the likeliest token is taken.
     """
-    logits = logits.contiguous()
+    temperature = controls["temperature"] if controls.has("temperature") else None
+    key = None if temperature is None else key
     if controls.has("repetition_penalty"):
         logits = penalize(logits, seen, controls["repetition_penalty"])
-    if controls.has("temperature"):
-        logits = (logits / controls["temperature"]).contiguous()
+    if any(controls.has(cut) for cut in ("top_k", "top_p", "min_p")):
+        logits, temperature = (logits / temperature).contiguous(), None
     if controls.has("top_k"):
         logits = keep_top_k(logits, controls["top_k"])
     if controls.has("top_p"):
         logits = keep_top_p(logits, controls["top_p"])
     if controls.has("min_p"):
         logits = keep_min_p(logits, controls["min_p"])
-    if controls.has("temperature"):  # the Gumbel-max trick draws from the softmax
-        logits = logits - (-uniform(key, logits.shape).log()).log()
-    token = logits.contiguous().argmax(-1).cast(dtypes.int32).contiguous()  # (B,)
+    token = kernels.draw(logits, key, temperature)  # (B,)
     if controls.has("repetition_penalty"):
         drawn = Tensor.arange(logits.shape[1]) == token.unsqueeze(-1)
         Tensor.realize(token, seen.assign(seen | drawn))

@@ -20,8 +20,9 @@ from tinygrad import Tensor, UOp
 from tinygpt.kernels import cpu, flash, portable, reference, stock
 from tinygpt.kernels.cpu.launch import set_threads
 
-__all__ = ["IMPLEMENTATIONS", "adamw", "attention", "cross_entropy", "dropout", "embedding", "gelu",
-           "layer_norm", "linear", "rms_norm", "rope", "set_threads", "swiglu", "use"]
+__all__ = ["IMPLEMENTATIONS", "adamw", "attention", "cached_attention", "cross_entropy", "draw",
+           "dropout", "embedding", "gelu", "layer_norm", "linear", "quantized_embedding",
+           "quantized_linear", "rms_norm", "rope", "set_threads", "swiglu", "use"]
 
 IMPLEMENTATIONS = {"reference": reference, "cpu": cpu, "portable": portable, "tinygrad": stock,
                    "flash": flash}
@@ -52,6 +53,26 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tens
 def embedding(idx: Tensor, weight: Tensor, implementation: str = "auto") -> Tensor:
     """Rows of weight (V, C) at idx (...,) int32 -> (..., C). Ids outside 0..V-1 are undefined."""
     return _run("embedding", implementation, (idx, weight))
+
+
+def quantized_linear(x: Tensor, weight: Tensor, scale: Tensor | None = None,
+                     bias: Tensor | None = None, residual: Tensor | None = None,
+                     implementation: str = "auto") -> Tensor:
+    """residual + x @ (scale * weight).T + bias with weights that are kept small; no gradient.
+
+    x (..., C), weight (N, C) int8 with scale (N,) float32, a row's, or float16 without one,
+    bias (N,), residual (..., N) -> (..., N) in x's dtype.
+    """
+    return _run("quantized_linear", implementation, (x, scale, bias, residual), weight)
+
+
+def quantized_embedding(idx: Tensor, weight: Tensor, scale: Tensor | None = None,
+                        implementation: str = "auto") -> Tensor:
+    """Rows of scale * weight at idx (...,) int32 -> (..., C) float32; no gradient.
+
+    weight (V, C) int8 with scale (V,) float32, or float16 without one.
+    """
+    return _run("quantized_embedding", implementation, (idx, scale), weight)
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-5,
@@ -106,6 +127,17 @@ def attention(q: Tensor, k: Tensor, v: Tensor, offset: int | UOp = 0, window: in
     return _run("attention", implementation, (q, k, v), offset, window, dropout_p, dropout_key)
 
 
+def cached_attention(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor,
+                     offset: int | UOp, window: int | None = None,
+                     implementation: str = "auto") -> Tensor:
+    """Writes k and v (B, G, T, D) into a cache, keys and values (B, G, S, D), from position offset
+    on, and is then `attention` of q (B, H, T, D) to the cache; no gradient.
+
+    keys and values have to be realized, and hold what is written when the result is realized.
+    """
+    return _run("cached_attention", implementation, (q, k, v, keys, values), offset, window)
+
+
 def cross_entropy(logits: Tensor, targets: Tensor, label_smoothing: float = 0.0,
                   z_loss: float = 0.0, ignore_index: int = -1,
                   implementation: str = "auto") -> Tensor:
@@ -117,6 +149,16 @@ def cross_entropy(logits: Tensor, targets: Tensor, label_smoothing: float = 0.0,
     """
     return _run("cross_entropy", implementation, (logits, targets), label_smoothing, z_loss,
                 ignore_index)
+
+
+def draw(logits: Tensor, key: Tensor | None = None, temperature: Tensor | None = None,
+         implementation: str = "auto") -> Tensor:
+    """An index of each row of logits (B, V) float32, drawn from softmax(logits / temperature) by
+    the Gumbel-max trick; without a key the index of the largest, the first of equals: (B,) int32.
+
+    key (1,) uint32, temperature (1,) float32; no gradient.
+    """
+    return _run("draw", implementation, (logits, key, temperature))
 
 
 def adamw(p: Tensor, m: Tensor, v: Tensor, grad: Tensor, options: Tensor,

@@ -10,10 +10,11 @@ import math
 from tinygrad import Tensor, dtypes
 
 from tinygpt.kernels import reference
-from tinygpt.kernels.reference import adamw, attention_mask, dropout
+from tinygpt.kernels.reference import adamw, attention_mask, draw, dropout, write_cache
 
-__all__ = ["adamw", "attention", "cross_entropy", "embedding", "gelu", "layer_norm", "linear",
-           "rms_norm", "rope", "swiglu"]
+__all__ = ["adamw", "attention", "cached_attention", "cross_entropy", "draw", "embedding",
+           "gelu", "layer_norm", "linear", "quantized_embedding", "quantized_linear", "rms_norm",
+           "rope", "swiglu"]
 
 
 def linear(x, weight, bias=None, residual=None):
@@ -27,6 +28,21 @@ def embedding(idx, weight):
     # a sum over a one-hot matrix: its gradient is a matrix product instead of a scatter
     one_hot = Tensor.arange(weight.shape[0]) == idx.unsqueeze(-1)
     return _barrier(one_hot.cast(weight.dtype).contiguous() @ weight)
+
+
+def quantized_linear(x, scale, bias, residual, weight):
+    y = x @ weight.cast(x.dtype).T
+    if scale is not None:
+        y = y * scale.cast(x.dtype)
+    y = _barrier(y)
+    if bias is not None:
+        y = y + bias.cast(x.dtype)
+    return _barrier(y if residual is None else residual + y)
+
+
+def quantized_embedding(idx, scale, weight):
+    rows = weight[idx].cast(dtypes.float32)
+    return _barrier(rows if scale is None else rows * scale[idx].unsqueeze(-1))
 
 
 def layer_norm(x, weight, bias=None, eps=1e-5):
@@ -69,6 +85,11 @@ def attention(q, k, v, offset=0, window=None, dropout_p=0.0, dropout_key=None):
     weights = _barrier(weights / _barrier(weights.sum(-1, keepdim=True))).cast(q.dtype)
     weights = dropout(weights, dropout_p, dropout_key)
     return _barrier(_barrier(weights @ v).reshape(B, H, T, D))
+
+
+def cached_attention(q, k, v, keys, values, offset, window=None):
+    write_cache(k, v, keys, values, offset)
+    return attention(q, keys, values, offset, window)
 
 
 def cross_entropy(logits, targets, label_smoothing=0.0, z_loss=0.0, ignore_index=-1):

@@ -9,7 +9,7 @@ import math
 
 from tinygrad import Tensor, dtypes
 
-from tinygpt.kernels.random import random_bits
+from tinygpt.kernels.random import random_bits, uniform
 
 
 def linear(x, weight, bias=None, residual=None):
@@ -21,6 +21,19 @@ def linear(x, weight, bias=None, residual=None):
 
 def embedding(idx, weight):
     return weight[idx]
+
+
+def quantized_linear(x, scale, bias, residual, weight):
+    return linear(x, _dequantized(weight, scale), bias, residual)
+
+
+def quantized_embedding(idx, scale, weight):
+    return _dequantized(weight, scale)[idx]
+
+
+def _dequantized(weight, scale):
+    weight = weight.cast(dtypes.float32)
+    return weight if scale is None else weight * scale.unsqueeze(-1)
 
 
 def layer_norm(x, weight, bias=None, eps=1e-5):
@@ -77,6 +90,17 @@ def attention(q, k, v, offset=0, window=None, dropout_p=0.0, dropout_key=None):
     return (dropout(weights, dropout_p, dropout_key) @ v).reshape(B, H, T, D)
 
 
+def write_cache(k, v, keys, values, offset):
+    T = k.shape[2]
+    keys[:, :, offset:offset + T, :] = k.cast(keys.dtype)
+    values[:, :, offset:offset + T, :] = v.cast(values.dtype)
+
+
+def cached_attention(q, k, v, keys, values, offset, window=None):
+    write_cache(k, v, keys, values, offset)
+    return attention(q, keys, values, offset, window)
+
+
 def cross_entropy(logits, targets, label_smoothing=0.0, z_loss=0.0, ignore_index=-1):
     logits = logits.cast(dtypes.float32)
     V = logits.shape[-1]
@@ -85,6 +109,14 @@ def cross_entropy(logits, targets, label_smoothing=0.0, z_loss=0.0, ignore_index
     loss = log_z - (1 - label_smoothing) * target.sum(-1) - label_smoothing * logits.mean(-1)
     counted = targets != ignore_index
     return counted.where(loss + z_loss * log_z.square(), 0).sum() / counted.sum()
+
+
+def draw(logits, key=None, temperature=None):
+    if temperature is not None:
+        logits = logits / temperature
+    if key is not None:
+        logits = logits - (-uniform(key, logits.shape).log()).log()
+    return logits.contiguous().argmax(-1).cast(dtypes.int32).contiguous()
 
 
 def adamw(p, m, v, grad, options):

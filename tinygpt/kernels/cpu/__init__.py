@@ -8,18 +8,19 @@ functions can take.
 
 from tinygrad import Tensor, UOp, dtypes
 
-from tinygpt.kernels.cpu.launch import Kernel, amx, constants, untransposed
+from tinygpt.kernels import reference
+from tinygpt.kernels.cpu.launch import Kernel, amx, constants, memory, untransposed
 
 FLOAT_IN, FLOAT_OUT, ACT_IN, ACT_OUT = "const float*", "float*", "const act*", "act*"
+WEIGHT_IN = "const void*"  # of as many bits as the define WEIGHT says
 GEMV_ROWS = 4  # as many rows at most are cheaper as dot products than packed
 GEMM_STRIP, GEMM_SLICE = 512, 512  # NC and the least KC of gemm.c and gemm_amx.c
 
 
 def fits(*tensors: Tensor | None) -> bool:
     """Are these, but for what is None, integers, float32 or bfloat16 on the CPU?"""
-    kinds = (dtypes.float32, dtypes.bfloat16)
-    return all(t is None or (str(t.device) == "CPU" and (t.dtype in kinds or dtypes.is_int(t.dtype)))
-               for t in tensors)
+    return all(t is None or str(t.device) == "CPU" and (
+        t.dtype in (dtypes.float32, dtypes.bfloat16) or dtypes.is_int(t.dtype)) for t in tensors)
 
 
 def linear(x, weight, bias=None, residual=None):
@@ -35,12 +36,35 @@ def linear(x, weight, bias=None, residual=None):
         dw, *sums = _gemm(w_shape, dy, x, (N, K, rows), ta=1, sums=with_bias, dtype=dtypes.float32)
         return [dx, dw, *sums, *([dy] if with_residual else [])]
 
+    if rows <= GEMV_ROWS:
+        return _gemv(x, weight, None, bias, residual, gradient)
     return _gemm((*x.shape[:-1], N), x, weight, (rows, N, K), bias, residual, tb=1,
-                 gradient=gradient, file="gemv.c" if rows <= GEMV_ROWS else "gemm.c")
+                 gradient=gradient)
+
+
+def quantized_linear(x, scale, bias, residual, weight):
+    residual = residual if residual is None else residual.cast(x.dtype)
+    return _gemv(x, weight, scale, bias, residual)
+
+
+def _gemv(x, weight, scale, bias, residual, gradient=None):
+    N, K = weight.shape
+    M = x.numel() // K
+    arguments = [(ACT_OUT, "y"), (ACT_IN, "x"), (WEIGHT_IN, "w")]
+    inputs, defines = [x, weight], dict([_bf16(x), ("WEIGHT", 8 * weight.dtype.itemsize)])
+    for kind, name, tensor in ((FLOAT_IN, "bias", bias), (ACT_IN, "residual", residual),
+                               (FLOAT_IN, "scale", scale)):
+        defines[name.upper()] = name if tensor is not None else 0
+        if tensor is not None:
+            inputs.append(tensor)
+            arguments.append((kind, name))
+    kernel = Kernel("gemv.c", tuple(arguments), tuple(defines.items()))
+    out = Tensor.empty(*x.shape[:-1], N, dtype=x.dtype)
+    return kernel([out], inputs, (M, N, K), gradient, 2 * M * N * K)[0]
 
 
 def _gemm(shape, a, b, sizes, bias=None, residual=None, ta=0, tb=0, sums=None, gradient=None,
-          dtype=None, file="gemm.c"):
+          dtype=None):
     """op(a) op(b) + bias + residual of `sizes` M, N, K, in a tensor of `shape` and `dtype`, a's
     where none is given.
 
@@ -52,7 +76,8 @@ def _gemm(shape, a, b, sizes, bias=None, residual=None, ta=0, tb=0, sums=None, g
     defines = {"TA": ta, "TB": tb, "BIAS": 0, "RESIDUAL": 0, "SUMS": 0, "PARTIAL": 0}
     kinds = zip(("A_BF16", "B_BF16", "C_BF16"), (a, b, out), strict=True)
     defines |= {name: int(t.dtype == dtypes.bfloat16) for name, t in kinds}
-    if defines["A_BF16"] and file == "gemm.c" and (kind := amx()):
+    file = "gemm.c"
+    if defines["A_BF16"] and (kind := amx()):
         file, defines["AMX_EMULATED"] = "gemm_amx.c", int(kind == "emulated")
     if sums:
         outputs.append(Tensor.empty(M))
@@ -80,8 +105,21 @@ def embedding(idx, weight):
     def gradient(dy: Tensor, _) -> list[Tensor | None]:
         return [None, *Kernel("embedding_backward.c")([Tensor.empty(V, C)], [dy, idx], (N, V, C))]
 
-    return Kernel("embedding_forward.c")([Tensor.empty(*idx.shape, C)], [idx, weight], (N, C),
-                                         gradient)[0]
+    return _rows(idx, weight, None, gradient)
+
+
+def quantized_embedding(idx, scale, weight):
+    return _rows(idx.cast(dtypes.int32), weight, scale)
+
+
+def _rows(idx, weight, scale, gradient=None):
+    C = weight.shape[1]
+    arguments = ((FLOAT_OUT, "out"), ("const int*", "idx"), (WEIGHT_IN, "weight"),
+                 *([(FLOAT_IN, "scale")] if scale is not None else []))
+    kernel = Kernel("embedding_forward.c", arguments, (
+        ("WEIGHT", 8 * weight.dtype.itemsize), ("SCALE", 0 if scale is None else "scale")))
+    inputs = [idx, weight, *([] if scale is None else [scale])]
+    return kernel([Tensor.empty(*idx.shape, C)], inputs, (idx.numel(), C), gradient)[0]
 
 
 def layer_norm(x, weight, bias=None, eps=1e-5):
@@ -101,7 +139,7 @@ def _norm(x, weight, bias, eps, rms):
     def gradient(dy: Tensor, made: list[Tensor]) -> list[Tensor | None]:
         outputs = [Tensor.empty(*shape, dtype=x.dtype), Tensor.empty(C),
                    *([Tensor.empty(C)] if with_bias else [])]
-        names = [(ACT_OUT, "dx"), *((FLOAT_OUT, n) for n in ("dweight", "dbias")[:len(outputs) - 1])]
+        names = [(ACT_OUT, "dx"), (FLOAT_OUT, "dweight"), (FLOAT_OUT, "dbias")][:len(outputs)]
         names += [(ACT_IN, "dy"), (ACT_IN, "x"), (FLOAT_IN, "weight"), (FLOAT_IN, "stats")]
         kernel = Kernel("norm_backward.c", tuple(names),
                         (kind, ("RMS", rms), ("DBIAS", "dbias" if with_bias else "((float*)0)")))
@@ -161,10 +199,7 @@ def attention(q, k, v, offset=0, window=None, dropout_p=0.0, dropout_key=None):
     inputs, strides = zip(*[_strided(x.cast(q.dtype)) for x in (q, k, v)], strict=True)
     kind = (_bf16(q),)
     drops = dropout_p > 0 and dropout_key is not None
-    if isinstance(offset, UOp):
-        offset = (Tensor.zeros(1, dtype=dtypes.int32) + offset).contiguous()
-    else:
-        offset = constants(dtypes.int32, offset)
+    offset = _number(offset)
     key = dropout_key if drops else constants(dtypes.uint32, 0)
     sizes = (B, H, G, T, S, D, *sum(strides, ()), window or 0,
              int(dropout_p * 2**32) if drops else 0)
@@ -182,6 +217,30 @@ def attention(q, k, v, offset=0, window=None, dropout_p=0.0, dropout_key=None):
         [Tensor.empty(B, T, H, D, dtype=q.dtype), Tensor.empty(B, H, T)],
         [*inputs, offset, key], sizes, gradient, flops)[0]
     return out.transpose(1, 2)
+
+
+def cached_attention(q, k, v, keys, values, offset, window=None):
+    B, H, T, D = q.shape
+    if T > 1 or keys.dtype != q.dtype:
+        reference.write_cache(k, v, keys, values, offset)
+        return attention(q, keys, values, offset, window)
+    sources, places = [], []
+    for x in (q, k.cast(q.dtype), v.cast(q.dtype)):
+        source, start, strides = memory(x)
+        if strides[3] != 1:
+            source, start, strides = memory(x.contiguous())
+        sources.append(source)
+        places += [start, *strides[:2]]
+    return Kernel("attention_decode.c", defines=(_bf16(q),))(
+        [Tensor.empty(B, H, T, D, dtype=q.dtype), keys, values], [*sources, _number(offset)],
+        (B, H, *keys.shape[1:], window or 0, *places), flops=4 * B * H * D * keys.shape[2])[0]
+
+
+def _number(n: int | UOp) -> Tensor:
+    """(1,) int32. The same symbolic number gives the same node of the graph, computed once."""
+    if isinstance(n, UOp):
+        return (Tensor(0, dtype=dtypes.int32, device="CPU") + n).reshape(1).contiguous()
+    return constants(dtypes.int32, n)
 
 
 def _strided(x: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
@@ -206,12 +265,25 @@ def cross_entropy(logits, targets, label_smoothing=0.0, z_loss=0.0, ignore_index
 
     def gradient(dloss: Tensor, made: list[Tensor]) -> list[Tensor | None]:
         dx = Kernel("cross_entropy_backward.c", defines=kind)(
-            [Tensor.empty(N, V, dtype=logits.dtype)], [dloss, logits, targets, made[1], options], (N, V))
+            [Tensor.empty(N, V, dtype=logits.dtype)],
+            [dloss, logits, targets, made[1], options], (N, V))
         return [*dx, None, None]
 
     loss = Kernel("cross_entropy_forward.c", defines=kind)(
         [Tensor.empty(N), Tensor.empty(N)], [logits, targets, options], (N, V), gradient)[0]
     return loss.sum() / (targets != ignore_index).sum()
+
+
+def draw(logits, key=None, temperature=None):
+    B, V = logits.shape
+    given = [("const unsigned*", "key", key), (FLOAT_IN, "temperature", temperature)]
+    arguments = [("int*", "token"), (FLOAT_IN, "logits")]
+    arguments += [(kind, name) for kind, name, tensor in given if tensor is not None]
+    logits = logits.float()
+    kernel = Kernel("draw.c", tuple(arguments), tuple(
+        (name.upper(), 0 if tensor is None else name) for _, name, tensor in given))
+    inputs = [logits, *(tensor for _, _, tensor in given if tensor is not None)]
+    return kernel([Tensor.empty(B, dtype=dtypes.int32)], inputs, (B, V))[0]
 
 
 def adamw(p, m, v, grad, options):

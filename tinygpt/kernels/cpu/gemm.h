@@ -6,13 +6,28 @@
  * Columns of C go in strips of NC and the depth in slices of KC; all threads pack the slice of B
  * into panels of GN columns, then each task packs rows of A and multiplies.
  *
- * TA, TB: 1 where A (K x M) or B (N x K) is stored transposed. With TA the column sums of A's
+ * TA, TB: 1 where A (K x M) or B (N x K) is stored transposed. A_BF16, B_BF16, C_BF16: 1 where that
+ * matrix is bfloat16; bias is float32, the residual of C's type. With TA the column sums of A's
  * storage, the gradient of a bias, are written to SUMS where there is one. A C in bfloat16 is summed
  * up in PARTIAL (M x NC) where the depth has several slices.
  */
 #include "pool.h"
 #include "vector.h"
-#include "operands.h"
+#if A_BF16
+typedef bf16 a_t;
+#else
+typedef float a_t;
+#endif
+#if B_BF16
+typedef bf16 b_t;
+#else
+typedef float b_t;
+#endif
+#if C_BF16
+typedef bf16 c_t;
+#else
+typedef float c_t;
+#endif
 
 typedef struct {
   const a_t* a;

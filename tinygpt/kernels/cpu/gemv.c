@@ -1,15 +1,16 @@
-/* Y (M x N) = X (M x K) W^T (N x K) + bias + residual for few rows M: one pass over the weights,
- * each row of them read once as a single stream. */
+/* Y (M x N) = X (M x K) W^T (N x K) + bias + residual for few rows M, or weights that are stored
+ * small: one pass over the weights, each row of them read once as a single stream. */
 #include "pool.h"
 #include "vector.h"
-#include "operands.h"
+#include "weight.h"
+
+#define BLOCK 4   /* rows of X that share what a row of W is converted to */
 
 typedef struct {
-  const a_t* x;
-  const b_t* w;
-  const float* bias;
-  const c_t* residual;
-  c_t* y;
+  const act *x, *residual;
+  const float *scale, *bias;
+  const weight_t* w;
+  act* y;
   long M, N, K, share;
 } gemv_t;
 
@@ -17,33 +18,62 @@ static void rows_of_w(void* args, int index);
 
 KERNEL void NAME(ARGUMENTS const long* dims, const u64* table) {
   pool_t* pool = (pool_t*)table[0];
-  gemv_t g = {.x = a, .w = b, .bias = BIAS, .residual = RESIDUAL, .y = c,
-              .M = dims[0], .N = dims[1], .K = dims[2]};
-  long tasks = MIN(4 * (long)pool->threads, g.N * g.K / 32768);
+  gemv_t g = {.x = x, .w = (const weight_t*)w, .scale = SCALE, .bias = BIAS, .residual = RESIDUAL,
+              .y = y, .M = dims[0], .N = dims[1], .K = dims[2]};
+  long tasks = MIN(4 * (long)pool->threads, g.M * g.N * g.K / 32768);
   tasks = MAX(MIN(tasks, g.N), 1);
   g.share = (g.N + tasks - 1) / tasks;
   parallel_for(pool, rows_of_w, &g, (g.N + g.share - 1) / g.share);
 }
 
+/* one row of X times one of W */
+HOT float dot(const act* x, const weight_t* w, long K) {
+  vfloat sum[4];
+  UNROLL for (int i = 0; i < 4; i++) sum[i] = (vfloat)0.f;
+  long k = 0;
+  for (; k + 4 * LANES <= K; k += 4 * LANES) {
+    __builtin_prefetch((const char*)(w + k) + 2048);
+    UNROLL for (int i = 0; i < 4; i++)
+      sum[i] += LOAD(x + k + i * LANES) * LOAD_WEIGHTS(w + k + i * LANES);
+  }
+  for (; k + LANES <= K; k += LANES) sum[0] += LOAD(x + k) * LOAD_WEIGHTS(w + k);
+  float y = vsum((sum[0] + sum[1]) + (sum[2] + sum[3]));
+  for (; k < K; k++) y += GET(x + k) * to_float(w[k]);
+  return y;
+}
+
+/* y = BLOCK rows of X times one of W */
+HOT void dot_block(const act* x, const weight_t* w, long K, float* y) {
+  vfloat sum[BLOCK][2];
+  UNROLL for (int i = 0; i < BLOCK; i++) sum[i][0] = sum[i][1] = (vfloat)0.f;
+  long k = 0;
+  for (; k + 2 * LANES <= K; k += 2 * LANES)
+    UNROLL for (int j = 0; j < 2; j++) {
+      const vfloat v = LOAD_WEIGHTS(w + k + j * LANES);
+      UNROLL for (int i = 0; i < BLOCK; i++) sum[i][j] += LOAD(x + i * K + k + j * LANES) * v;
+    }
+  UNROLL for (int i = 0; i < BLOCK; i++) y[i] = vsum(sum[i][0] + sum[i][1]);
+  for (; k < K; k++)
+    for (int i = 0; i < BLOCK; i++) y[i] += GET(x + i * K + k) * to_float(w[k]);
+}
+
+HOT void put(const gemv_t* g, long m, long n, float y) {
+  const long at = m * g->N + n;
+  if (g->scale) y *= g->scale[n];
+  PUT(g->y + at, y + (g->bias ? g->bias[n] : 0.f) + (g->residual ? GET(g->residual + at) : 0.f));
+}
+
 KERNEL static void rows_of_w(void* args, int index) {
   const gemv_t* g = args;
   const long end = MIN((index + 1) * g->share, g->N);
-  for (long n = index * g->share; n < end; n++)
-    for (long m = 0; m < g->M; m++) {
-      const a_t* x = g->x + m * g->K;
-      const b_t* w = g->w + n * g->K;
-      vfloat sum[4];
-      UNROLL for (int i = 0; i < 4; i++) sum[i] = (vfloat)0.f;
-      long k = 0;
-      for (; k + 4 * LANES <= g->K; k += 4 * LANES) {
-        __builtin_prefetch((const char*)(w + k) + 2048);
-        UNROLL for (int i = 0; i < 4; i++)
-          sum[i] += LOAD(x + k + i * LANES) * LOAD(w + k + i * LANES);
-      }
-      for (; k + LANES <= g->K; k += LANES) sum[0] += LOAD(x + k) * LOAD(w + k);
-      float y = vsum((sum[0] + sum[1]) + (sum[2] + sum[3]));
-      for (; k < g->K; k++) y += GET(x + k) * GET(w + k);
-      const long at = m * g->N + n;
-      PUT(g->y + at, y + (g->bias ? g->bias[n] : 0.f) + (g->residual ? GET(g->residual + at) : 0.f));
+  for (long n = index * g->share; n < end; n++) {
+    const weight_t* w = g->w + n * g->K;
+    long m = 0;
+    for (; m + BLOCK <= g->M; m += BLOCK) {
+      float y[BLOCK];
+      dot_block(g->x + m * g->K, w, g->K, y);
+      for (int i = 0; i < BLOCK; i++) put(g, m + i, n, y[i]);
     }
+    for (; m < g->M; m++) put(g, m, n, dot(g->x + m * g->K, w, g->K));
+  }
 }

@@ -9,6 +9,7 @@ is static.
 import atexit
 import ctypes
 import functools
+import math
 import mmap
 import os
 import platform
@@ -206,14 +207,42 @@ class Kernel:
 
 
 def plain(x: Tensor) -> Tensor:
-    """x without a reshape around a kernel's output, which tinygrad would otherwise copy.
+    """x without what only names its dimensions anew around a kernel's output, which tinygrad would
+    otherwise copy.
 
     Kernels are told every size, so the shape that is left does not matter to them.
     """
-    uop = x.uop
-    while uop.op is Ops.RESHAPE:
+    source, _, strides = memory(x)
+    dense = [math.prod(x.shape[i + 1:]) for i in range(x.ndim)]
+    same = all(a == b or n == 1 for a, b, n in zip(strides, dense, x.shape, strict=True))
+    return source if same and source.numel() == x.numel() else x
+
+
+def memory(x: Tensor) -> tuple[Tensor, int, tuple[int, ...]]:
+    """The tensor in whose memory x lies, where x begins in it, and the strides of x.
+
+    A kernel's output is seen through reshapes, permutations and slices; other views are their own
+    memory, since tinygrad copies them for a kernel.
+    """
+    uop, moves = x.uop, []
+    while uop.op in (Ops.RESHAPE, Ops.PERMUTE, Ops.SHRINK):
+        moves.append(uop)
         uop = uop.src[0]
-    return Tensor(uop) if uop.op is Ops.AFTER else x
+    own = x, 0, tuple(math.prod(x.shape[i + 1:]) for i in range(x.ndim))
+    if uop.op is not Ops.AFTER or not all(isinstance(n, int) for n in x.shape + uop.shape):
+        return own
+    whole = view = np.empty(uop.shape, np.uint8)  # numpy does the arithmetic, on bytes as elements
+    for move in reversed(moves):
+        if move.op is Ops.SHRINK:
+            if not all(isinstance(m[0], int) for m in move.marg):
+                return own
+            view = view[tuple(slice(m[0], m[0] + n) for m, n in
+                              zip(move.marg, move.shape, strict=True))]
+        else:
+            view = view.transpose(move.arg) if move.op is Ops.PERMUTE else view.reshape(move.shape)
+        if not np.may_share_memory(view, whole):  # the reshape had to copy
+            return own
+    return Tensor(uop), view.ctypes.data - whole.ctypes.data, view.strides
 
 
 def untransposed(x: Tensor) -> Tensor | None:
