@@ -377,7 +377,8 @@ def test_c_compiles_for_other_processors(processor, c_sources):
     assert any("_amx" in name for name, _ in c_sources) and len(c_sources) > 30
     target, *options = PROCESSORS[processor]
     command = [os.environ.get("CC", "clang"), f"--target={target}-none-unknown-elf", *options,
-               *"-x c -c -O1 -ffreestanding -Wall -Werror -Wno-psabi -Wno-unused".split(),
+               "-x", "c", "-c", "-O1", "-ffreestanding", "-Wall", "-Werror", "-Wno-psabi",
+               "-Wno-unused",
                "-o", os.devnull, "-"]
     for (name, _), code in c_sources.items():
         if "_amx" not in name or processor == "avx512":

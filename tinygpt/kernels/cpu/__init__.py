@@ -19,8 +19,8 @@ GEMM_STRIP, GEMM_SLICE = 512, 512  # NC and the least KC of gemm.c and gemm_amx.
 
 def fits(*tensors: Tensor | None) -> bool:
     """Are these, but for what is None, integers, float32 or bfloat16 on the CPU?"""
-    return all(t is None or str(t.device) == "CPU" and (
-        t.dtype in (dtypes.float32, dtypes.bfloat16) or dtypes.is_int(t.dtype)) for t in tensors)
+    return all(t is None or (str(t.device) == "CPU" and (
+        t.dtype in (dtypes.float32, dtypes.bfloat16) or dtypes.is_int(t.dtype))) for t in tensors)
 
 
 def linear(x, weight, bias=None, residual=None):
