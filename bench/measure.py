@@ -13,7 +13,8 @@ import numpy as np
 from tinygpt.kernels.cpu.launch import cpu_count
 
 RESULTS = Path(__file__).parent / "results.csv"
-FIELDS = ["date", "script", "case", "ours_ms", "peer", "peer_ms", "ratio", "machine", "versions"]
+FIELDS = ["date", "script", "case", "unit", "ours", "peer", "theirs", "ratio", "machine",
+          "versions"]
 
 
 def in_turn(peers: dict[str, Callable[[], object]], seconds: float = 4.0,
@@ -39,10 +40,11 @@ def in_turn(peers: dict[str, Callable[[], object]], seconds: float = 4.0,
     return {name: float(np.median(t)) * 1e3 for name, t in times.items()}
 
 
-def record(script: str, case: str, ours: float, peer: str, theirs: float) -> None:
-    """Prints one comparison, both in milliseconds, and appends it to results.csv."""
-    print(f"{case:32} ours {ours:9.2f} ms   {peer} {theirs:9.2f} ms   ratio {ours / theirs:.2f}",
-          flush=True)
+def record(script: str, case: str, ours: float, peer: str, theirs: float,
+           unit: str = "ms") -> None:
+    """Prints one comparison and appends it to results.csv."""
+    print(f"{case:32} ours {ours:9.2f} {unit}   {peer} {theirs:9.2f} {unit}   "
+          f"ratio {ours / theirs:.2f}", flush=True)
     versions = " ".join(f"{name} {version(name)}" for name in ("tinygrad", "torch"))
     new = not RESULTS.exists()
     with RESULTS.open("a", newline="", encoding="utf-8") as file:
@@ -50,8 +52,8 @@ def record(script: str, case: str, ours: float, peer: str, theirs: float) -> Non
         if new:
             writer.writeheader()
         writer.writerow(dict(
-            date=datetime.date.today().isoformat(), script=script, case=case,
-            ours_ms=f"{ours:.3f}", peer=peer, peer_ms=f"{theirs:.3f}", ratio=f"{ours / theirs:.3f}",
+            date=datetime.date.today().isoformat(), script=script, case=case, unit=unit,
+            ours=f"{ours:.3f}", peer=peer, theirs=f"{theirs:.3f}", ratio=f"{ours / theirs:.3f}",
             machine=f"{_processor()}, {cpu_count()} cpus", versions=versions))
 
 

@@ -4,6 +4,7 @@ import itertools
 
 import numpy as np
 import pytest
+from test_kernels import np_orthogonalize
 from tinygrad import Tensor, TinyJit
 
 from tinygpt.config import TrainConfig
@@ -17,7 +18,6 @@ from tinygpt.optim import (
     dequantize,
     global_norm,
     make_optimizer,
-    orthogonalize,
     quantize,
 )
 
@@ -65,18 +65,8 @@ class NumpyMuon:
         self.rest.update(grads, lr)
         for name, m in self.m.items():
             m[...] = 0.95 * m + grads[name]
-            step = newton_schulz(grads[name] + 0.95 * m) * 0.2 * np.sqrt(max(m.shape))
+            step = np_orthogonalize(grads[name] + 0.95 * m) * 0.2 * np.sqrt(max(m.shape))
             self.params[name] -= lr * (step + self.weight_decay * self.params[name])
-
-
-def newton_schulz(x):
-    x = x / (np.linalg.norm(x) + 1e-7)
-    if len(x) > x.shape[1]:
-        return newton_schulz(x.T).T
-    for _ in range(5):
-        A = x @ x.T
-        x = 3.4445 * x + (-4.7750 * A + 2.0315 * A @ A) @ x
-    return x
 
 
 class NumpyLion:
@@ -277,26 +267,6 @@ def test_the_code_is_of_the_nearest_value(rng, signed):
     assert str(codes.dtype) == "dtypes.uchar" and tops.shape == (64, 1)
     found = dequantize(codes, tops, signed).numpy()
     np.testing.assert_allclose(found, rounded(x.astype(np.float64), signed), rtol=1e-6)
-
-
-@pytest.mark.parametrize("rows, columns", [(16, 16), (16, 48), (64, 16), (1, 7), (7, 1), (13, 29)])
-@pytest.mark.parametrize("size", [1e-3, 1.0, 1e6])
-def test_orthogonalize_brings_singular_values_near_one(rng, rows, columns, size):
-    x = rng.standard_normal((rows, columns), dtype=np.float32)
-    u, s, v = np.linalg.svd(x, full_matrices=False)
-    x = ((u * np.geomspace(1, 0.02, len(s))) @ v * size).astype(np.float32)
-    y = orthogonalize(Tensor(x)).numpy()
-    inside = u.T @ y @ v.T  # y has the singular vectors of x
-    np.testing.assert_allclose(inside, np.diag(np.diag(inside)), atol=1e-4)
-    assert np.diag(inside).min() > 0.6 and np.diag(inside).max() < 1.25
-    np.testing.assert_allclose(y, newton_schulz(x.astype(np.float64)), atol=1e-4)
-
-
-@pytest.mark.parametrize("rank", [0, 1, 3])
-def test_orthogonalize_leaves_what_a_matrix_lacks_at_zero(rng, rank):
-    x = rng.standard_normal((20, rank)) @ rng.standard_normal((rank, 30))
-    y = orthogonalize(Tensor(x.astype(np.float32))).numpy()
-    np.testing.assert_allclose(y, newton_schulz(x), atol=1e-4)
 
 
 def test_a_state_is_loaded_under_a_compiled_step(rng):

@@ -169,7 +169,7 @@ class Muon(Optimizer):
         for name, m in self.m.items():
             p, grad = self.params[name], named[name] * scale
             m.assign(apply.where(self.momentum * m + grad, m))
-            step = orthogonalize(grad + self.momentum * m) * (0.2 * math.sqrt(max(p.shape)))
+            step = kernels.orthogonalize(grad + self.momentum * m) * (0.2 * math.sqrt(max(p.shape)))
             moved = p * (1 - learning_rate * self.weight_decay) - learning_rate * step
             updated += [m, p.assign(apply.where(moved, p))]
         return updated
@@ -177,29 +177,6 @@ class Muon(Optimizer):
     def state_dict(self) -> dict[str, Tensor]:
         """step, muon.<name> of the matrices, and AdamW's m.<name> and v.<name> of the rest."""
         return self.rest.state_dict() | {f"muon.{k}": t for k, t in self.m.items()}
-
-
-def orthogonalize(x: Tensor) -> Tensor:
-    """The orthogonal matrix nearest to x, roughly: u f(s) v^T for x = u s v^T, f(s) about 1.
-
-    x (R, C) float32 -> the same. Five Newton-Schulz steps x <- (a + b A + c A^2) x, A = x x^T,
-    as in arXiv:2502.16982, which bring singular values into 0.7..1.2. As A and its polynomials
-    commute, the steps are taken on A, (N, N) with N = min(R, C), and their product applied to x
-    once: a third to a half of the operations. Float32 bears that, half precision would not.
-    """
-    a, b, c = 3.4445, -4.7750, 2.0315
-    x = (x / (x.square().sum().sqrt() + 1e-7).contiguous()).contiguous()
-    flipped = x.T.contiguous()
-    wide = x.shape[0] <= x.shape[1]
-    A = kernels.linear(x, x) if wide else kernels.linear(flipped, flipped)  # (N, N)
-    eye, product = Tensor.eye(A.shape[0]) * a, None
-    for i in range(5):
-        step = (eye + b * A + c * kernels.linear(A, A)).contiguous()
-        product = step if product is None else kernels.linear(product, step)
-        if i < 4:
-            A = kernels.linear(kernels.linear(step, A), step)
-            A = ((A + A.T) / 2).contiguous()  # else what is not symmetric grows at every step
-    return kernels.linear(product, flipped) if wide else kernels.linear(x, product)
 
 
 class EMA:

@@ -21,7 +21,7 @@ from tinygpt.kernels import cpu, flash, portable, reference, stock
 from tinygpt.kernels.cpu.launch import set_threads
 
 __all__ = ["IMPLEMENTATIONS", "adamw", "attention", "cached_attention", "cross_entropy", "draw",
-           "dropout", "embedding", "gelu", "layer_norm", "linear", "quantized_embedding",
+           "dropout", "embedding", "gelu", "layer_norm", "linear", "orthogonalize", "quantized_embedding",
            "quantized_linear", "rms_norm", "rope", "set_threads", "swiglu", "use"]
 
 IMPLEMENTATIONS = {"reference": reference, "cpu": cpu, "portable": portable, "tinygrad": stock,
@@ -170,6 +170,15 @@ def adamw(p: Tensor, m: Tensor, v: Tensor, grad: Tensor, options: Tensor,
     nothing may change. Returns p, m and v, to be realized.
     """
     return _run("adamw", implementation, (p, m, v, grad), options)
+
+
+def orthogonalize(x: Tensor, implementation: str = "auto") -> Tensor:
+    """The orthogonal matrix nearest to x, roughly: u f(s) v^T for x = u s v^T, f(s) in 0.7..1.2.
+
+    x (R, C) float32 -> the same. Five Newton-Schulz steps x <- (a + b A + c A^2) x, A = x x^T,
+    from x of norm 1 (arXiv:2502.16982); no gradient.
+    """
+    return _run("orthogonalize", implementation, (x,))
 
 
 def _run(operation: str, implementation: str, tensors: tuple, *options):

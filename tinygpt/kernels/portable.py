@@ -13,8 +13,8 @@ from tinygpt.kernels import reference
 from tinygpt.kernels.reference import adamw, attention_mask, draw, dropout, write_cache
 
 __all__ = ["adamw", "attention", "cached_attention", "cross_entropy", "draw", "embedding",
-           "gelu", "layer_norm", "linear", "quantized_embedding", "quantized_linear", "rms_norm",
-           "rope", "swiglu"]
+           "gelu", "layer_norm", "linear", "orthogonalize", "quantized_embedding",
+           "quantized_linear", "rms_norm", "rope", "swiglu"]
 
 
 def linear(x, weight, bias=None, residual=None):
@@ -103,6 +103,26 @@ def cross_entropy(logits, targets, label_smoothing=0.0, z_loss=0.0, ignore_index
         loss = loss - label_smoothing * _barrier(logits.mean(-1))
     counted = targets != ignore_index
     return counted.where(loss + z_loss * log_z.square(), 0).sum() / counted.sum()
+
+
+def orthogonalize(x):
+    # A and its polynomials commute: the steps are taken on A, the product applied to x once
+    a, b, c = reference.NEWTON_SCHULZ
+    x = (x / (x.square().sum().sqrt() + 1e-7).contiguous()).contiguous()
+    wide = x.shape[0] <= x.shape[1]
+    A = _product(x, x.T) if wide else _product(x.T, x)  # (N, N)
+    eye, product = Tensor.eye(A.shape[0]) * a, None
+    for i in range(5):
+        step = (eye + b * A + c * _product(A, A)).contiguous()
+        product = step if product is None else _product(product, step)
+        if i < 4:
+            A = _product(_product(step, A), step)
+            A = ((A + A.T) / 2).contiguous()  # else what is not symmetric grows at every step
+    return _product(product, x) if wide else _product(x, product)
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    return (a @ b).contiguous()
 
 
 def _barrier(x: Tensor) -> Tensor:

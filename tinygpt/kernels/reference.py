@@ -119,6 +119,18 @@ def draw(logits, key=None, temperature=None):
     return logits.contiguous().argmax(-1).cast(dtypes.int32).contiguous()
 
 
+NEWTON_SCHULZ = 3.4445, -4.7750, 2.0315  # a + b A + c A^2
+
+
+def orthogonalize(x):
+    a, b, c = NEWTON_SCHULZ
+    x = x / (x.square().sum().sqrt() + 1e-7)
+    for _ in range(5):
+        A = x @ x.T
+        x = a * x + (b * A + c * A @ A) @ x
+    return x
+
+
 def adamw(p, m, v, grad, options):
     lr, beta1, beta2, eps, decay, debias1, debias2, scale, apply = (
         options[i:i + 1] for i in range(9))

@@ -14,7 +14,7 @@ from tinygpt.kernels.cpu.launch import Kernel, amx, constants, memory, untranspo
 FLOAT_IN, FLOAT_OUT, ACT_IN, ACT_OUT = "const float*", "float*", "const act*", "act*"
 WEIGHT_IN = "const void*"  # of as many bits as the define WEIGHT says
 GEMV_ROWS = 4  # as many rows at most are cheaper as dot products than packed
-GEMM_STRIP, GEMM_SLICE = 512, 512  # NC and the least KC of gemm.c and gemm_amx.c
+GEMM_STRIP, GEMM_SLICE = 512, 512  # NC and the least KC of gemm.h
 
 
 def fits(*tensors: Tensor | None) -> bool:
@@ -73,12 +73,11 @@ def _gemm(shape, a, b, sizes, bias=None, residual=None, ta=0, tb=0, sums=None, g
     M, N, K = sizes
     out = Tensor.empty(*shape, dtype=dtype or a.dtype)
     outputs, inputs, arguments = [out], [a, b], [("c_t*", "c")]
-    defines = {"TA": ta, "TB": tb, "BIAS": 0, "RESIDUAL": 0, "SUMS": 0, "PARTIAL": 0}
+    defines = {"BIAS": 0, "RESIDUAL": 0, "SUMS": 0, "PARTIAL": 0}
     kinds = zip(("A_BF16", "B_BF16", "C_BF16"), (a, b, out), strict=True)
     defines |= {name: int(t.dtype == dtypes.bfloat16) for name, t in kinds}
-    file = "gemm.c"
     if defines["A_BF16"] and (kind := amx()):
-        file, defines["AMX_EMULATED"] = "gemm_amx.c", int(kind == "emulated")
+        defines |= {"AMX": 1, "AMX_EMULATED": int(kind == "emulated")}
     if sums:
         outputs.append(Tensor.empty(M))
         arguments.append((FLOAT_OUT, "sums"))
@@ -93,8 +92,8 @@ def _gemm(shape, a, b, sizes, bias=None, residual=None, ta=0, tb=0, sums=None, g
             inputs.append(tensor)
             arguments.append((kind, name))
             defines[name.upper()] = name
-    kernel = Kernel(file, tuple(arguments), tuple(defines.items()))
-    made = kernel(outputs, inputs, sizes, gradient, flops=2 * M * N * K)
+    kernel = Kernel("gemm.c", tuple(arguments), tuple(defines.items()))
+    made = kernel(outputs, inputs, (*sizes, ta, tb), gradient, flops=2 * M * N * K)
     return made[0] if sums is None else made[:1 + sums]
 
 
@@ -284,6 +283,12 @@ def draw(logits, key=None, temperature=None):
         (name.upper(), 0 if tensor is None else name) for _, name, tensor in given))
     inputs = [logits, *(tensor for _, _, tensor in given if tensor is not None)]
     return kernel([Tensor.empty(B, dtype=dtypes.int32)], inputs, (B, V))[0]
+
+
+def orthogonalize(x):
+    R, C = x.shape
+    outputs = [Tensor.empty(R, C), Tensor.empty(4, min(R, C), min(R, C))]
+    return Kernel("orthogonalize.c")(outputs, [x.contiguous()], (R, C))[0]
 
 
 def adamw(p, m, v, grad, options):

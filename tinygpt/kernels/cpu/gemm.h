@@ -1,18 +1,44 @@
-/* What the matrix products of gemm.c and gemm_amx.c share: the loops around their micro kernels, as
- * BLIS has them (Van Zee and van de Geijn, ACM TOMS 2015), and the way from a block to C.
+/* The loops around the micro kernels of gemm_float.h and, with AMX 1, gemm_amx.h, as BLIS has them
+ * (Van Zee and van de Geijn, ACM TOMS 2015), and the way from a block to C. A file that includes
+ * this one includes one of those behind its entry.
  *
  *   C (M x N) = op(A) op(B) + bias + residual, all row-major
  *
  * Columns of C go in strips of NC and the depth in slices of KC; all threads pack the slice of B
  * into panels of GN columns, then each task packs rows of A and multiplies.
  *
- * TA, TB: 1 where A (K x M) or B (N x K) is stored transposed. A_BF16, B_BF16, C_BF16: 1 where that
- * matrix is bfloat16; bias is float32, the residual of C's type. With TA the column sums of A's
- * storage, the gradient of a bias, are written to SUMS where there is one. A C in bfloat16 is summed
- * up in PARTIAL (M x NC) where the depth has several slices.
+ * ta, tb: 1 where A (K x M) or B (N x K) is stored transposed. A_BF16, B_BF16, C_BF16: 1 where that
+ * matrix is bfloat16; bias is float32, the residual of C's type. With ta the column sums of A's
+ * storage, the gradient of a bias, are written to `sums` where there is one. A C in bfloat16 is
+ * summed up in `partial` (M x NC) where the depth has several slices.
  */
 #include "pool.h"
 #include "vector.h"
+
+/* a block of C is GM x GN, a task's part of A MC x KC, and what is packed of B KC x NC */
+#if AMX
+#define GM 32
+#define GN 32
+#define MC 128
+#define NC 512
+#define KC 1024
+#else
+#if defined(__AVX512F__)
+#define GM 12
+#define GV 2
+#elif defined(__AVX__)
+#define GM 6
+#define GV 2
+#else
+#define GM 8
+#define GV 3
+#endif
+#define GN (GV * LANES)
+#define MC (GM * (192 / GM))
+#define NC (GN * (512 / GN))
+#define KC 512
+#endif
+
 #if A_BF16
 typedef bf16 a_t;
 #else
@@ -38,6 +64,7 @@ typedef struct {
   float *partial, *sums;
   void* packed_b;
   long M, N, K;
+  int ta, tb;
   long jc, nc, pc, kc;          /* the strip of columns and the slice of depth at hand */
   long rows;                    /* of C in a task, a multiple of GM */
   long panels;                  /* of B that a task packs */
@@ -46,21 +73,18 @@ typedef struct {
 static void pack_b(void* args, int index);
 static void multiply(void* args, int index);
 
-KERNEL void NAME(ARGUMENTS const long* dims, const u64* table) {
-  pool_t* pool = (pool_t*)table[0];
-  gemm_t g = {.a = a, .b = b, .bias = BIAS, .residual = RESIDUAL, .c = c, .sums = SUMS,
-              .partial = PARTIAL, .packed_b = (void*)table[1],
-              .M = dims[0], .N = dims[1], .K = dims[2]};
+/* C = op(A) op(B) + bias + residual */
+HOT void product(pool_t* pool, gemm_t* g) {
   /* two tasks a thread, so that a late thread costs little */
-  const long share = (g.M + 2 * pool->threads - 1) / (2 * pool->threads);
-  g.rows = MIN(ROUND_UP(share, GM), MC);
-  for (g.jc = 0; g.jc < g.N; g.jc += NC) {
-    g.nc = MIN(g.N - g.jc, NC);
-    for (g.pc = 0; g.pc < g.K; g.pc += KC) {
-      g.kc = MIN(g.K - g.pc, KC);
-      g.panels = g.nc >= 4 * GN * (long)pool->threads ? 4 : 1;
-      parallel_for(pool, pack_b, &g, (g.nc + g.panels * GN - 1) / (g.panels * GN));
-      parallel_for(pool, multiply, &g, (g.M + g.rows - 1) / g.rows);
+  const long share = (g->M + 2 * pool->threads - 1) / (2 * pool->threads);
+  g->rows = MIN(ROUND_UP(share, GM), MC);
+  for (g->jc = 0; g->jc < g->N; g->jc += NC) {
+    g->nc = MIN(g->N - g->jc, NC);
+    for (g->pc = 0; g->pc < g->K; g->pc += KC) {
+      g->kc = MIN(g->K - g->pc, KC);
+      g->panels = g->nc >= 4 * GN * (long)pool->threads ? 4 : 1;
+      parallel_for(pool, pack_b, g, (g->nc + g->panels * GN - 1) / (g->panels * GN));
+      parallel_for(pool, multiply, g, (g->M + g->rows - 1) / g->rows);
     }
   }
 }

@@ -1,13 +1,8 @@
-/* The matrix product on Intel AMX: what is float32 is rounded to bfloat16 as it is packed, and sums
- * are float32. Blocks of C are 2 x 2 tiles. */
-#define GM 32
-#define GN 32
-#define MC 128
-#define NC 512
-#define KC 1024
-#define ROW_BYTES (KC * 2 + 64)         /* of packed A; + 64: rows must not share a cache set */
-#include "gemm.h"
+/* The micro kernel of gemm.h on Intel AMX: what is float32 is rounded to bfloat16 as it is packed,
+ * and sums are float32. Blocks of C are 2 x 2 tiles. */
 #include "amx.h"
+
+#define ROW_BYTES (KC * 2 + 64)         /* of packed A; + 64: rows must not share a cache set */
 
 typedef float float16 __attribute__((ext_vector_type(16)));
 typedef float float16_unaligned __attribute__((ext_vector_type(16), aligned(4)));
@@ -70,8 +65,7 @@ KERNEL static void pack_b(void* args, int index) {
       bf16* dst = (bf16*)g->packed_b + p * GN * depth + 2 * half;
       for (long k = 0; k < depth; k += 32) {
         int16 r[16];
-#if TB
-        for (long j = 0; j < 16; j++) {
+        for (long j = 0; g->tb && j < 16; j++) {
           const b_t* src = g->b + (j0 + j) * g->K + g->pc + k;
           const long left = j < n ? g->kc - k : 0;
           bf16 row[32];
@@ -81,27 +75,24 @@ KERNEL static void pack_b(void* args, int index) {
           }
           r[j] = (int16)*(const int16_unaligned*)row;
         }
-        transpose16(r);
-#else
-        for (long i = 0; i < 16; i++) {
+        if (g->tb) transpose16(r);
+        for (long i = 0; !g->tb && i < 16; i++) {
           const long at = k + 2 * i;
           const b_t* src = g->b + (g->pc + at) * g->N + j0;
           r[i] = pairs(LOAD16(src, at < g->kc ? n : 0), LOAD16(src + g->N, at + 1 < g->kc ? n : 0));
         }
-#endif
         for (long i = 0; i < 16; i++) *(int16_unaligned*)(dst + (k / 2 + i) * 2 * GN) = r[i];
       }
     }
 }
 
-/* packed_a[row][k], bfloat16, from row i0 of C on; with TA also the sums of the columns of A */
+/* packed_a[row][k], bfloat16, from row i0 of C on; with ta also the sums of the columns of A */
 HOT void pack_a(const gemm_t* g, long i0, long rows, unsigned char* packed_a) {
   const long depth = ROUND_UP(g->kc, 32);
   for (long i = 0; i < ROUND_UP(rows, GM); i += 16) {
     const long n = rows - i;
-#if TA
     float16 sum = (float16)0.f;
-    for (long k = 0; k < depth; k += 32) {
+    for (long k = 0; g->ta && k < depth; k += 32) {
       int16 r[16];
       for (long x = 0; x < 16; x++) {
         const long at = k + 2 * x;
@@ -118,15 +109,13 @@ HOT void pack_a(const gemm_t* g, long i0, long rows, unsigned char* packed_a) {
     if (g->sums && !g->jc)
       for (long x = 0; x < MIN(16, n); x++)
         g->sums[i0 + i + x] = sum[x] + (g->pc ? g->sums[i0 + i + x] : 0.f);
-#else
-    for (long x = 0; x < 16; x++)
+    for (long x = 0; !g->ta && x < 16; x++)
       for (long k = 0; k < depth; k += 16) {
         const a_t* src = g->a + (i0 + i + x) * g->K + g->pc + k;
         const float16 some = LOAD16(src, x < n ? g->kc - k : 0);
         *(bf16x16*)(packed_a + (i + x) * ROW_BYTES + 2 * k) =
             __builtin_convertvector((uint16)rounded(some) >> 16, bf16x16);
       }
-#endif
   }
 }
 

@@ -1,0 +1,47 @@
+"""Peak memory of attention, forward and backward, over 4096 positions, ours and PyTorch's, each in
+a process of its own: python bench/memory.py"""
+
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from bench.measure import record
+
+SHAPE = (1, 4096, 12, 64)  # B, T, H, D
+
+
+def peak() -> float:
+    """The most memory that this process has had so far, in MB."""
+    size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS, elsewhere KiB
+    return size / 1e6 if sys.platform == "darwin" else size * 1024 / 1e6
+
+
+def grown(peer: str) -> float:
+    """How many MB a step adds to what the inputs and the imported library take."""
+    import bench.attention as attention
+
+    arrays = [np.random.default_rng(0).normal(size=SHAPE).astype(np.float32) for _ in range(4)]
+    step = {"ours": lambda: attention.ours(arrays, "auto", "float32"),
+            "torch": lambda: attention.theirs(arrays, "float32")}[peer]()
+    before = peak()
+    for _ in range(3):
+        step()
+    return peak() - before
+
+
+def main() -> None:
+    if len(sys.argv) > 1:
+        print(grown(sys.argv[1]))
+        return
+    ours, theirs = (float(subprocess.run([sys.executable, __file__, peer], check=True, text=True,
+                                         stdout=subprocess.PIPE).stdout)
+                    for peer in ("ours", "torch"))
+    record("memory.py", "attention B 1, T 4096, H 12, D 64", ours, "torch", theirs, "MB")
+
+
+if __name__ == "__main__":
+    main()
