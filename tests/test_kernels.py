@@ -594,7 +594,7 @@ def test_dropout_depends_on_key_and_position_alone():
 
 
 @pytest.mark.parametrize("implementation", implementations("orthogonalize"))
-@pytest.mark.parametrize("shape", [(16, 16), (16, 48), (64, 16), (1, 7), (7, 1), (13, 29), (67, 530)])
+@pytest.mark.parametrize("shape", [(16, 16), (16, 48), (64, 16), (1, 7), (7, 1), (67, 530)])
 @pytest.mark.parametrize("size", [1e-3, 1e6])
 def test_orthogonalize_brings_singular_values_near_one(implementation, shape, size):
     x = draw(dict(x=shape))["x"]

@@ -21,8 +21,9 @@ from tinygpt.kernels import cpu, flash, portable, reference, stock
 from tinygpt.kernels.cpu.launch import set_threads
 
 __all__ = ["IMPLEMENTATIONS", "adamw", "attention", "cached_attention", "cross_entropy", "draw",
-           "dropout", "embedding", "gelu", "layer_norm", "linear", "orthogonalize", "quantized_embedding",
-           "quantized_linear", "rms_norm", "rope", "set_threads", "swiglu", "use"]
+           "dropout", "embedding", "gelu", "layer_norm", "linear", "orthogonalize",
+           "quantized_embedding", "quantized_linear", "rms_norm", "rope", "set_threads", "swiglu",
+           "use"]
 
 IMPLEMENTATIONS = {"reference": reference, "cpu": cpu, "portable": portable, "tinygrad": stock,
                    "flash": flash}
