@@ -617,6 +617,16 @@ def test_orthogonalize_leaves_what_a_matrix_lacks_at_zero(implementation, rank):
 
 
 
+@pytest.mark.parametrize("implementation", implementations("square_sum"))
+def test_square_sum(implementation):
+    shapes = [(17, 31), (1,), (3, 5, 7), (5000,), *[(n,) for n in range(1, 40)]]
+    arrays = draw({str(i): shape for i, shape in enumerate(shapes)})
+    total = kernels.square_sum(*map(Tensor, arrays.values()), implementation=implementation)
+    assert total.shape == ()
+    right = sum((a.astype(np.float64) ** 2).sum() for a in arrays.values())
+    np.testing.assert_allclose(total.numpy(), right, rtol=1e-5)
+
+
 @pytest.mark.parametrize("implementation", implementations("adamw"))
 @pytest.mark.parametrize("shape", [(17, 31), (1,), (509,)])
 def test_adamw_updates_in_place_or_not_at_all(implementation, shape):

@@ -17,7 +17,7 @@ from tinygpt.config import TrainConfig
 
 def global_norm(tensors: list[Tensor]) -> Tensor:
     """The Euclidean norm of all elements together, a scalar float32."""
-    return sum((t.square().sum().contiguous() for t in tensors), start=Tensor(0.0)).sqrt()
+    return kernels.square_sum(*tensors).sqrt()
 
 
 def clip_scale(norm: Tensor, limit: float) -> Tensor:

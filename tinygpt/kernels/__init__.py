@@ -22,8 +22,8 @@ from tinygpt.kernels.cpu.launch import set_threads
 
 __all__ = ["IMPLEMENTATIONS", "adamw", "attention", "cached_attention", "cross_entropy", "draw",
            "dropout", "embedding", "gelu", "layer_norm", "linear", "orthogonalize",
-           "quantized_embedding", "quantized_linear", "rms_norm", "rope", "set_threads", "swiglu",
-           "use"]
+           "quantized_embedding", "quantized_linear", "rms_norm", "rope", "set_threads",
+           "square_sum", "swiglu", "use"]
 
 IMPLEMENTATIONS = {"reference": reference, "cpu": cpu, "portable": portable, "tinygrad": stock,
                    "flash": flash}
@@ -171,6 +171,11 @@ def adamw(p: Tensor, m: Tensor, v: Tensor, grad: Tensor, options: Tensor,
     nothing may change. Returns p, m and v, to be realized.
     """
     return _run("adamw", implementation, (p, m, v, grad), options)
+
+
+def square_sum(*tensors: Tensor, implementation: str = "auto") -> Tensor:
+    """The sum of the squares of all elements of float32 tensors, a scalar; no gradient."""
+    return _run("square_sum", implementation, tensors)
 
 
 def orthogonalize(x: Tensor, implementation: str = "auto") -> Tensor:

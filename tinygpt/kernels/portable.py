@@ -14,7 +14,7 @@ from tinygpt.kernels.reference import adamw, attention_mask, draw, dropout, writ
 
 __all__ = ["adamw", "attention", "cached_attention", "cross_entropy", "draw", "embedding",
            "gelu", "layer_norm", "linear", "orthogonalize", "quantized_embedding",
-           "quantized_linear", "rms_norm", "rope", "swiglu"]
+           "quantized_linear", "rms_norm", "rope", "square_sum", "swiglu"]
 
 
 def linear(x, weight, bias=None, residual=None):
@@ -103,6 +103,10 @@ def cross_entropy(logits, targets, label_smoothing=0.0, z_loss=0.0, ignore_index
         loss = loss - label_smoothing * _barrier(logits.mean(-1))
     counted = targets != ignore_index
     return counted.where(loss + z_loss * log_z.square(), 0).sum() / counted.sum()
+
+
+def square_sum(*tensors):
+    return sum((x.square().sum().contiguous() for x in tensors), start=Tensor.zeros(()))
 
 
 def orthogonalize(x):

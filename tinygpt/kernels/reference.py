@@ -119,6 +119,10 @@ def draw(logits, key=None, temperature=None):
     return logits.contiguous().argmax(-1).cast(dtypes.int32).contiguous()
 
 
+def square_sum(*tensors):
+    return sum((x.square().sum() for x in tensors), start=Tensor.zeros(()))
+
+
 NEWTON_SCHULZ = 3.4445, -4.7750, 2.0315  # a + b A + c A^2
 
 

@@ -14,6 +14,7 @@ from tinygpt.kernels.cpu.launch import Kernel, amx, constants, memory, untranspo
 FLOAT_IN, FLOAT_OUT, ACT_IN, ACT_OUT = "const float*", "float*", "const act*", "act*"
 WEIGHT_IN = "const void*"  # of as many bits as the define WEIGHT says
 GEMV_ROWS = 4  # as many rows at most are cheaper as dot products than packed
+MOST_INPUTS = 32  # of a kernel; tinygrad 0.14 allows 63 arguments
 GEMM_STRIP, GEMM_SLICE = 512, 512  # NC and the least KC of gemm.h
 
 
@@ -283,6 +284,19 @@ def draw(logits, key=None, temperature=None):
         (name.upper(), 0 if tensor is None else name) for _, name, tensor in given))
     inputs = [logits, *(tensor for _, _, tensor in given if tensor is not None)]
     return kernel([Tensor.empty(B, dtype=dtypes.int32)], inputs, (B, V))[0]
+
+
+def square_sum(*tensors):
+    parts = [tensors[i:i + MOST_INPUTS] for i in range(0, len(tensors), MOST_INPUTS)]
+    return sum((_square_sum(part) for part in parts), start=Tensor.zeros(()))
+
+
+def _square_sum(tensors):
+    names = [f"x{i}" for i in range(len(tensors))]
+    kernel = Kernel("square_sum.c", ((FLOAT_OUT, "out"), *((FLOAT_IN, name) for name in names)),
+                    (("COUNT", len(names)), ("INPUTS", ", ".join(names))))
+    sizes = tuple(x.numel() for x in tensors)
+    return kernel([Tensor.empty(1)], list(tensors), sizes)[0].reshape(())
 
 
 def orthogonalize(x):

@@ -3,10 +3,15 @@
  * from x of norm 1. A and its polynomials commute, so the steps are taken on A (N x N), N the lesser
  * of R and C, and their product is applied to x once. scratch (4 x N x N). */
 #include "gemm.h"
+#include "square_sum.h"
 
-KERNEL static void some_squares(void* args, int index);
+static void some_squares(void* args, int index);
 
-typedef struct { const float* x; double* sums; long n; } squares_t;
+typedef struct {
+  const float* x;
+  double* sums;
+  long n;
+} squares_t;
 
 #define TASKS 16
 
@@ -54,10 +59,7 @@ KERNEL void NAME(float* out, float* scratch, const float* x, const long* dims, c
 
 KERNEL static void some_squares(void* args, int index) {
   const squares_t* s = args;
-  double sum = 0;
-  for (long i = s->n * index / TASKS; i < s->n * (index + 1) / TASKS; i++)
-    sum += (double)s->x[i] * s->x[i];
-  s->sums[index] = sum;
+  s->sums[index] = square_sum(s->x, s->n * index / TASKS, s->n * (index + 1) / TASKS);
 }
 
 #include "gemm_float.h"
