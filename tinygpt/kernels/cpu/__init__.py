@@ -196,27 +196,51 @@ def rope(x, cos, sin):
 def attention(q, k, v, offset=0, window=None, dropout_p=0.0, dropout_key=None):
     B, H, T, D = q.shape
     G, S = k.shape[1:3]
-    inputs, strides = zip(*[_strided(x.cast(q.dtype)) for x in (q, k, v)], strict=True)
-    kind = (_bf16(q),)
+    inputs, places = _projections(q, k.cast(q.dtype), v.cast(q.dtype))
     drops = dropout_p > 0 and dropout_key is not None
     offset = _number(offset)
     key = dropout_key if drops else constants(dtypes.uint32, 0)
-    sizes = (B, H, G, T, S, D, *sum(strides, ()), window or 0,
+    sizes = (B, H, G, T, S, D, *sum(places, ()), window or 0,
              int(dropout_p * 2**32) if drops else 0)
     flops = 2 * B * H * D * T * (2 * S - T)
+    names = list("qkv")[:len(inputs)]
+    known = [(ACT_IN, name) for name in names]
+    kind = (_bf16(q), *zip("QKV", names * (3 // len(names)), strict=True))
 
     def gradient(dy: Tensor, made: list[Tensor]) -> list[Tensor | None]:
-        dq, dk, dv = (Tensor.empty(*x.shape, dtype=t) for x, t in
-                      zip(inputs, (dtypes.float32, q.dtype, q.dtype), strict=True))
-        dq, dk, dv, _ = Kernel("attention_backward.c", defines=kind)(
-            [dq, dk, dv, Tensor.empty(B, H, T)], [dy, *made, *inputs, offset, key], sizes,
-            flops=flops * 5 // 2)
-        return [dq.cast(q.dtype), dk, dv, None, None]
+        outputs = [Tensor.empty(*x.shape, dtype=x.dtype if n else dtypes.float32)
+                   for n, x in enumerate(inputs)]
+        given = [(ACT_IN, "dout"), (ACT_IN, "out"), (FLOAT_IN, "lse"), *known]
+        grads = [(ACT_OUT if n else FLOAT_OUT, f"d{name}") for n, name in enumerate(names)]
+        into = tuple((f"D{name}", f"d{value}") for name, value in kind[1:])
+        kernel = Kernel("attention_backward.c", (*grads, (FLOAT_OUT, "delta"), *given),
+                        (*kind, *into))
+        made = kernel([*outputs, Tensor.empty(B, H, T)], [dy, *made, *inputs, offset, key], sizes,
+                      flops=flops * 5 // 2)
+        return [made[0].cast(q.dtype), *made[1:-1], None, None]
 
-    out = Kernel("attention_forward.c", defines=kind)(
-        [Tensor.empty(B, T, H, D, dtype=q.dtype), Tensor.empty(B, H, T)],
-        [*inputs, offset, key], sizes, gradient, flops)[0]
+    kernel = Kernel("attention_forward.c", ((ACT_OUT, "out"), (FLOAT_OUT, "lse"), *known), kind)
+    out = kernel([Tensor.empty(B, T, H, D, dtype=q.dtype), Tensor.empty(B, H, T)],
+                 [*inputs, offset, key], sizes, gradient, flops)[0]
     return out.transpose(1, 2)
+
+
+def _projections(q, k, v) -> tuple[list[Tensor], list[tuple[int, ...]]]:
+    """The memory of q, k and v, and where in it each begins and its batch, head and row strides.
+
+    One tensor where the three are what a kernel projected together, else one each.
+    """
+    (B, H, T, D), G = q.shape, k.shape[1]
+    width = (H + 2 * G) * D
+    views = [memory(x) for x in (q, k, v)]
+    together = [(start, T * width, D, width) for start in (0, H * D, (H + G) * D)]
+    source = views[0][0]
+    if (q.dtype == dtypes.float32 and source.numel() == B * T * width
+            and all(other.uop is source.uop for other, _, _ in views)
+            and [(start, *strides) for _, start, strides in views] == [(*p, 1) for p in together]):
+        return [source], together
+    inputs, strides = zip(*[_strided(x) for x in (q, k, v)], strict=True)
+    return list(inputs), [(0, *s) for s in strides]
 
 
 def cached_attention(q, k, v, keys, values, offset, window=None):

@@ -11,7 +11,7 @@
 #define TILE(rows, cols) \
   ((float*)__builtin_alloca_with_align((rows) * (cols) * sizeof(float), 512))
 
-typedef struct { long batch, head, row; } strides_t;   /* in elements; D itself is contiguous */
+typedef struct { long start, batch, head, row; } strides_t;   /* in elements; D is contiguous */
 
 typedef struct {
   const act *q, *k, *v, *dout;
@@ -24,16 +24,16 @@ typedef struct {
   float scale, keep;             /* 1 / sqrt(D), 1 / (1 - dropout) */
 } attention_t;
 
-#define AT(p, strides, b, h, i) ((p) + (b) * (strides).batch + (h) * (strides).head + (i) * (strides).row)
+#define AT(p, s, b, h, i) ((p) + (s).start + (b) * (s).batch + (h) * (s).head + (i) * (s).row)
 
 HOT void set_sizes(attention_t* a, const long* dims, const int* offset, const unsigned* key) {
   a->B = dims[0], a->H = dims[1], a->G = dims[2], a->T = dims[3], a->S = dims[4], a->D = dims[5];
-  a->qs = (strides_t){dims[6], dims[7], dims[8]};
-  a->ks = (strides_t){dims[9], dims[10], dims[11]};
-  a->vs = (strides_t){dims[12], dims[13], dims[14]};
-  a->os = (strides_t){a->T * a->H * a->D, a->D, a->H * a->D};
-  a->window = dims[15];
-  a->dropout = (unsigned)dims[16];
+  a->qs = (strides_t){dims[6], dims[7], dims[8], dims[9]};
+  a->ks = (strides_t){dims[10], dims[11], dims[12], dims[13]};
+  a->vs = (strides_t){dims[14], dims[15], dims[16], dims[17]};
+  a->os = (strides_t){0, a->T * a->H * a->D, a->D, a->H * a->D};
+  a->window = dims[18];
+  a->dropout = (unsigned)dims[19];
   a->DP = ROUND_UP(a->D, COLS);
   a->offset = offset[0];
   a->key = key[0];

@@ -11,13 +11,11 @@ static void key_task(void* args, int index);
 static void query_task(void* args, int index);
 static void delta_task(void* args, int index);
 
-KERNEL void NAME(float* dq, act* dk, act* dv, float* delta, const act* dout,
-                 const act* out, const float* lse, const act* q, const act* k, const act* v,
-                 const int* offset, const unsigned* key, const long* dims,
+KERNEL void NAME(ARGUMENTS const int* offset, const unsigned* key, const long* dims,
                  const u64* table) {
   pool_t* pool = (pool_t*)table[0];
-  attention_t a = {.q = q, .k = k, .v = v, .dout = dout, .out = (act*)out, .lse = (float*)lse,
-                   .delta = delta, .dq = dq, .dk = dk, .dv = dv};
+  attention_t a = {.q = Q, .k = K, .v = V, .dout = dout, .out = (act*)out, .lse = (float*)lse,
+                   .delta = delta, .dq = DQ, .dk = DK, .dv = DV};
   set_sizes(&a, dims, offset, key);
   parallel_for(pool, delta_task, &a, a.B * a.H);
   if (a.B * a.G >= (long)pool->threads) {

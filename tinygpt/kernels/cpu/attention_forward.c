@@ -5,9 +5,9 @@
 
 static void query_tile(void* args, int index);
 
-KERNEL void NAME(act* out, float* lse, const act* q, const act* k, const act* v,
-                 const int* offset, const unsigned* key, const long* dims, const u64* table) {
-  attention_t a = {.q = q, .k = k, .v = v, .out = out, .lse = lse};
+KERNEL void NAME(ARGUMENTS const int* offset, const unsigned* key, const long* dims,
+                 const u64* table) {
+  attention_t a = {.q = Q, .k = K, .v = V, .out = out, .lse = lse};
   set_sizes(&a, dims, offset, key);
   parallel_for((pool_t*)table[0], query_tile, &a, a.B * a.H * ((a.T + BQ - 1) / BQ));
 }
