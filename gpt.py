@@ -17,7 +17,7 @@ import numpy as np
 from tinygrad import Tensor, UOp, dtypes
 from tinygrad.nn.state import get_state_dict
 
-from tinygpt import checkpoint, device, kernels
+from tinygpt import checkpoint, device, kernels, pretrained
 from tinygpt.config import SampleConfig, TrainConfig, check_choice, check_range
 from tinygpt.decoder import Decoder
 from tinygpt.kernels.random import next_key
@@ -267,14 +267,14 @@ def rope_tables(length: int, head_size: int, theta: float, device: str) -> tuple
 
 
 class GPT:
-    """The model. Weights are float32 tensors drawn as GPT-2's are, from `seed`.
+    """The model. Weights are float32 tensors drawn as GPT-2's are, from `seed`; None: not drawn.
 
     `compute_dtype` ("float32" or "bfloat16") is what activations are kept in; `tokenizer` is what
     the weights were trained with, where that is known. Raises ValueError where no device is
     usable.
     """
 
-    def __init__(self, config: GPTConfig, seed: int = 1337):
+    def __init__(self, config: GPTConfig, seed: int | None = 1337):
         device.default()
         self.config = config
         self.compute_dtype = "float32"
@@ -283,7 +283,7 @@ class GPT:
 
         def draw(shape: tuple[int, ...], std: float | None) -> Tensor:
             """Normal with that deviation; ones where it is None."""
-            if not std:
+            if not std or seed is None:
                 array = np.full(shape, 1.0 if std is None else 0.0, dtype=np.float32)
             else:
                 array = rng.standard_normal(shape, dtype=np.float32) * np.float32(std)
@@ -515,6 +515,28 @@ class GPT:
         if ema:
             model.load_state_dict(averages)
         return model
+
+    @classmethod
+    def from_pretrained(cls, name: str | Path, *, offline: bool = False, **options) -> "GPT":
+        """The model, with its tokenizer where that can be read, of "gpt2", "gpt2-medium",
+        "gpt2-large" or "gpt2-xl" (downloaded once unless offline), of a folder or .safetensors
+        file in Hugging Face's layout (GPT-2 or Llama), or of a checkpoint of ours.
+
+        options are fields of GPTConfig: a block_size that is smaller than the model's crops it, a
+        dropout is taken, any other has to be the model's own. Raises ValueError.
+        """
+        found = pretrained.open_pretrained(name, offline)
+        model = cls(_config_of({"model_config": found.configured(options)}, name), seed=None)
+        found.fill(model.state_dict())
+        model.tokenizer = found.tokenizer
+        return model
+
+    def save_pretrained(self, folder: str | Path) -> Path:
+        """Writes a new folder that transformers opens, as GPT-2 or Llama; returns its path.
+
+        Raises ValueError that names the option which neither has.
+        """
+        return pretrained.export(asdict(self.config), self.state_dict(), self.tokenizer, folder)
 
 
 _DECODERS: weakref.WeakKeyDictionary[GPT, dict] = weakref.WeakKeyDictionary()

@@ -14,12 +14,13 @@ from tinygrad import Tensor, TinyJit, dtypes
 
 from gpt import GPT, GPTConfig
 from tinygpt import checkpoint, device, kernels
-from tinygpt.config import PRESETS, SampleConfig, TrainConfig, parse_flags, to_json
+from tinygpt.config import PRESETS, SampleConfig, TrainConfig, given, parse_flags, to_json
 from tinygpt.data import Batches, TokenData, load_data
 from tinygpt.kernels.random import make_key
 from tinygpt.optim import EMA, clip_scale, global_norm, make_optimizer
 from tinygpt.report import Report, bits_per_byte
 from tinygpt.schedule import learning_rate
+from tinygpt.tokenizer import load_tokenizer
 
 PATIENCE = 10  # steps in a row without a finite loss after which training stops
 
@@ -360,9 +361,12 @@ def main(argv: list[str] | None = None) -> int:
             flags = _parse(["--config", str(saved), *argv])
             config = flags["train"]
         device.choose(config.device)
-        shape = flags["model"]
-        data = load_data(config.data, config.tokenizer, shape.vocab_size, shape.block_size)
-        model = GPT(replace(shape, vocab_size=data.tokenizer.vocab_size), config.seed)
+        if config.init_from == "scratch":
+            shape = flags["model"]
+            data = load_data(config.data, config.tokenizer, shape.vocab_size, shape.block_size)
+            model = GPT(replace(shape, vocab_size=data.tokenizer.vocab_size), config.seed)
+        else:
+            model, data = _pretrained(flags["model"], config, given(GPTConfig, argv, PRESETS))
         train(model, config, data)
     except Interrupted as stop:
         print(stop, file=sys.stderr)
@@ -373,6 +377,27 @@ def main(argv: list[str] | None = None) -> int:
         print(f"train.py: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def _pretrained(shape: GPTConfig, config: TrainConfig, asked: list[str]) -> tuple[GPT, TokenData]:
+    """The model that --init_from names, or that a resumed run made of it, and data in its ids.
+
+    asked: the fields of shape that the user set.
+    """
+    path = checkpoint.newest(Path(config.out_dir)) if config.resume else None
+    if path is not None:
+        saved = checkpoint.load_metadata(path).get("tokenizer")
+        model = GPT(shape, seed=None)
+        model.tokenizer = load_tokenizer(saved) if saved else None
+    else:
+        options = {name: getattr(shape, name) for name in asked}
+        model = GPT.from_pretrained(config.init_from, offline=config.offline, **options)
+    if model.tokenizer is None and config.tokenizer in ("bpe", "char"):
+        raise ValueError(f"{config.init_from} comes with no tokenizer that can be read here: pass "
+                         "--tokenizer gpt2 or byte, whichever it was trained with")
+    data = load_data(config.data, model.tokenizer or config.tokenizer, model.config.vocab_size,
+                     model.config.block_size)
+    return model, data
 
 
 def _parse(argv: list[str]) -> dict:
