@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from gpt import GPT
-from tinygpt import checkpoint, device, kernels
+from tinygpt import checkpoint, device, kernels, lora
 from tinygpt.config import SampleConfig, check_choice, check_range, parse_flags
 from tinygpt.pretrained import is_pretrained
 from tinygpt.quantize import KINDS
@@ -25,6 +25,8 @@ class GenerateConfig:
                 "Hugging Face's layout; unset: the best one of the newest run in checkpoints/"})
     offline: bool = field(default=False, metadata={
         "help": "take what --checkpoint names from the cache only"})
+    lora: str | None = field(default=None, metadata={
+        "help": "a lora.safetensors of a run with --lora_rank, to put on top of --checkpoint"})
     export: str | None = field(default=None, metadata={
         "help": "instead of writing text, write the model into this new folder, as transformers "
                 "has GPT-2 or Llama"})
@@ -135,6 +137,8 @@ def run(what: GenerateConfig, config: SampleConfig) -> None:
         model = GPT.from_pretrained(path, offline=what.offline)
     else:
         model = GPT.from_checkpoint(path, what.ema)
+    if what.lora is not None:
+        lora.load(model, what.lora)
     if what.export is not None:
         print(f"{path} is now in {model.save_pretrained(what.export)}", file=sys.stderr)
         return

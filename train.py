@@ -13,7 +13,7 @@ import numpy as np
 from tinygrad import Tensor, TinyJit, dtypes
 
 from gpt import GPT, GPTConfig
-from tinygpt import checkpoint, device, kernels
+from tinygpt import checkpoint, device, kernels, lora
 from tinygpt.config import PRESETS, SampleConfig, TrainConfig, given, parse_flags, to_json
 from tinygpt.data import Batches, TokenData, load_data
 from tinygpt.kernels.random import make_key
@@ -84,9 +84,12 @@ class Run:
         block, rows = model.config.block_size, config.batch_size
         self.batches = Batches(data.train, block, rows, config.seed)
         self.val_batches = Batches(data.val, block, rows, config.seed)
-        self.params = model.state_dict()
+        if config.lora_rank:
+            lora.attach(model, config.lora_rank, config.lora_alpha, config.lora_targets,
+                        config.seed)
+        self.params = lora.trainable(model.state_dict(), config.freeze)
         self.optimizer = make_optimizer(self.params, config)
-        self.ema = EMA(self.params, config.ema_decay) if config.ema else None
+        self.ema = EMA(model.state_dict(), config.ema_decay) if config.ema else None
         self._claim_out_dir()
         model.tokenizer = data.tokenizer
 
@@ -272,6 +275,9 @@ class Run:
             "random_state": {"seed": config.seed}}, self.ema)
         if best:
             checkpoint.mark_best(path)
+            if config.lora_rank:
+                lora.save(self.model, self.params, {"model_config": asdict(self.model.config),
+                                                    "init_from": config.init_from}, self.out_dir)
         checkpoint.rotate(self.out_dir, config.keep)
         return path
 
@@ -318,7 +324,9 @@ class Run:
         say(f"device {device.describe()}")
         say(f"data {data.source}: {len(data.train):,} training and {len(data.val):,} validation "
             f"tokens")
-        say(f"model {self.model.num_params():,} parameters; {tokens:,} tokens a step")
+        changed = sum(p.numel() for p in self.params.values())
+        say(f"model {self.model.num_params():,} parameters, of which {changed:,} are trained; "
+            f"{tokens:,} tokens a step")
         if self.ema:
             say("evaluations and samples are of the weights' moving average")
         if self.iter_num:

@@ -51,6 +51,15 @@ class TrainConfig:
                 "finetune_shakespeare is the recipe then"})
     offline: bool = field(default=False, metadata={
         "help": "take what --init_from names from the cache only"})
+    freeze: str | None = field(default=None, metadata={
+        "help": "weights that stay as they are: patterns of their names, comma-separated, such as "
+                "'wte*,wpe*,h.[0-5].*'"})
+    lora_rank: int = field(default=0, metadata={
+        "help": "train low-rank adapters of that rank and nothing else (LoRA); 0: all weights"})
+    lora_alpha: float = field(default=16.0, metadata={
+        "help": "the adapters are multiplied by lora_alpha / lora_rank"})
+    lora_targets: str = field(default="h.*.attn.c_attn", metadata={
+        "help": "linear layers that get an adapter: patterns of their names, comma-separated"})
     resume: bool = field(default=False, metadata={
         "help": "continue the newest checkpoint in out_dir"})
     batch_size: int = field(default=12, metadata={"help": "sequences in a micro-batch"})
@@ -113,6 +122,8 @@ class TrainConfig:
                      "z_loss", "min_lr"):
             check_range(self, name, low=0)
         check_range(self, "learning_rate", above=0)
+        check_range(self, "lora_rank", low=0)
+        check_range(self, "lora_alpha", above=0)
         check_range(self, "decay_fraction", above=0, high=1)
         for name in ("beta1", "beta2", "ema_decay", "label_smoothing"):
             check_range(self, name, low=0, below=1)
