@@ -235,7 +235,7 @@ def parse_flags(classes: dict[str, type], argv: list[str], description: str,
         flags = _expand(flags, presets, known)
     for name, cls in classes.items():
         own = {f.name: base[f.name] for f in fields(cls) if f.name in base}
-        parser.add_arguments(cls, dest=name, default=cls(**own))
+        parser.add_arguments(cls, dest=name, default=cls(**own) if own else None)
     return vars(parser.parse_args(flags))
 
 
