@@ -1,6 +1,7 @@
 """Downloads of a pretrained model, from a server of the test's own that misbehaves."""
 
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
@@ -13,7 +14,6 @@ from tinygpt.data import DataError, fetch
 from tinygpt.tokenizer import BPETokenizer
 
 BODY = np.random.default_rng(0).bytes(300_000)
-HALF = len(BODY) // 2
 PIECE = 70_000  # more than is read at once
 
 
@@ -89,7 +89,9 @@ def ranges() -> list:
 @pytest.mark.parametrize("fault", ["cut", "stall", "says more"])
 def test_what_breaks_off_is_continued_where_it_stopped(server, tmp_path, fault):
     Handler.faults["/f"] = [fault]
+    start = time.perf_counter()
     assert fetch(f"{server}/f", tmp_path / "f", accept).read_bytes() == BODY
+    assert time.perf_counter() - start < 4  # the server would stall for five seconds
     if fault == "says more":  # all of it is there, but not what was announced
         assert len(ranges()) >= 2
     else:
@@ -107,6 +109,7 @@ def test_as_often_as_it_comes_further(server, tmp_path):
 def test_a_server_that_continues_badly_is_begun_with_again(server, tmp_path, fault):
     Handler.faults["/f"] = ["cut", fault]
     assert fetch(f"{server}/f", tmp_path / "f", accept).read_bytes() == BODY
+    assert len(ranges()) == (2 if fault == "no ranges" else 3)
 
 
 def test_a_file_that_changed_between_is_not_glued_together(server, tmp_path):

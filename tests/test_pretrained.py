@@ -259,6 +259,7 @@ def test_a_folder_with_files_is_not_written_over(tmp_path):
 
 def test_an_export_that_fails_leaves_nothing(tmp_path, monkeypatch):
     def full(*args):
+        assert not (tmp_path / "x").exists()  # before it is whole
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(tensorfile.os, "fsync", full)
@@ -318,6 +319,14 @@ def test_a_tokenizer_json_of_another_kind_is_not_taken_for_ours(tmp_path, text, 
     change(data)
     path.write_text(json.dumps(data))
     assert GPT.from_pretrained(tmp_path / "x").tokenizer is None
+
+
+def test_tokens_that_no_merge_makes_are_not_exported(tmp_path):
+    model = GPT(GPTConfig(**OWN | dict(vocab_size=300)))
+    model.tokenizer = BPETokenizer.of([bytes([b]) for b in range(256)] + [b"abc"])
+    with pytest.raises(ValueError, match="abc"):
+        model.save_pretrained(tmp_path / "x")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_tokenizer_without_a_home_is_left_out_and_told(tmp_path):
