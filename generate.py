@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 
 from gpt import GPT
-from tinygpt import checkpoint, device, kernels
+from tinygpt import checkpoint, device, kernels, lora
 from tinygpt.config import SampleConfig, check_choice, check_range, parse_flags
+from tinygpt.pretrained import is_pretrained
 from tinygpt.quantize import KINDS
 from tinygpt.tokenizer import StreamDecoder
 
@@ -20,7 +21,15 @@ class GenerateConfig:
     """What to write with, and what to write on."""
 
     checkpoint: str | None = field(default=None, metadata={
-        "help": "a .safetensors file; unset: the best one of the newest run in checkpoints/"})
+        "help": "a .safetensors file, gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a folder in "
+                "Hugging Face's layout; unset: the best one of the newest run in checkpoints/"})
+    offline: bool = field(default=False, metadata={
+        "help": "take what --checkpoint names from the cache only"})
+    lora: str | None = field(default=None, metadata={
+        "help": "a lora.safetensors of a run with --lora_rank, to put on top of --checkpoint"})
+    export: str | None = field(default=None, metadata={
+        "help": "instead of writing text, write the model into this new folder, as transformers "
+                "has GPT-2 or Llama"})
     ema: bool = field(default=False, metadata={
         "help": "write with the moving average of the weights, of a run with --ema"})
     prompt: str = field(default="\n", metadata={
@@ -124,10 +133,18 @@ def run(what: GenerateConfig, config: SampleConfig) -> None:
     if what.threads:
         kernels.set_threads(what.threads)
     path = what.checkpoint or checkpoint.best_of_newest_run(Path("checkpoints"))
-    model = GPT.from_checkpoint(path, what.ema)
+    if is_pretrained(path):
+        model = GPT.from_pretrained(path, offline=what.offline)
+    else:
+        model = GPT.from_checkpoint(path, what.ema)
+    if what.lora is not None:
+        lora.load(model, what.lora)
+    if what.export is not None:
+        print(f"{path} is now in {model.save_pretrained(what.export)}", file=sys.stderr)
+        return
     if model.tokenizer is None:
-        raise ValueError(f"{path} was trained on bare token ids and has no tokenizer: "
-                         "use GPT.from_checkpoint and generate in a script")
+        raise ValueError(f"{path} was trained on bare token ids, or has no tokenizer that can be "
+                         "read here: use generate of a GPT in a script")
     if what.quantize != "none":
         model.quantize(what.quantize)
     prompt = read_prompt(what.prompt)

@@ -17,7 +17,7 @@ import numpy as np
 from tinygrad import Tensor, UOp, dtypes
 from tinygrad.nn.state import get_state_dict
 
-from tinygpt import checkpoint, device, kernels
+from tinygpt import checkpoint, device, kernels, lora, pretrained
 from tinygpt.config import SampleConfig, TrainConfig, check_choice, check_range
 from tinygpt.decoder import Decoder
 from tinygpt.kernels.random import next_key
@@ -108,14 +108,17 @@ def _config_of(facts: dict, path: str | Path) -> GPTConfig:
 
 
 class Linear:
-    """y = x W^T + b. weight (N, C), bias (N,) or None, float32."""
+    """y = x W^T + b. weight (N, C), bias (N,) or None, float32; lora adds to it where there is
+    one (see tinygpt/lora.py)."""
 
     def __init__(self, draw, n_in: int, n_out: int, bias: bool, std: float = 0.02):
         self.weight = draw((n_out, n_in), std)
         self.bias = draw((n_out,), 0.0) if bias else None
+        self.lora: lora.LoRA | None = None
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        return kernels.linear(x, self.weight, self.bias, residual)
+        y = kernels.linear(x, self.weight, self.bias, residual)
+        return y if self.lora is None else y + self.lora(x)
 
 
 class Norm:
@@ -267,14 +270,14 @@ def rope_tables(length: int, head_size: int, theta: float, device: str) -> tuple
 
 
 class GPT:
-    """The model. Weights are float32 tensors drawn as GPT-2's are, from `seed`.
+    """The model. Weights are float32 tensors drawn as GPT-2's are, from `seed`; None: not drawn.
 
     `compute_dtype` ("float32" or "bfloat16") is what activations are kept in; `tokenizer` is what
     the weights were trained with, where that is known. Raises ValueError where no device is
     usable.
     """
 
-    def __init__(self, config: GPTConfig, seed: int = 1337):
+    def __init__(self, config: GPTConfig, seed: int | None = 1337):
         device.default()
         self.config = config
         self.compute_dtype = "float32"
@@ -283,7 +286,7 @@ class GPT:
 
         def draw(shape: tuple[int, ...], std: float | None) -> Tensor:
             """Normal with that deviation; ones where it is None."""
-            if not std:
+            if not std or seed is None:
                 array = np.full(shape, 1.0 if std is None else 0.0, dtype=np.float32)
             else:
                 array = rng.standard_normal(shape, dtype=np.float32) * np.float32(std)
@@ -370,7 +373,7 @@ class GPT:
     def _decode(self, ids: np.ndarray, config: SampleConfig) -> Iterator[np.ndarray]:
         enabled = Controls.of(config).enabled
         decoders = _DECODERS.setdefault(self, {})
-        key = (len(ids), enabled, self.compute_dtype)
+        key = (len(ids), enabled, self.compute_dtype, lora.adapters(self))
         if key not in decoders:
             decoders[key] = Decoder(self._cached_forward(len(ids)), self.config.block_size,
                                     self.config.vocab_size, len(ids), enabled)
@@ -406,6 +409,7 @@ class GPT:
         It can then be neither trained nor saved. Raises ValueError where it is quantized already.
         """
         _DECODERS.pop(self, None)  # compiled for the weights as they were
+        lora.merge(self)
         quantize(self, kind)
         return self
 
@@ -463,7 +467,8 @@ class GPT:
             if other is not None:
                 tensors |= {prefix + k: t.numpy() for k, t in other.state_dict().items()}
         facts = {"model_config": asdict(self.config), "iter_num": iter_num,
-                 "tokenizer": self.tokenizer and self.tokenizer.to_json()}
+                 "tokenizer": self.tokenizer and self.tokenizer.to_json(),
+                 "lora_alpha": lora.alpha_of(self)}
         return checkpoint.save(Path(out_dir) / checkpoint.name(iter_num), tensors,
                                facts | (metadata or {}))
 
@@ -493,8 +498,8 @@ class GPT:
 
     @classmethod
     def from_checkpoint(cls, path: str | Path, ema: bool = False) -> "GPT":
-        """The model that a checkpoint holds, with its tokenizer; with ema the moving average of
-        its weights. Raises ValueError.
+        """The model that a checkpoint holds, with its tokenizer and LoRA merged; with ema the
+        moving average of its weights. Raises ValueError.
         """
         tensors, facts = checkpoint.load(path)
         config = _config_of(facts, path)
@@ -510,11 +515,37 @@ class GPT:
         if ema and not averages:
             raise checkpoint.CheckpointError(f"{path} has no moving average of the weights: leave "
                                              "out --ema, or train with it")
-        model = cls(config)
+        model = cls(config, seed=None)
+        lora.adopt(model, checkpoint.part(tensors, "model."), facts.get("lora_alpha") or 0.0, path)
         model.load_checkpoint(path)
         if ema:
             model.load_state_dict(averages)
+        lora.merge(model)
         return model
+
+    @classmethod
+    def from_pretrained(cls, name: str | Path, *, offline: bool = False, **options) -> "GPT":
+        """The model, with its tokenizer where that can be read, of "gpt2", "gpt2-medium",
+        "gpt2-large" or "gpt2-xl" (downloaded once unless offline), of a folder or .safetensors
+        file in Hugging Face's layout (GPT-2 or Llama), or of a checkpoint of ours.
+
+        options are fields of GPTConfig: a block_size that is smaller than the model's crops it, a
+        dropout is taken, any other has to be the model's own. Raises ValueError.
+        """
+        found = pretrained.open_pretrained(name, offline)
+        model = cls(_config_of({"model_config": found.configured(options)}, name), seed=None)
+        found.fill(model.state_dict())
+        model.tokenizer = found.tokenizer
+        return model
+
+    def save_pretrained(self, folder: str | Path) -> Path:
+        """Writes a new folder that transformers opens, as GPT-2 or Llama; returns its path.
+
+        Adapters (LoRA) are merged for good. Raises ValueError that names the option which neither
+        has.
+        """
+        lora.merge(self)
+        return pretrained.export(asdict(self.config), self.state_dict(), self.tokenizer, folder)
 
 
 _DECODERS: weakref.WeakKeyDictionary[GPT, dict] = weakref.WeakKeyDictionary()

@@ -13,13 +13,14 @@ import numpy as np
 from tinygrad import Tensor, TinyJit, dtypes
 
 from gpt import GPT, GPTConfig
-from tinygpt import checkpoint, device, kernels
-from tinygpt.config import PRESETS, SampleConfig, TrainConfig, parse_flags, to_json
+from tinygpt import checkpoint, device, kernels, lora
+from tinygpt.config import PRESETS, SampleConfig, TrainConfig, given, parse_flags, to_json
 from tinygpt.data import Batches, TokenData, load_data
 from tinygpt.kernels.random import make_key
 from tinygpt.optim import EMA, clip_scale, global_norm, make_optimizer
 from tinygpt.report import Report, bits_per_byte
 from tinygpt.schedule import learning_rate
+from tinygpt.tokenizer import load_tokenizer
 
 PATIENCE = 10  # steps in a row without a finite loss after which training stops
 
@@ -83,9 +84,12 @@ class Run:
         block, rows = model.config.block_size, config.batch_size
         self.batches = Batches(data.train, block, rows, config.seed)
         self.val_batches = Batches(data.val, block, rows, config.seed)
-        self.params = model.state_dict()
+        if config.lora_rank:
+            lora.attach(model, config.lora_rank, config.lora_alpha, config.lora_targets,
+                        config.seed)
+        self.params = lora.trainable(model.state_dict(), config.freeze)
         self.optimizer = make_optimizer(self.params, config)
-        self.ema = EMA(self.params, config.ema_decay) if config.ema else None
+        self.ema = EMA(model.state_dict(), config.ema_decay) if config.ema else None
         self._claim_out_dir()
         model.tokenizer = data.tokenizer
 
@@ -271,6 +275,9 @@ class Run:
             "random_state": {"seed": config.seed}}, self.ema)
         if best:
             checkpoint.mark_best(path)
+            if config.lora_rank:
+                lora.save(self.model, self.params, {"model_config": asdict(self.model.config),
+                                                    "init_from": config.init_from}, self.out_dir)
         checkpoint.rotate(self.out_dir, config.keep)
         return path
 
@@ -317,7 +324,9 @@ class Run:
         say(f"device {device.describe()}")
         say(f"data {data.source}: {len(data.train):,} training and {len(data.val):,} validation "
             f"tokens")
-        say(f"model {self.model.num_params():,} parameters; {tokens:,} tokens a step")
+        changed = sum(p.numel() for p in self.params.values())
+        say(f"model {self.model.num_params():,} parameters, of which {changed:,} are trained; "
+            f"{tokens:,} tokens a step")
         if self.ema:
             say("evaluations and samples are of the weights' moving average")
         if self.iter_num:
@@ -360,9 +369,12 @@ def main(argv: list[str] | None = None) -> int:
             flags = _parse(["--config", str(saved), *argv])
             config = flags["train"]
         device.choose(config.device)
-        shape = flags["model"]
-        data = load_data(config.data, config.tokenizer, shape.vocab_size, shape.block_size)
-        model = GPT(replace(shape, vocab_size=data.tokenizer.vocab_size), config.seed)
+        if config.init_from == "scratch":
+            shape = flags["model"]
+            data = load_data(config.data, config.tokenizer, shape.vocab_size, shape.block_size)
+            model = GPT(replace(shape, vocab_size=data.tokenizer.vocab_size), config.seed)
+        else:
+            model, data = _pretrained(flags["model"], config, given(GPTConfig, argv, PRESETS))
         train(model, config, data)
     except Interrupted as stop:
         print(stop, file=sys.stderr)
@@ -373,6 +385,27 @@ def main(argv: list[str] | None = None) -> int:
         print(f"train.py: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def _pretrained(shape: GPTConfig, config: TrainConfig, asked: list[str]) -> tuple[GPT, TokenData]:
+    """The model that --init_from names, or that a resumed run made of it, and data in its ids.
+
+    asked: the fields of shape that the user set.
+    """
+    path = checkpoint.newest(Path(config.out_dir)) if config.resume else None
+    if path is not None:
+        saved = checkpoint.load_metadata(path).get("tokenizer")
+        model = GPT(shape, seed=None)
+        model.tokenizer = load_tokenizer(saved) if saved else None
+    else:
+        options = {name: getattr(shape, name) for name in asked}
+        model = GPT.from_pretrained(config.init_from, offline=config.offline, **options)
+    if model.tokenizer is None and config.tokenizer in ("bpe", "char"):
+        raise ValueError(f"{config.init_from} comes with no tokenizer that can be read here: pass "
+                         "--tokenizer gpt2 or byte, whichever it was trained with")
+    data = load_data(config.data, model.tokenizer or config.tokenizer, model.config.vocab_size,
+                     model.config.block_size)
+    return model, data
 
 
 def _parse(argv: list[str]) -> dict:

@@ -1,6 +1,5 @@
 """Text or .bin files -> token ids -> batches; and the download."""
 
-import functools
 import hashlib
 import json
 import os
@@ -485,7 +484,7 @@ def server():
 def fetch(server, tmp_path, monkeypatch):
     """download() of a path of the server; no proxy, and no waiting between tries."""
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setattr(module, "Retry", functools.partial(module.Retry, backoff_max=0.01))
+    monkeypatch.setattr(module, "PAUSE", 0.001)
     Handler.asked.clear()
     return lambda path, sha=HASH: download(server + path, tmp_path / "new" / "file.bin", sha)
 
@@ -527,7 +526,7 @@ def test_a_busy_server_is_asked_again(fetch):
 
 
 def test_no_server_and_no_folder_are_data_errors(tmp_path, server, monkeypatch):
-    monkeypatch.setattr(module, "Retry", functools.partial(module.Retry, backoff_max=0.01))
+    monkeypatch.setattr(module, "PAUSE", 0.001)
     with pytest.raises(DataError):
         download("http://127.0.0.1:9/file", tmp_path / "file.bin", HASH)
     (tmp_path / "in_the_way").write_text("a file")

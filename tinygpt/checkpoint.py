@@ -19,7 +19,8 @@ from safetensors.numpy import save_file
 
 FORMAT = "tinygpt-1"
 BEST = "best.safetensors"
-RUN_FILES = ("ckpt_*.safetensors", BEST, "metrics.jsonl", "loss.png", "config.json")
+RUN_FILES = ("ckpt_*.safetensors", BEST, "lora.safetensors", "metrics.jsonl", "loss.png",
+             "config.json")
 
 
 class CheckpointError(ValueError):

@@ -45,6 +45,21 @@ class TrainConfig:
     tokenizer: str = field(default="bpe", metadata={
         "help": "bpe (trained on the data), gpt2, char or byte"})
     out_dir: str = field(default="checkpoints", metadata={"help": "where the run is saved"})
+    init_from: str = field(default="scratch", metadata={
+        "help": "weights to begin with: scratch, gpt2, gpt2-medium, gpt2-large, gpt2-xl, a folder "
+                "in Hugging Face's layout, or a .safetensors file; without a --preset, "
+                "finetune_shakespeare is the recipe then"})
+    offline: bool = field(default=False, metadata={
+        "help": "take what --init_from names from the cache only"})
+    freeze: str | None = field(default=None, metadata={
+        "help": "weights that stay as they are: patterns of their names, comma-separated, such as "
+                "'wte*,wpe*,h.[0-5].*'"})
+    lora_rank: int = field(default=0, metadata={
+        "help": "train low-rank adapters of that rank and nothing else (LoRA); 0: all weights"})
+    lora_alpha: float = field(default=16.0, metadata={
+        "help": "the adapters are multiplied by lora_alpha / lora_rank"})
+    lora_targets: str = field(default="h.*.attn.c_attn", metadata={
+        "help": "linear layers that get an adapter: patterns of their names, comma-separated"})
     resume: bool = field(default=False, metadata={
         "help": "continue the newest checkpoint in out_dir"})
     batch_size: int = field(default=12, metadata={"help": "sequences in a micro-batch"})
@@ -107,6 +122,8 @@ class TrainConfig:
                      "z_loss", "min_lr"):
             check_range(self, name, low=0)
         check_range(self, "learning_rate", above=0)
+        check_range(self, "lora_rank", low=0)
+        check_range(self, "lora_alpha", above=0)
         check_range(self, "decay_fraction", above=0, high=1)
         for name in ("beta1", "beta2", "ema_decay", "label_smoothing"):
             check_range(self, name, low=0, below=1)
@@ -150,6 +167,8 @@ class SampleConfig:
         check_range(self, "repetition_penalty", above=0)
 
 
+FINETUNE = "finetune_shakespeare"  # the recipe where --init_from is given and no other is named
+
 # Flags of train.py under one name. The default run is the first.
 PRESETS: dict[str, dict] = {
     "shakespeare": dict(
@@ -175,6 +194,12 @@ PRESETS: dict[str, dict] = {
         gradient_accumulation_steps=40, learning_rate=6e-4, min_lr=6e-5, max_iters=600000,
         lr_decay_iters=600000, warmup_iters=2000, beta1=0.9, beta2=0.95, weight_decay=0.1,
         grad_clip=1.0, eval_interval=1000, eval_iters=200, log_interval=10, dtype="bfloat16"),
+    # nanoGPT's config/finetune_shakespeare.py, of the smallest model
+    FINETUNE: dict(
+        init_from="gpt2", data="shakespeare", tokenizer="gpt2", batch_size=1,
+        gradient_accumulation_steps=32, max_iters=20, learning_rate=3e-5, decay_lr=False,
+        warmup_iters=0, beta1=0.9, beta2=0.95, weight_decay=0.1, grad_clip=1.0, eval_interval=5,
+        eval_iters=40, log_interval=1),
 }
 
 
@@ -203,13 +228,23 @@ def parse_flags(classes: dict[str, type], argv: list[str], description: str,
     flags, base = [_underscored(word) for word in argv], {}
     if presets:
         known = {f.name for cls in classes.values() for f in fields(cls)}
-        if not any(word.split("=")[0] == "--preset" for word in flags):
+        named = {word.split("=")[0] for word in flags}
+        if "--preset" not in named:
             base = next(iter(presets.values()))
+            if "--init_from" in named and FINETUNE in presets:
+                base = presets[FINETUNE]
         flags = _expand(flags, presets, known)
     for name, cls in classes.items():
         own = {f.name: base[f.name] for f in fields(cls) if f.name in base}
-        parser.add_arguments(cls, dest=name, default=cls(**own))
+        parser.add_arguments(cls, dest=name, default=cls(**own) if own else None)
     return vars(parser.parse_args(flags))
+
+
+def given(cls: type, argv: list[str], presets: dict[str, dict]) -> list[str]:
+    """The fields of a dataclass that argv sets, itself or through a --preset or a --config."""
+    words = _expand([_underscored(word) for word in argv], presets, None)
+    names = {word.split("=")[0].removeprefix("--") for word in words}
+    return [f.name for f in fields(cls) if f.name in names]
 
 
 def _underscored(word: str) -> str:
@@ -220,7 +255,7 @@ def _underscored(word: str) -> str:
     return "--" + name[2:].replace("-", "_") + equals + value
 
 
-def _expand(flags: list[str], presets: dict[str, dict], known: set[str]) -> list[str]:
+def _expand(flags: list[str], presets: dict[str, dict], known: set[str] | None) -> list[str]:
     """Puts in place of every --preset and --config the flags that it stands for."""
     result, words = [], iter(flags)
     for word in words:
@@ -243,14 +278,14 @@ def _as_flags(settings: dict) -> list[str]:
     return [f"--{k}" if v is None else f"--{k}={v}" for k, v in settings.items()]
 
 
-def _read_json(path: str, known: set[str]) -> dict:
+def _read_json(path: str, known: set[str] | None) -> dict:
     try:
         settings = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(f"--config {path}: cannot be read as JSON ({error})") from error
     if not isinstance(settings, dict):
         raise ValueError(f"--config {path}: is no JSON object of settings")
-    if unknown := sorted(set(settings) - known):
+    if unknown := sorted(set(settings) - (known or set(settings))):
         raise ValueError(f"--config {path}: there is no setting {unknown[0]!r}")
     return settings
 

@@ -145,15 +145,20 @@ def free_memory() -> None:
 
 
 def write(tensor: Tensor, data) -> None:
-    """Puts data into a realized tensor's own memory, whatever compiled step reads it next."""
+    """Puts data into a realized tensor's own memory, whatever compiled step reads it next.
+
+    On the CPU without a copy between, whatever the dtype and the strides of an array.
+    """
     from tinygrad.dtype import _to_np_dtype
 
-    array = np.ascontiguousarray(data, dtype=_to_np_dtype(tensor.dtype)).reshape(tensor.shape)
-    buffer = tensor.uop.base.realized
+    buffer, dtype = tensor.uop.base.realized, _to_np_dtype(tensor.dtype)
     if tensor.device.startswith("CPU"):
         Device[tensor.device].synchronize()
-        buffer.as_memoryview(force_zero_copy=True).cast("B")[:] = array.data.cast("B")
-    elif hasattr(buffer, "copyin"):  # tinygrad 0.13
+        there = np.frombuffer(buffer.as_memoryview(force_zero_copy=True), dtype)
+        there.reshape(tensor.shape)[...] = np.asarray(data).reshape(tensor.shape)
+        return
+    array = np.ascontiguousarray(data, dtype=dtype).reshape(tensor.shape)
+    if hasattr(buffer, "copyin"):  # tinygrad 0.13
         buffer.copyin(array.data)
     else:  # tinygrad 0.14
         tensor.assign(Tensor(array, device=tensor.device)).realize()

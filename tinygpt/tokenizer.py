@@ -76,7 +76,12 @@ class BPETokenizer(_Base):
                              "(256 bytes and end-of-text), or --tokenizer byte")
         trainer = rustbpe.Tokenizer()
         trainer.train_from_iterator([_check_text(text)], vocab_size - 1, pattern=GPT2_PATTERN)
-        return cls(_encoding([bytes(token) for token, _ in trainer.get_mergeable_ranks()]))
+        return cls.of([bytes(token) for token, _ in trainer.get_mergeable_ranks()])
+
+    @classmethod
+    def of(cls, tokens: list[bytes]) -> "BPETokenizer":
+        """The tokenizer of these tokens, in order of rank, and end-of-text after them."""
+        return cls(_encoding(tokens))
 
     def encode(self, text: str) -> list[int]:
         if run := LONG_RUN.search(_check_text(text)):
@@ -89,16 +94,16 @@ class BPETokenizer(_Base):
         return self._encoding.decode_bytes(ids)
 
     def to_json(self) -> dict:
-        return {"kind": self.kind, "tokens": [base64.b64encode(t).decode() for t in self._tokens()]}
+        return {"kind": self.kind, "tokens": [base64.b64encode(t).decode() for t in self.tokens()]}
 
     @classmethod
     def from_json(cls, data: dict) -> "BPETokenizer":
         tokens = [base64.b64decode(t, validate=True) for t in data["tokens"]]
         if len(set(tokens)) < len(tokens) or not {bytes([b]) for b in range(256)} <= set(tokens):
             raise ValueError("tokens that are not all different, or lack a byte")
-        return cls(_encoding(tokens))
+        return cls.of(tokens)
 
-    def _tokens(self) -> list[bytes]:
+    def tokens(self) -> list[bytes]:
         """The bytes of every id but end-of-text, in order of rank."""
         return [self._encoding.decode_single_token_bytes(i) for i in range(self.vocab_size - 1)]
 

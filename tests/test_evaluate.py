@@ -1,0 +1,139 @@
+"""Scores of a model, against ones that are counted out by hand here."""
+
+import json
+import math
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import ROOT
+from tinygrad import Tensor
+
+from gpt import GPT, GPTConfig
+from tinygpt import evaluate
+from tinygpt.tokenizer import BPETokenizer, ByteTokenizer
+
+BLOCK = 8
+
+
+@pytest.fixture(scope="module")
+def model():
+    model = GPT(GPTConfig(block_size=BLOCK, vocab_size=256, n_layer=1, n_head=2, n_embd=16))
+    rng = np.random.default_rng(3)
+    model.load_state_dict({k: w.numpy() + rng.normal(0, 0.3, w.shape)
+                           for k, w in model.state_dict().items()})
+    model.tokenizer = ByteTokenizer()
+    return model
+
+
+def log_probs(model, ids) -> np.ndarray:
+    """(T, V) after each of ids."""
+    padded = np.zeros((1, BLOCK), np.int32)  # what comes later changes nothing before it
+    padded[0, :len(ids)] = ids
+    logits = model(Tensor(padded)).numpy()[0, :len(ids)].astype(np.float64)
+    return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+
+
+def nats(model, context: bytes, token: int) -> float:
+    return -log_probs(model, list(context))[-1][token]
+
+
+@pytest.mark.parametrize("stride", [1, 3, BLOCK, None])
+@pytest.mark.parametrize("text", ["the harbour sleeps, n\u00e4m", "eight ch", "nine char", "ab"])
+def test_every_token_is_scored_once_with_the_context_of_its_window(model, text, stride):
+    raw, step = text.encode(), stride or BLOCK // 2
+    expected = []
+    for i in range(1, len(raw)):
+        # the first window holds 8 targets; each later one ends step targets further on
+        end = BLOCK if i <= BLOCK else BLOCK + -(-(i - BLOCK) // step) * step
+        begin = max(0, min(end, len(raw) - 1) - BLOCK)
+        expected.append(nats(model, raw[begin:i], raw[i]))
+    scores = evaluate.score_text(model, text, stride)
+    assert scores["tokens"] == len(raw) - 1
+    assert scores["loss"] == pytest.approx(np.mean(expected), abs=1e-5)
+    assert scores["perplexity"] == pytest.approx(math.exp(scores["loss"]))
+    assert scores["bits_per_byte"] == pytest.approx(np.mean(expected) / math.log(2), abs=1e-5)
+
+
+def test_bits_per_byte_counts_bytes_not_tokens(text):
+    model = GPT(GPTConfig(block_size=BLOCK, vocab_size=300, n_layer=1, n_head=2, n_embd=16))
+    model.tokenizer = BPETokenizer.train(text, 300)
+    ids = model.tokenizer.encode(text[:200])
+    size = len(model.tokenizer.decode_bytes(ids[1:]))
+    assert size > len(ids)
+    scores = evaluate.score_text(model, text[:200], 4)
+    total = scores["loss"] * scores["tokens"]
+    assert scores["bits_per_byte"] == pytest.approx(total / math.log(2) / size)
+
+
+def ending_cost(model, context: bytes, ending: bytes) -> list[float]:
+    whole = (context + ending)[-(BLOCK + 1):]
+    return [nats(model, whole[:i], whole[i]) for i in range(len(whole) - len(ending), len(whole))]
+
+
+def test_hellaswag_takes_the_ending_that_costs_least(model, tmp_path):
+    questions, right = [], np.zeros(2)
+    rng = np.random.default_rng(1)
+    for _ in range(12):
+        words = ["".join(rng.choice(list("abcdefg"), rng.integers(1, 6))) for _ in range(5)]
+        label = int(rng.integers(0, 4))
+        questions.append({"ctx": words[0], "endings": words[1:], "label": label, "ind": 3})
+        costs = [ending_cost(model, words[0].encode(), f" {w}".encode()) for w in words[1:]]
+        right += [np.argmin([sum(c) for c in costs]) == label,
+                  np.argmin([np.mean(c) for c in costs]) == label]
+    path = tmp_path / "hellaswag_val.jsonl"
+    path.write_text("\n".join(map(json.dumps, questions)) + "\n")
+    scores = evaluate.score_hellaswag(model, evaluate.read_questions(str(path), "hellaswag"))
+    assert (scores["accuracy"], scores["accuracy_norm"]) == tuple(right / 12)
+    assert 0 < right[0] < 12 and right[0] != right[1]  # else nothing is shown
+
+
+def test_lambada_wants_the_last_word(model, tmp_path):
+    questions = [{"text": "some words"}, {"text": "a b"}]
+    path = tmp_path / "lambada_test.jsonl"
+    path.write_text("\n".join(map(json.dumps, questions)))
+    scores = evaluate.score_lambada(model, evaluate.read_questions(str(path), "lambada"))
+    costs = [sum(ending_cost(model, b"some", b" words")), sum(ending_cost(model, b"a", b" b"))]
+    assert scores["perplexity"] == pytest.approx(math.exp(np.mean(costs)), rel=1e-4)
+    assert scores["accuracy"] == 0 and scores["questions"] == 2
+
+
+def test_lambada_counts_a_word_when_all_its_tokens_are_the_likeliest(model, monkeypatch):
+    hits = iter([[True, True], [True, False], [True]])
+    monkeypatch.setattr(evaluate.Scorer, "ending",
+                        lambda *args: (np.ones(1), np.array(next(hits))))
+    scores = evaluate.score_lambada(model, [{"text": "a b"}] * 3)
+    assert scores["accuracy"] == pytest.approx(2 / 3)
+
+
+def run(*args) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-m", "tinygpt.evaluate", *map(str, args)], cwd=ROOT,
+                          capture_output=True, text=True, timeout=100)
+
+
+def test_the_command(model, tmp_path):
+    path = model.save_checkpoint(1, None, tmp_path)
+    (tmp_path / "t.txt").write_text("the harbour sleeps")
+    done = run(path, tmp_path / "t.txt", "--stride", 2)
+    assert done.returncode == 0, done.stderr
+    scores = evaluate.score_text(model, "the harbour sleeps", 2)
+    assert done.stdout.splitlines() == [
+        f"loss {scores['loss']:.4f}", f"perplexity {scores['perplexity']:.4f}",
+        f"bits_per_byte {scores['bits_per_byte']:.4f}", "tokens 17"]
+
+
+@pytest.mark.parametrize(("args", "says"), [
+    (("t.txt", "--stride", 9), "stride=9 is above block_size=8"),
+    (("t.txt", "--stride", 0), "stride=0"), (("t.txt", "--task", "x"), "task='x'"),
+    (("one.txt",), "the text has 1 tokens"), (("none.txt",), "none.txt"),
+    (("t.txt", "--task", "hellaswag"), "t.txt:1 is no question of hellaswag"),
+    (("t.txt", "--task", "lambada"), "t.txt:1 is no question of lambada"),
+    (("empty", "--task", "lambada"), "no questions")], ids=str)
+def test_a_mistake_gets_one_line_and_status_2(model, tmp_path, args, says, capsys):
+    path = model.save_checkpoint(1, None, tmp_path)
+    for name, text in (("t.txt", "the harbour"), ("one.txt", "a"), ("empty", "\n")):
+        (tmp_path / name).write_text(text)
+    assert evaluate.main([str(path), str(tmp_path / args[0]), *map(str, args[1:])]) == 2
+    err = capsys.readouterr().err
+    assert len(err.splitlines()) == 1 and says in err

@@ -1,0 +1,208 @@
+"""How good a model is: `python -m tinygpt.evaluate CHECKPOINT TEXT`.
+
+TEXT is scored as loss, perplexity and bits per byte; with --task hellaswag (arXiv:1905.07830) or
+lambada (arXiv:1606.06031) it is the published .jsonl file of that test. A command like train.py and
+generate.py, and therefore above gpt.py: nothing in tinygpt imports it.
+"""
+
+import json
+import math
+import sys
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import simple_parsing
+from tinygrad import Tensor, TinyJit
+
+from gpt import GPT
+from tinygpt import device
+from tinygpt.config import check_choice, check_range, parse_flags
+from tinygpt.data import read_text
+from tinygpt.pretrained import is_pretrained
+
+TASKS = ("text", "hellaswag", "lambada")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """What is scored, and on what."""
+
+    checkpoint: str = simple_parsing.field(positional=True, metadata={
+        "help": "a .safetensors file, gpt2 and its kin, or a folder in Hugging Face's layout"})
+    text: str = simple_parsing.field(positional=True, metadata={
+        "help": "a UTF-8 text, or the .jsonl file of the task"})
+    task: str = field(default="text", metadata={"help": f"what it is: {', '.join(TASKS)}"})
+    stride: int | None = field(default=None, metadata={
+        "help": "tokens by which the window moves over a text: fewer give each token more context "
+                "and take longer; unset: half of block_size"})
+    limit: int | None = field(default=None, metadata={
+        "help": "questions of a task to ask; unset: all"})
+    ema: bool = field(default=False, metadata={"help": "score the moving average of the weights"})
+    offline: bool = field(default=False, metadata={
+        "help": "take what CHECKPOINT names from the cache only"})
+    device: str = field(default="auto", metadata={
+        "help": "auto, cpu, cuda, metal, or what else tinygrad knows"})
+
+    def __post_init__(self):
+        check_choice(self, "task", TASKS)
+        check_range(self, "stride", low=1)
+        check_range(self, "limit", low=1)
+
+
+class Scorer:
+    """Scores texts with a model, in one compiled step of block_size tokens."""
+
+    def __init__(self, model: GPT):
+        self.model, self.block_size = model, model.config.block_size
+        self.x, self.y = (Tensor.zeros(1, self.block_size, dtype="int32").contiguous().realize()
+                          for _ in "xy")
+        self.step = TinyJit(self._step)
+
+    def _step(self, x: Tensor, y: Tensor) -> Tensor:
+        """(2, T): the nats that each target cost, and whether it was the likeliest."""
+        logits = self.model(x).float()[0]  # (T, V)
+        nats = -logits.log_softmax(-1).gather(-1, y.reshape(-1, 1))[:, 0]
+        return Tensor.stack(nats, (logits.argmax(-1) == y[0]).float()).realize()
+
+    def window(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Nats and hits (n - 1,) of ids (n,) after the first, n <= block_size + 1."""
+        n = len(ids) - 1
+        padded = np.zeros(self.block_size + 1, np.int32)
+        padded[:n + 1] = ids
+        device.write(self.x, padded[:-1])
+        device.write(self.y, padded[1:])
+        nats, hits = device.read(self.step(self.x, self.y))[:, :n]
+        return nats, hits > 0.5
+
+    def text(self, ids: np.ndarray, stride: int) -> np.ndarray:
+        """Nats (n - 1,) of ids (n,) after the first. The window moves by stride, and but for the
+        first one only what is new in it counts, so that a token sees block_size - stride before.
+        """
+        found, done = [], 0  # how many targets are scored
+        while done < len(ids) - 1:
+            end = min(len(ids) - 1, done + stride if done else self.block_size)
+            nats, _ = self.window(ids[max(0, end - self.block_size):end + 1])
+            found.append(nats[len(nats) - (end - done):])
+            done = end
+        return np.concatenate(found)
+
+    def ending(self, context: list[int], ending: list[int]) -> tuple[np.ndarray, np.ndarray]:
+        """Nats and hits of the ending's tokens after as much of the context as fits."""
+        ids = np.array((context + ending)[-(self.block_size + 1):])
+        nats, hits = self.window(ids)
+        return nats[-len(ending):], hits[-len(ending):]
+
+
+def score_text(model: GPT, text: str, stride: int | None = None) -> dict[str, float]:
+    """loss (nats per token), perplexity, bits_per_byte and the tokens of a text.
+
+    The first token, which nothing comes before, is not scored, nor are its bytes. Raises
+    ValueError on a text of fewer than two tokens or a stride above block_size.
+    """
+    block = model.config.block_size
+    stride = max(1, block // 2) if stride is None else stride
+    if stride > block:
+        raise ValueError(f"stride={stride} is above block_size={block}: choose a smaller one")
+    ids = np.array(model.tokenizer.encode(text))
+    if len(ids) < 2:
+        raise ValueError(f"the text has {len(ids)} tokens: give two or more")
+    nats = Scorer(model).text(ids, stride).astype(np.float64)
+    size = len(model.tokenizer.decode_bytes(ids[1:].tolist()))
+    loss = float(nats.mean())
+    return {"loss": loss, "perplexity": math.exp(min(loss, 700)),
+            "bits_per_byte": float(nats.sum()) / math.log(2) / size, "tokens": len(nats)}
+
+
+def score_hellaswag(model: GPT, questions: list[dict]) -> dict[str, float]:
+    """Shares of the questions whose right ending costs fewest nats: in all, and per token.
+
+    A question has ctx, endings and label, the number of the right one.
+    """
+    scorer, right = Scorer(model), np.zeros(2)
+    for question in questions:
+        context = model.tokenizer.encode(question["ctx"])
+        costs = [scorer.ending(context, model.tokenizer.encode(f" {ending}"))[0]
+                 for ending in question["endings"]]
+        right += [np.argmin([c.sum() for c in costs]) == int(question["label"]),
+                  np.argmin([c.mean() for c in costs]) == int(question["label"])]
+    accuracy, normalized = right / len(questions)
+    return {"accuracy": accuracy, "accuracy_norm": normalized, "questions": len(questions)}
+
+
+def score_lambada(model: GPT, questions: list[dict]) -> dict[str, float]:
+    """Share of the texts whose last word is the likeliest, and its perplexity.
+
+    A question has a text; the last word is what follows its last blank.
+    """
+    scorer, right, total = Scorer(model), 0, 0.0
+    for question in questions:
+        context, _, word = question["text"].rstrip().rpartition(" ")
+        nats, hits = scorer.ending(model.tokenizer.encode(context),
+                                   model.tokenizer.encode(f" {word}"))
+        right, total = right + bool(hits.all()), total + float(nats.sum())
+    count = len(questions)
+    return {"accuracy": right / count, "perplexity": math.exp(min(total / count, 700)),
+            "questions": count}
+
+
+def read_questions(path: str, task: str) -> list[dict]:
+    """The questions of a task's .jsonl file. Raises ValueError that names a line that is none."""
+    found = []
+    for number, line in enumerate(read_text([Path(path)]).splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            question = json.loads(line)
+            if task == "lambada":
+                good = " " in question["text"].strip()
+            else:
+                good = (isinstance(question["ctx"], str) and question["ctx"] != ""
+                        and all(isinstance(e, str) and e for e in question["endings"])
+                        and 0 <= int(question["label"]) < len(question["endings"]))
+        except (AttributeError, KeyError, TypeError, ValueError):
+            good = False
+        if not good:
+            raise ValueError(f"{path}:{number} is no question of {task}: give its published .jsonl")
+        found.append(question)
+    if not found:
+        raise ValueError(f"{path} has no questions of {task}: give its published .jsonl")
+    return found
+
+
+def run(config: EvaluateConfig) -> dict[str, float]:
+    """The scores that config asks for."""
+    device.choose(config.device)
+    if is_pretrained(config.checkpoint):
+        model = GPT.from_pretrained(config.checkpoint, offline=config.offline)
+    else:
+        model = GPT.from_checkpoint(config.checkpoint, config.ema)
+    if model.tokenizer is None:
+        raise ValueError(f"{config.checkpoint} has no tokenizer that can be read here: use the "
+                         "functions of tinygpt.evaluate in a script")
+    if config.task == "text":
+        return score_text(model, read_text([Path(config.text)]), config.stride)
+    questions = read_questions(config.text, config.task)[:config.limit]
+    score = {"hellaswag": score_hellaswag, "lambada": score_lambada}[config.task]
+    return score(model, questions)
+
+
+def main(argv: list[str] | None = None) -> int:
+    warnings.formatwarning = lambda message, *_: f"{message}\n"
+    try:
+        flags = parse_flags({"evaluate": EvaluateConfig}, sys.argv[1:] if argv is None else argv,
+                            __doc__)
+        scores = run(flags["evaluate"])
+    except KeyboardInterrupt:
+        return 130
+    except ValueError as error:
+        print(f"evaluate: {error}", file=sys.stderr)
+        return 2
+    for name, value in scores.items():
+        print(f"{name} {value:,}" if isinstance(value, int) else f"{name} {value:.4f}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,482 @@
+"""GPT-2 and Llama models in Hugging Face's layout: read from a folder or downloaded, and written.
+
+A family is a table of which of their tensors make one of ours, and two functions between their
+config.json and the fields of our GPTConfig. Tensors are read and written one at a time.
+"""
+
+import json
+import math
+import os
+import shutil
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from tinygpt import checkpoint, device, tokenizer_json
+from tinygpt.data import DataError, fetch
+from tinygpt.tensorfile import TensorFile, TensorFileError, write
+from tinygpt.tokenizer import BPETokenizer, Tokenizer, load_tokenizer
+
+NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
+HUB = "https://huggingface.co/openai-community"
+INDEX = "model.safetensors.index.json"
+ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
+
+
+class PretrainedError(ValueError):
+    """A pretrained model that is missing, damaged, or has an option that ours lacks."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """How a family of models is written down.
+
+    tensors: ours -> theirs, joined by rows where there are several; `{}` is the layer. transposed:
+    their matrices (C, N) are ours (N, C). required: settings that must have that value where
+    they are given. read makes GPTConfig's fields of their settings, write the reverse.
+    """
+
+    tensors: dict[str, tuple[str, ...]]
+    prefix: str
+    transposed: bool
+    ignored: tuple[str, ...]
+    required: dict[str, object]
+    read: Callable[[dict, str], dict]
+    write: Callable[[dict, Tokenizer | None], dict]
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """A model in files: the fields of its GPTConfig, its tokenizer, and where its weights are."""
+
+    path: str
+    config: dict
+    tokenizer: Tokenizer | None
+    plan: dict[str, list[tuple[TensorFile, str]]]
+    transposed: bool
+
+    def configured(self, options: dict) -> dict:
+        """The fields of the GPTConfig with options in it: a smaller block_size, a dropout.
+
+        Raises PretrainedError where an option contradicts the weights.
+        """
+        for name, value in options.items():
+            ours = self.config.get(name, value)
+            smaller = name == "block_size" and value <= ours
+            if value != ours and value is not None and name != "dropout" and not smaller:
+                raise PretrainedError(f"{self.path} has {name}={ours}, but {name}={value} was "
+                                      f"asked for: leave out --{name}")
+        given = {k: v for k, v in options.items() if v is not None}
+        return self.config | given
+
+    def fill(self, weights: dict) -> None:
+        """Writes the model into weights, realized Tensors by name, one after another.
+
+        A position table that is longer than ours is cropped. Raises PretrainedError.
+        """
+        for name, sources in self.plan.items():
+            array = self._array(name, sources)
+            if name == "wpe.weight" and name in weights:
+                array = array[:weights[name].shape[0]]
+            wanted = weights[name].shape if name in weights else None
+            if array.shape != wanted:
+                raise PretrainedError(f"{self.path} has {name} of shape {array.shape}, its "
+                                      f"configuration needs {wanted}")
+            device.write(weights[name], array)
+            del array  # before the next one is read
+        for name in weights.keys() - self.plan.keys():
+            raise PretrainedError(f"{self.path} has no tensor {name}")
+
+    def _array(self, name: str, sources: list[tuple[TensorFile, str]]) -> np.ndarray:
+        arrays = [file.read(source) for file, source in sources]
+        array = arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
+        return array.T if self.transposed and _is_linear(name) and array.ndim == 2 else array
+
+
+def is_pretrained(path: str | Path) -> bool:
+    """Whether path names a model that `open_pretrained` reads and that is no checkpoint of ours."""
+    if str(path) in NAMES or os.path.isdir(path):
+        return True
+    return (os.path.isfile(path) and (Path(path).parent / "config.json").is_file()
+            and Path(path).suffix == ".safetensors" and not _is_ours(path))
+
+
+def open_pretrained(name: str | Path, offline: bool = False,
+                    base_url: str | None = None) -> Pretrained:
+    """The model that name means: one of NAMES, a folder in Hugging Face's layout, a .safetensors
+    file with its config.json beside it, or a checkpoint of ours.
+
+    One of NAMES is downloaded from base_url (HUB) into the cache, unless a folder of that name is
+    here, or offline is given. Raises ValueError, in one line.
+    """
+    path = Path(name)
+    if str(name) in NAMES and not (path / "config.json").is_file():
+        path = _downloaded(str(name), offline, base_url or HUB)
+    if not path.exists():
+        raise PretrainedError(f"there is no pretrained model {name}: name one of "
+                              f"{', '.join(NAMES)}, a folder or a .safetensors file")
+    if path.is_file() and _is_ours(path):
+        return _own(path)
+    folder = path if path.is_dir() else path.parent
+    settings = _read_json(folder / "config.json")
+    kind = settings.get("model_type")
+    if kind not in FAMILIES:
+        what = f"model_type {kind!r}" if kind else "no model_type"
+        raise PretrainedError(f"{folder / 'config.json'} has {what}: only {' and '.join(FAMILIES)} "
+                              "models are read; of a run of ours name the .safetensors file")
+    family = FAMILIES[kind]
+    _require(settings, family.required, str(folder))
+    try:
+        config = family.read(settings, str(folder))
+    except (TypeError, ValueError, ZeroDivisionError) as error:
+        if isinstance(error, PretrainedError):
+            raise
+        raise PretrainedError(f"{folder / 'config.json'} has settings that cannot be used "
+                              f"({error})") from error
+    plan = _plan(family, config, _tensors(path), str(folder))
+    return Pretrained(str(name), config, _tokenizer(folder, kind, config["vocab_size"]), plan,
+                      family.transposed)
+
+
+def _downloaded(name: str, offline: bool, base_url: str) -> Path:
+    """The folder in the cache with the files of one of NAMES."""
+    folder = device.cache_dir() / "pretrained" / name
+    for file, check in (("config.json", _read_json), ("model.safetensors", TensorFile)):
+        path = folder / file
+        if path.is_file():
+            continue
+        if offline:
+            raise PretrainedError(f"{path} is not there, and --offline forbids to download it: "
+                                  "connect once without it, or name a folder")
+        try:
+            fetch(f"{base_url}/{name}/resolve/main/{file}", path, check)
+        except DataError as error:
+            raise PretrainedError(f"{name} is not to be had: {error}; connect, or copy config.json "
+                                  f"and model.safetensors into {folder}") from error
+    return folder
+
+
+# ---- what a folder holds
+
+def _read_json(path: Path) -> dict:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise PretrainedError(f"{path} cannot be read ({error.strerror}): a pretrained model needs "
+                              "its config.json") from error
+    except (ValueError, RecursionError) as error:
+        raise PretrainedError(f"{path} is no JSON ({error})") from error
+    if not isinstance(data, dict):
+        raise PretrainedError(f"{path} is no JSON object")
+    return data
+
+
+def _tensors(path: Path) -> dict[str, tuple[TensorFile, str]]:
+    """The file and the full name of every tensor, by its name without the family's prefix."""
+    files = [path]
+    if path.is_dir():
+        files = [path / "model.safetensors"]
+        if not files[0].is_file() and (path / INDEX).is_file():
+            shards = _read_json(path / INDEX).get("weight_map")
+            if not isinstance(shards, dict) or any(Path(str(n)).name != n for n in shards.values()):
+                raise PretrainedError(f"{path / INDEX} has no weight_map of files beside it")
+            files = [path / name for name in sorted(set(shards.values()))]
+    if not files[0].is_file():
+        raise PretrainedError(f"there is no {files[0]}: other formats than safetensors are not "
+                              "read, convert it first")
+    prefixes = tuple(family.prefix for family in FAMILIES.values())
+    found = {}
+    for file in map(TensorFile, files):
+        for name in file.shapes:
+            prefix = next((p for p in prefixes if name.startswith(p)), "")
+            found[name.removeprefix(prefix)] = (file, name)
+    return found
+
+
+def _plan(family: Family, config: dict, found: dict[str, tuple[TensorFile, str]], path: str
+          ) -> dict[str, list[tuple[TensorFile, str]]]:
+    """Which tensors make each of ours. Raises PretrainedError where one is missing, left over, or
+    where a size in the configuration is not that of the tensors."""
+    plan, used = {}, set()
+    for ours, theirs in _names(family, config).items():
+        for name in theirs:
+            if name not in found:
+                raise PretrainedError(f"{path} has no tensor {name}, which its configuration needs")
+        plan[ours], used = [found[name] for name in theirs], used | set(theirs)
+    for name in sorted(found.keys() - used):
+        tied = name == "lm_head.weight" and config["tie_weights"]
+        if not tied and not name.endswith(family.ignored):
+            raise PretrainedError(f"{path} has a tensor {name} that its configuration does not "
+                                  "tell of")
+    for table, rows in (("wte.weight", "vocab_size"), ("wpe.weight", "block_size")):
+        for file, name in plan.get(table, []):
+            wanted = config[rows], config["n_embd"]
+            if file.shapes[name] != wanted:
+                raise PretrainedError(f"{path} has {name} of shape {file.shapes[name]}, its "
+                                      f"configuration says {wanted}")
+    return plan
+
+
+def _names(family: Family, config: dict) -> dict[str, tuple[str, ...]]:
+    """Ours -> theirs, of every layer, for that configuration."""
+    names = {}
+    for ours, theirs in family.tensors.items():
+        if ours.endswith(".bias") and not config["bias"]:
+            continue
+        for i in range(config["n_layer"]) if "{}" in ours else (0,):
+            names[ours.format(i)] = tuple(name.format(i) for name in theirs)
+    if not config["tie_weights"]:
+        names["lm_head.weight"] = ("lm_head.weight",)
+    return names
+
+
+def _is_linear(name: str) -> bool:
+    return name.startswith("h.") and name.endswith(".weight")
+
+
+def _tokenizer(folder: Path, kind: str, vocab_size: int) -> Tokenizer | None:
+    found = tokenizer_json.read(folder / "tokenizer.json")
+    if found is None and kind == "gpt2" and vocab_size == 50257:
+        try:
+            found = BPETokenizer()
+        except ValueError as error:
+            warnings.warn(f"{folder} is read without its tokenizer: {error}", stacklevel=2)
+    return found if found is None or found.vocab_size <= vocab_size else None
+
+
+# ---- our own checkpoints
+
+def _is_ours(path: str | Path) -> bool:
+    try:
+        return TensorFile(path).metadata.get("format") == json.dumps(checkpoint.FORMAT)
+    except TensorFileError:
+        return False
+
+
+def _own(path: Path) -> Pretrained:
+    facts, file = checkpoint.load_metadata(path), TensorFile(path)
+    plan = {name.removeprefix("model."): [(file, name)] for name in file.shapes
+            if name.startswith("model.")}
+    config = facts["model_config"]
+    wanted = (config.get("vocab_size"), config.get("n_embd"))
+    if file.shapes.get("model.wte.weight") != wanted:
+        raise PretrainedError(f"{path} does not hold the model that its header describes")
+    tokenizer = load_tokenizer(facts["tokenizer"]) if facts.get("tokenizer") else None
+    return Pretrained(str(path), config, tokenizer, plan, False)
+
+
+# ---- out
+
+def export(config: dict, weights: dict, tokenizer: Tokenizer | None, folder: str | Path) -> Path:
+    """Writes a folder that transformers opens: config.json, model.safetensors, the tokenizer.
+
+    config holds GPTConfig's fields, weights Tensors by our names. The folder appears when it is
+    whole. Raises PretrainedError where an option has no home in GPT2LMHeadModel nor in
+    LlamaForCausalLM, where the folder has something in it, or where it cannot be written.
+    """
+    folder = Path(folder)
+    kind = _kind_of(config)
+    family = FAMILIES[kind]
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise PretrainedError(f"{folder} is there already: name a new folder")
+    files = {"config.json": family.write(config, tokenizer)} | tokenizer_json.dump(
+        tokenizer, config["block_size"])
+    files["generation_config.json"] = {k: v for k, v in files["config.json"].items()
+                                       if k in ("bos_token_id", "eos_token_id")}
+    if tokenizer is not None and "tokenizer.json" not in files:
+        warnings.warn(f"{folder} is written without a tokenizer: transformers has none like ours",
+                      stacklevel=3)
+    shapes, sources = _layout(family, config, weights)
+    part = folder.with_name(f".{folder.name}.{os.getpid()}.part")
+    try:
+        part.mkdir(parents=True)
+        for name, data in files.items():
+            (part / name).write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+        arrays = (_rows(config, weights, family, *source) for source in sources)
+        write(part / "model.safetensors", shapes, arrays, {"format": "pt"})
+        part.replace(folder)
+    except OSError as error:
+        raise PretrainedError(f"{folder} cannot be written ({error.strerror})") from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return folder
+
+
+def _kind_of(config: dict) -> str:
+    """The family whose options these are. Raises PretrainedError that names what has no home."""
+    defaults = {"parallel": False, "qk_norm": False, "sliding_window": None}
+    homes = {"gpt2": defaults | {"norm": "layernorm", "position": "learned",
+                                 "activation": tuple(ACTIVATIONS.values()),
+                                 "n_kv_head": (None, config["n_head"])},
+             "llama": defaults | {"norm": "rmsnorm", "position": "rope", "activation": "swiglu"}}
+    lacks = {kind: [f"{k}={config[k]}" for k, v in wanted.items()
+                    if config[k] not in (v if isinstance(v, tuple) else (v,))]
+             for kind, wanted in homes.items()}
+    for kind, options in lacks.items():
+        if not options:
+            return kind
+    raise PretrainedError("transformers has no home for this model: GPT2LMHeadModel lacks "
+                          f"{', '.join(lacks['gpt2'])}; LlamaForCausalLM lacks "
+                          f"{', '.join(lacks['llama'])}: train one that has only the options of "
+                          "either")
+
+
+def _layout(family: Family, config: dict, weights: dict) -> tuple[dict, list]:
+    """The shapes of their tensors by name, and for each (our name, its part, of how many)."""
+    # GPT-2 has biases everywhere: where ours has none, they are zeros
+    names = _names(family, config | {"bias": config["bias"] or family.transposed})
+    shapes, sources = {}, []
+    for ours, theirs in names.items():
+        for i, name in enumerate(theirs):
+            shape = _rows_shape(config, weights, family, ours, i, len(theirs))
+            full = name if name.startswith("lm_head") else family.prefix + name
+            shapes[full] = shape
+            sources.append((ours, i, len(theirs)))
+    return shapes, sources
+
+
+def _span(config: dict, part: int, parts: int) -> slice:
+    """Which rows of a matrix are its part: all, or those of q, k or v."""
+    if parts == 1:
+        return slice(None)
+    size = config["n_embd"] // config["n_head"]
+    kv = (config["n_kv_head"] or config["n_head"]) * size
+    begin = (0, config["n_embd"], config["n_embd"] + kv)[part]
+    return slice(begin, begin + (config["n_embd"] if part == 0 else kv))
+
+
+def _rows_shape(config: dict, weights: dict, family: Family, name: str, part: int, parts: int
+                ) -> tuple[int, ...]:
+    if name not in weights:  # a bias that ours lacks
+        return (weights[name.replace(".bias", ".weight")].shape[0],)
+    first, *rest = weights[name].shape
+    rows = len(range(first)[_span(config, part, parts)])
+    return (*rest, rows) if family.transposed and rest and _is_linear(name) else (rows, *rest)
+
+
+def _rows(config: dict, weights: dict, family: Family, name: str, part: int, parts: int
+          ) -> np.ndarray:
+    if name not in weights:
+        return np.zeros(_rows_shape(config, weights, family, name, part, parts), np.float32)
+    array = device.read(weights[name])[_span(config, part, parts)]
+    return array.T if family.transposed and array.ndim == 2 and _is_linear(name) else array
+
+
+# ---- the families
+
+def _require(settings: dict, required: dict[str, object], path: str) -> None:
+    for name, value in required.items():
+        if settings.get(name, value) not in (value, None):
+            raise PretrainedError(f"{path} has {name}={settings[name]!r}, which our model lacks: "
+                                  f"it reads {name}={value!r} only")
+
+
+def _read_gpt2(settings: dict, path: str) -> dict:
+    def get(name: str, default):
+        return default if settings.get(name) is None else settings[name]
+    activation = get("activation_function", "gelu_new")
+    if activation not in ACTIVATIONS:
+        raise PretrainedError(f"{path} has activation_function={activation!r}, which our model "
+                              f"lacks: it reads {', '.join(ACTIVATIONS)}")
+    return dict(block_size=int(get("n_positions", 1024)), vocab_size=int(get("vocab_size", 50257)),
+                n_layer=int(get("n_layer", 12)), n_head=int(get("n_head", 12)),
+                n_embd=int(get("n_embd", 768)), n_inner=settings.get("n_inner"),
+                norm_eps=float(get("layer_norm_epsilon", 1e-5)), bias=True,
+                activation=ACTIVATIONS[activation],
+                tie_weights=bool(get("tie_word_embeddings", True)))
+
+
+def _read_llama(settings: dict, path: str) -> dict:
+    def get(name: str, default):
+        return default if settings.get(name) is None else settings[name]
+    heads, width = int(get("num_attention_heads", 32)), int(get("hidden_size", 4096))
+    if get("head_dim", width // heads) != width / heads:
+        raise PretrainedError(f"{path} has head_dim={settings['head_dim']}, which our model lacks: "
+                              f"its heads have hidden_size / num_attention_heads = {width / heads}")
+    bias = bool(get("attention_bias", False))
+    if bool(get("mlp_bias", False)) != bias:
+        raise PretrainedError(f"{path} has attention_bias={bias} and mlp_bias={not bias}: our "
+                              "model has biases in both or in neither")
+    rope = get("rope_parameters", None) or get("rope_scaling", {})
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind != "default" or rope.get("partial_rotary_factor", 1) != 1:
+        raise PretrainedError(f"{path} has rope_type={kind!r}, which our model lacks: it reads "
+                              "unscaled RoPE only")
+    return dict(block_size=int(get("max_position_embeddings", 2048)),
+                vocab_size=int(get("vocab_size", 32000)), n_layer=int(get("num_hidden_layers", 32)),
+                n_head=heads, n_kv_head=int(get("num_key_value_heads", heads)), n_embd=width,
+                n_inner=int(get("intermediate_size", 11008)), bias=bias, norm="rmsnorm",
+                norm_eps=float(get("rms_norm_eps", 1e-6)), activation="swiglu", position="rope",
+                rope_theta=float(rope.get("rope_theta", get("rope_theta", 10000.0))),
+                tie_weights=bool(get("tie_word_embeddings", False)))
+
+
+def _write_gpt2(config: dict, tokenizer: Tokenizer | None) -> dict:
+    activation = {v: k for k, v in reversed(ACTIVATIONS.items())}[config["activation"]]
+    drop = config["dropout"]
+    return dict(architectures=["GPT2LMHeadModel"], model_type="gpt2",
+                n_positions=config["block_size"], n_embd=config["n_embd"],
+                n_layer=config["n_layer"], n_head=config["n_head"], n_inner=config["n_inner"],
+                layer_norm_epsilon=config["norm_eps"], activation_function=activation,
+                resid_pdrop=drop, embd_pdrop=drop, attn_pdrop=drop, **_written(config, tokenizer))
+
+
+def _write_llama(config: dict, tokenizer: Tokenizer | None) -> dict:
+    width, heads = config["n_embd"], config["n_head"]
+    rope = {"rope_type": "default", "rope_theta": config["rope_theta"]}
+    inner = config["n_inner"] or math.ceil(width / 3) * 8  # as in gpt.py
+    return dict(architectures=["LlamaForCausalLM"], model_type="llama",
+                max_position_embeddings=config["block_size"], hidden_size=width,
+                num_hidden_layers=config["n_layer"], num_attention_heads=heads,
+                num_key_value_heads=config["n_kv_head"] or heads, head_dim=width // heads,
+                intermediate_size=inner, rms_norm_eps=config["norm_eps"], hidden_act="silu",
+                attention_bias=config["bias"], mlp_bias=config["bias"],
+                attention_dropout=config["dropout"], rope_parameters=rope,
+                rope_theta=config["rope_theta"], **_written(config, tokenizer))
+
+
+def _written(config: dict, tokenizer: Tokenizer | None) -> dict:
+    """What the settings of every family have."""
+    end = tokenizer.end_of_text if isinstance(tokenizer, BPETokenizer) else None
+    return dict(vocab_size=config["vocab_size"], tie_word_embeddings=config["tie_weights"],
+                bos_token_id=end, eos_token_id=end, dtype="float32")
+
+
+def _gpt2_tensors() -> dict[str, tuple[str, ...]]:
+    layers = ("ln_1", "attn.c_attn", "attn.c_proj", "ln_2", "mlp.c_fc", "mlp.c_proj")
+    names = ["wte.weight", "wpe.weight"]
+    for part in (*(f"h.{{}}.{layer}" for layer in layers), "ln_f"):
+        names += [f"{part}.weight", f"{part}.bias"]
+    return {name: (name,) for name in names}
+
+
+def _llama_tensors() -> dict[str, tuple[str, ...]]:
+    layers = {"attn.c_attn": [f"self_attn.{x}_proj" for x in "qkv"],
+              "attn.c_proj": ["self_attn.o_proj"], "mlp.c_gate": ["mlp.gate_proj"],
+              "mlp.c_fc": ["mlp.up_proj"], "mlp.c_proj": ["mlp.down_proj"]}
+    names = {"wte.weight": ("embed_tokens.weight",), "ln_f.weight": ("norm.weight",),
+             "h.{}.ln_1.weight": ("layers.{}.input_layernorm.weight",),
+             "h.{}.ln_2.weight": ("layers.{}.post_attention_layernorm.weight",)}
+    for ours, theirs in layers.items():
+        for kind in ("weight", "bias"):
+            names[f"h.{{}}.{ours}.{kind}"] = tuple(f"layers.{{}}.{t}.{kind}" for t in theirs)
+    return names
+
+
+FAMILIES = {
+    "gpt2": Family(
+        tensors=_gpt2_tensors(), prefix="transformer.", transposed=True,
+        ignored=(".attn.bias", ".attn.masked_bias"),
+        required={"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False,
+                  "add_cross_attention": False, "quantization_config": None},
+        read=_read_gpt2, write=_write_gpt2),
+    "llama": Family(
+        tensors=_llama_tensors(), prefix="model.", transposed=False,
+        ignored=(".rotary_emb.inv_freq",),
+        required={"hidden_act": "silu", "partial_rotary_factor": 1.0, "sliding_window": None,
+                  "quantization_config": None},
+        read=_read_llama, write=_write_llama),
+}
