@@ -47,10 +47,18 @@ class TrainConfig:
     out_dir: str = field(default="checkpoints", metadata={"help": "where the run is saved"})
     resume: bool = field(default=False, metadata={
         "help": "continue the newest checkpoint in out_dir"})
+    eval_only: bool = field(default=False, metadata={
+        "help": "evaluate the best checkpoint in out_dir, or the newest where there is no best, "
+                "and end; changes nothing there"})
     batch_size: int = field(default=12, metadata={"help": "sequences in a micro-batch"})
     gradient_accumulation_steps: int = field(default=1, metadata={
         "help": "micro-batches in a step"})
     max_iters: int = field(default=2000, metadata={"help": "training steps"})
+    max_minutes: float | None = field(default=None, metadata={
+        "help": "stop after so many minutes as if max_iters were reached; the schedule is by "
+                "steps all the same"})
+    patience: int = field(default=0, metadata={
+        "help": "stop after so many evaluations in a row without a new best; 0: never"})
     optimizer: str = field(default="adamw", metadata={
         "help": "adamw, lion, muon (AdamW but for the blocks' matrices) or adamw8bit"})
     learning_rate: float = field(default=1e-3, metadata={"help": "the highest learning rate"})
@@ -76,6 +84,9 @@ class TrainConfig:
         "help": "share of the average that a step keeps; less in the first steps"})
     grad_clip: float = field(default=1.0, metadata={
         "help": "largest norm of the gradient; 0: unlimited"})
+    skip_spikes: float = field(default=0.0, metadata={
+        "help": "skip a step whose gradient's norm is above so many times the median of the "
+                "last 100; 0: never"})
     label_smoothing: float = field(default=0.0, metadata={
         "help": "share of the target spread over the vocabulary"})
     z_loss: float = field(default=0.0, metadata={
@@ -104,9 +115,12 @@ class TrainConfig:
                      "eval_iters", "log_interval", "keep", "lr_decay_iters"):
             check_range(self, name, low=1)
         for name in ("warmup_iters", "sample_interval", "seed", "weight_decay", "grad_clip",
-                     "z_loss", "min_lr"):
+                     "z_loss", "min_lr", "patience"):
             check_range(self, name, low=0)
         check_range(self, "learning_rate", above=0)
+        check_range(self, "max_minutes", above=0)
+        if self.skip_spikes:
+            check_range(self, "skip_spikes", low=1)
         check_range(self, "decay_fraction", above=0, high=1)
         for name in ("beta1", "beta2", "ema_decay", "label_smoothing"):
             check_range(self, name, low=0, below=1)
