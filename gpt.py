@@ -435,17 +435,18 @@ class GPT:
             total -= self.wpe.weight.numel()
         return total
 
-    def estimate_flops(self) -> int:
+    def estimate_flops(self, length: int | None = None) -> int:
         """Floating-point operations of a training step, forward and backward, per token.
 
         6 for each weight of a matrix that multiplies, 12 C a layer and visible position for
-        attention, at the full block_size (PaLM, arXiv:2204.02311, appendix B).
+        attention, on sequences of `length`, block_size where none is given (PaLM,
+        arXiv:2204.02311, appendix B).
         """
         c = self.config
         matrices = sum(w.numel() for name, w in self.state_dict().items()
                        if w.ndim == 2 and not name.startswith(("wpe", "wte")))
         matrices += c.vocab_size * c.n_embd if c.tie_weights else 0
-        seen = min(c.block_size, c.sliding_window or c.block_size)
+        seen = min(length or c.block_size, c.sliding_window or c.block_size)
         return 6 * matrices + 12 * c.n_layer * c.n_embd * seen
 
     # ---- checkpoints

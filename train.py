@@ -19,7 +19,7 @@ from tinygpt.data import Batches, TokenData, load_data
 from tinygpt.kernels.random import make_key
 from tinygpt.optim import EMA, clip_scale, global_norm, make_optimizer
 from tinygpt.report import Report, bits_per_byte
-from tinygpt.schedule import learning_rate
+from tinygpt.schedule import context_length, learning_rate
 from tinygpt.spikes import SpikeGuard
 
 NOT_FINITE = 10  # steps in a row without a finite loss after which training stops
@@ -85,6 +85,7 @@ class Run:
         self.spikes = SpikeGuard(config.skip_spikes)
         model.compute_dtype = config.dtype
         self._check_vocabulary()
+        context_length(0, config, model.config.block_size)  # refuses a curriculum that cannot be
         block, rows = model.config.block_size, config.batch_size
         self.batches = Batches(data.train, block, rows, config.seed)
         self.val_batches = Batches(data.val, block, rows, config.seed)
@@ -94,20 +95,32 @@ class Run:
         self._claim_out_dir()
         model.tokenizer = data.tokenizer
 
-        def buffer(*shape: int, dtype=dtypes.int32) -> Tensor:
-            return Tensor.zeros(*shape, dtype=dtype).contiguous().realize()
-        self.x, self.y = buffer(rows, block), buffer(rows, block)
-        self.lr, self.key = buffer(1, dtype=dtypes.float32), buffer(1, dtype=dtypes.uint32)
-        self.norm_limit = buffer(1, dtype=dtypes.float32)
+        self.x, self.y = (_buffer(rows, block, dtype=dtypes.int32) for _ in range(2))
+        self.lr, self.norm_limit = _buffer(1), _buffer(1)
+        self.key = _buffer(1, dtype=dtypes.uint32)
         self.eval_step = TinyJit(self._eval_step)
+        if config.gradient_accumulation_steps > 1:
+            self.share = _buffer(1)  # of a micro-batch in the step
+            self.sums = [_buffer(*p.shape) for p in self.params.values()]
+            self.loss_sum = _buffer(1)
+            self.apply = TinyJit(self._apply)
+        self._use_length(context_length(self.iter_num, config, block))
+
+    def _use_length(self, length: int) -> None:
+        """Training steps on sequences of that length from now on, which are compiled anew.
+
+        A micro-batch is what it was, its windows cut into pieces: as many tokens, in the same
+        order, each piece with positions from 0.
+        """
+        self.length, self.compiled = length, 0  # compiled: how many steps were, of two
+        config, block = self.config, self.model.config.block_size
+        pieces = config.batch_size * block // length
+        self.inputs = (self.x, self.y) if length == block else tuple(
+            _buffer(pieces, length, dtype=dtypes.int32) for _ in range(2))
         if config.gradient_accumulation_steps == 1:
             self.train_step = TinyJit(self._train_step)
         else:
-            self.share = buffer(1, dtype=dtypes.float32)  # of a micro-batch in the step
-            self.sums = [buffer(*p.shape, dtype=dtypes.float32) for p in self.params.values()]
-            self.loss_sum = buffer(1, dtype=dtypes.float32)
             self.accumulate = TinyJit(self._accumulate)
-            self.apply = TinyJit(self._apply)
 
     # ---- the compiled steps
 
@@ -169,9 +182,11 @@ class Run:
                            checkpoint.newest(self.out_dir), self._best_path())
 
     def _make_report(self, out_dir: Path | None) -> Report:
-        tokens = self._tokens_per_step()
         return Report(out_dir, self.iter_num, self.config.max_iters, self.config.log_interval,
-                      tokens, self.model.estimate_flops() * tokens, device.peak_flops())
+                      self._tokens_per_step(), self._flops_per_step(), device.peak_flops())
+
+    def _flops_per_step(self) -> int:
+        return self.model.estimate_flops(self.length) * self._tokens_per_step()
 
     def _tokens_per_step(self) -> int:
         config = self.config
@@ -187,14 +202,19 @@ class Run:
             losses = self._evaluate()
         while not ended:
             start = time.perf_counter()
+            length = context_length(self.iter_num, config, self.model.config.block_size)
+            if length != self.length:
+                self._use_length(length)
+                self.report.flops_per_iter = self._flops_per_step()
+                self.report.remark(f"context of {length} tokens from step {self.iter_num + 1} on")
             lr = learning_rate(self.iter_num, config)
             loss, norm = self._step(lr)
             self.iter_num += 1
             seconds = time.perf_counter() - start
-            done = self.iter_num - first
+            done, self.compiled = self.iter_num - first, self.compiled + 1
             if np.isfinite(loss + norm):
                 bad = 0
-                self.report.step(self.iter_num, loss, norm, lr, seconds, compiled=done <= 2)
+                self.report.step(self.iter_num, loss, norm, lr, seconds, self.compiled <= 2)
                 if norm > (limit := self.spikes.limit()):
                     self.report.line(f"iter {self.iter_num}: gradient norm {norm:.4f} over "
                                      f"{limit:.4f}: skipped")
@@ -244,24 +264,24 @@ class Run:
         device.write(self.norm_limit, [self.spikes.limit()])
         for i in range(micro):
             number = self.iter_num * micro + i
-            self._load(*self.batches.batch(number))
+            self._load(*self.batches.batch(number), *self.inputs)
             device.write(self.key, make_key(self.config.seed, number))
             if micro == 1:
-                stats = self.train_step(self.x, self.y, self.key, self.lr)
+                stats = self.train_step(*self.inputs, self.key, self.lr)
             else:
                 device.write(self.share, [1 / micro])
-                self.accumulate(self.x, self.y, self.key, self.share)
+                self.accumulate(*self.inputs, self.key, self.share)
         if micro > 1:
             stats = self.apply(self.lr)
         loss, norm = stats.tolist()
         return loss, norm
 
-    def _load(self, x: np.ndarray, y: np.ndarray) -> None:
+    def _load(self, x: np.ndarray, y: np.ndarray, to_x: Tensor, to_y: Tensor) -> None:
         if (largest := max(x.max(), y.max())) >= self.model.config.vocab_size:
             raise ValueError(f"the data has token id {largest}, outside the model's vocabulary of "
                              f"{self.model.config.vocab_size}: is it another tokenizer's?")
-        device.write(self.x, x)
-        device.write(self.y, y)
+        device.write(to_x, x)
+        device.write(to_y, y)
 
     def _evaluate(self) -> tuple[float, float]:
         """Mean loss on windows spread over each split, in nats per token, of the weights' moving
@@ -271,7 +291,7 @@ class Run:
             for batches in (self.batches, self.val_batches):
                 losses = []
                 for x, y in batches.spread(self.config.eval_iters):
-                    self._load(x, y)
+                    self._load(x, y, self.x, self.y)
                     losses.append(self.eval_step(self.x, self.y).item())
                 means.append(float(np.mean(losses)))
         self.report.evaluation(self.iter_num, *means, learning_rate(self.iter_num, self.config),
@@ -385,6 +405,10 @@ class Run:
         if not self.config.eval_only:
             say("compiling: the first evaluation and two steps are slow, the first time most of "
                 "all")
+
+
+def _buffer(*shape: int, dtype=dtypes.float32) -> Tensor:
+    return Tensor.zeros(*shape, dtype=dtype).contiguous().realize()
 
 
 @contextmanager

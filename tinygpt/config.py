@@ -57,6 +57,11 @@ class TrainConfig:
     max_minutes: float | None = field(default=None, metadata={
         "help": "stop after so many minutes as if max_iters were reached; the schedule is by "
                 "steps all the same"})
+    curriculum: bool = field(default=False, metadata={
+        "help": "train on short contexts first: lengths that double up to block_size over the "
+                "first half of the steps, with as many tokens a step"})
+    curriculum_start_block_size: int = field(default=32, metadata={
+        "help": "the first length of --curriculum: a half, a quarter, an eighth ... of block_size"})
     patience: int = field(default=0, metadata={
         "help": "stop after so many evaluations in a row without a new best; 0: never"})
     optimizer: str = field(default="adamw", metadata={
@@ -112,7 +117,8 @@ class TrainConfig:
 
     def __post_init__(self):
         for name in ("batch_size", "gradient_accumulation_steps", "max_iters", "eval_interval",
-                     "eval_iters", "log_interval", "keep", "lr_decay_iters"):
+                     "eval_iters", "log_interval", "keep", "lr_decay_iters",
+                     "curriculum_start_block_size"):
             check_range(self, name, low=1)
         for name in ("warmup_iters", "sample_interval", "seed", "weight_decay", "grad_clip",
                      "z_loss", "min_lr", "patience"):
