@@ -125,10 +125,13 @@ class Run:
     # ---- the compiled steps
 
     def _gradients(self, x: Tensor, y: Tensor, key: Tensor) -> tuple[Tensor, list[Tensor]]:
-        config = self.config
-        _, loss = self.model(x, y, key if self.model.config.dropout else None,
-                             config.label_smoothing, config.z_loss)
-        grads = loss.gradient(*self.params.values())
+        config, model = self.config, self.model
+        options = (key if model.config.dropout else None, config.label_smoothing, config.z_loss)
+        if config.grad_checkpoint:
+            loss, grads = model.gradients_in_little_memory(self.params, x, y, *options)
+        else:
+            _, loss = model(x, y, *options)
+            grads = loss.gradient(*self.params.values())
         return loss, [g.cast(dtypes.float32).contiguous() for g in grads]
 
     def _update(self, loss: Tensor, grads: list[Tensor], lr: Tensor) -> Tensor:

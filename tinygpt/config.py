@@ -53,6 +53,9 @@ class TrainConfig:
     batch_size: int = field(default=12, metadata={"help": "sequences in a micro-batch"})
     gradient_accumulation_steps: int = field(default=1, metadata={
         "help": "micro-batches in a step"})
+    grad_checkpoint: bool = field(default=False, metadata={
+        "help": "keep only the inputs of the blocks and compute the rest again in the backward "
+                "pass: slower, and memory for one block instead of all"})
     max_iters: int = field(default=2000, metadata={"help": "training steps"})
     max_minutes: float | None = field(default=None, metadata={
         "help": "stop after so many minutes as if max_iters were reached; the schedule is by "
