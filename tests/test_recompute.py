@@ -53,8 +53,8 @@ def test_frozen_weights_need_no_gradient(rng):
 
 def test_a_step_takes_less_memory():
     """What bench/memory.py finds of four blocks, in processes of their own."""
-    done = subprocess.run([sys.executable, str(ROOT / "bench" / "memory.py"), *"4 16 64 8".split()],
-                          capture_output=True, text=True, timeout=200)
+    done = subprocess.run([sys.executable, str(ROOT / "bench" / "memory.py"), "4", "16", "64",
+                           "8"], capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
     without, with_it = (float(line.split()[-2]) for line in done.stdout.splitlines()[-2:])
     assert with_it < 0.6 * without
