@@ -65,7 +65,7 @@ def train(model: GPT, train_config: TrainConfig, train_data, tokenizer=None) -> 
         if kind == "bpe" and model.config.vocab_size == 50257:
             kind = "gpt2"
         train_data = load_data(train_data, tokenizer or kind, model.config.vocab_size,
-                               model.config.block_size)
+                               model.config.block_size, train_config.text_field)
     run = Run(model, train_config, train_data)
     return run.evaluate_only() if train_config.eval_only else run.train()
 
@@ -452,7 +452,8 @@ def main(argv: list[str] | None = None) -> int:
             config = flags["train"]
         device.choose(config.device)
         shape = flags["model"]
-        data = load_data(config.data, config.tokenizer, shape.vocab_size, shape.block_size)
+        data = load_data(config.data, config.tokenizer, shape.vocab_size, shape.block_size,
+                         config.text_field)
         model = GPT(replace(shape, vocab_size=data.tokenizer.vocab_size), config.seed)
         train(model, config, data)
     except Interrupted as stop:

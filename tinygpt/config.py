@@ -40,8 +40,10 @@ class TrainConfig:
     """How a model is trained. The names are nanoGPT's where nanoGPT has one."""
 
     data: str = field(default="shakespeare", metadata={
-        "help": "a text file, a folder or glob of them, a folder with train.bin and val.bin, or "
-                "'shakespeare'"})
+        "help": "a text or .jsonl file, a folder or glob of them, a folder with train.bin and "
+                "val.bin, or 'shakespeare'"})
+    text_field: str = field(default="text", metadata={
+        "help": "where the text is in each object of a .jsonl file"})
     tokenizer: str = field(default="bpe", metadata={
         "help": "bpe (trained on the data), gpt2, char or byte"})
     out_dir: str = field(default="checkpoints", metadata={"help": "where the run is saved"})
