@@ -16,18 +16,16 @@ from requests.adapters import HTTPAdapter
 from tqdm import tqdm
 from urllib3.util import Retry
 
-from tinygpt import device
+from tinygpt import device, shards
+from tinygpt.documents import DataError, are_documents, end_of_text, read_documents
 from tinygpt.tokenizer import Tokenizer, load_tokenizer, make_tokenizer
 
 DATA_DIR = Path(__file__).parent.parent / "data"
 SHIPPED = DATA_DIR / "lantern_and_tide.txt"
+LARGE = 256 << 20  # bytes of text above which tokens are made in shards
 SHAKESPEARE_URL = ("https://raw.githubusercontent.com/karpathy/char-rnn/master/data/"
                    "tinyshakespeare/input.txt")
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
-
-
-class DataError(ValueError):
-    """Data that is missing, unreadable, or does not fit what is asked of it."""
 
 
 @dataclass
@@ -53,7 +51,9 @@ class TokenData:
         lengths = self.tokenizer.token_lengths()
         if (end := end_of_text(self.tokenizer)) is not None:
             lengths[end] = 0
-        return float(lengths[self.val].mean()) or None
+        step = 1 << 22  # so that a split larger than memory is never in it as a whole
+        parts = (self.val[i:i + step] for i in range(0, len(self.val), step))
+        return sum(int(lengths[part].sum()) for part in parts) / len(self.val) or None
 
 
 class Batches:
@@ -131,7 +131,7 @@ def load_data(source, tokenizer: str | Tokenizer, vocab_size: int, block_size: i
     files = _text_files(str(source))
     if not isinstance(tokenizer, str):
         return _from_text(read_documents(files, text_field), tokenizer, vocab_size, str(source),
-                          _are_documents(files))
+                          are_documents(files))
     return _from_cache(files, str(source), tokenizer, vocab_size, block_size, text_field)
 
 
@@ -178,58 +178,6 @@ def download(url: str, path: Path, sha256: str) -> Path:
         with suppress(OSError):
             part.unlink()
     return path
-
-
-def end_of_text(tokenizer: Tokenizer) -> int | None:
-    """The id that ends a document, where the tokenizer has one."""
-    return getattr(tokenizer, "end_of_text", None)
-
-
-def read_documents(files: list[Path], text_field: str) -> list[str]:
-    """The documents of UTF-8 files: each line of a .jsonl, else each file. Raises DataError that
-    names what is wrong."""
-    found = []
-    for path in files:
-        text = _read_one(path)
-        found += _read_jsonl(path, text, text_field) if path.suffix == ".jsonl" else [text]
-    return found
-
-
-def _are_documents(files: list[Path]) -> bool:
-    """Whether files are more than one text."""
-    return len(files) > 1 or files[0].suffix == ".jsonl"
-
-
-def _read_jsonl(path: Path, text: str, text_field: str) -> list[str]:
-    """The texts of a file with a JSON object in each line, but for empty ones."""
-    found = []
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            value = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"{path} is no JSON in line {number} ({error})") from error
-        if not isinstance(value, dict) or not isinstance(value.get(text_field), str):
-            fields = ", ".join(value) if isinstance(value, dict) else "no fields"
-            raise DataError(f"{path} has no text in the field {text_field!r} in line {number}, "
-                            f"which has {fields}: name another with --text_field")
-        if value[text_field]:
-            found.append(value[text_field])
-    return found
-
-
-def _read_one(path: Path) -> str:
-    try:
-        raw = path.read_bytes()
-    except OSError as error:
-        raise DataError(f"{path} cannot be read ({error.strerror})") from error
-    if b"\0" in raw:
-        raise DataError(f"{path} is binary, not text: it has a zero byte at {raw.index(0)}")
-    try:
-        return raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 at byte {error.start}: convert it first") from error
 
 
 def _text_files(source: str) -> list[Path]:
@@ -346,16 +294,20 @@ def _from_cache(files: list[Path], source: str, kind: str, vocab_size: int, bloc
                 text_field: str) -> TokenData:
     """The tokens of text files, from the cache where it is newer than they are."""
     signature = [[str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns] for f in files]
-    if _are_documents(files):
+    if are_documents(files):
         signature.append(["documents", text_field])
     label = hashlib.sha256(f"{Path(source).resolve()} {_made_with(kind, vocab_size)}".encode())
     folder = _cache_root() / f"{Path(files[0]).stem}-{kind}-{label.hexdigest()[:10]}"
     if not (folder / "meta.json").is_file() or _read_meta(folder)["files"] != signature:
-        data = _from_text(read_documents(files, text_field), kind, vocab_size, source,
-                          _are_documents(files))
-        for ids in (data.train, data.val):
-            check_length(ids, block_size)
-        _write_cache(folder, data, {"files": signature, "made_with": _made_with(kind, vocab_size)})
+        meta = {"files": signature, "made_with": _made_with(kind, vocab_size)}
+        if sum(f.stat().st_size for f in files) > LARGE:
+            _cache_in_shards(folder, files, text_field, kind, vocab_size, meta)
+        else:
+            data = _from_text(read_documents(files, text_field), kind, vocab_size, source,
+                              are_documents(files))
+            for ids in (data.train, data.val):
+                check_length(ids, block_size)
+            _write_cache(folder, data, meta)
     data = _from_bins(folder, kind, vocab_size)
     data.source = source
     return data
@@ -377,6 +329,23 @@ def _write_cache(folder: Path, data: TokenData, meta: dict) -> None:
         raise DataError(f"tokens cannot be cached in {folder} ({error.strerror})") from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
+
+
+def _cache_in_shards(folder: Path, files: list[Path], text_field: str, kind: str,
+                     vocab_size: int, meta: dict) -> None:
+    """The cache of text that may be larger than memory. What a stopped build leaves stays."""
+    part = folder.with_name(f".{folder.name}.shards")
+    try:
+        tokenizer, dtype = shards.build(part, files, text_field, kind, vocab_size, meta)
+        meta |= {f"{name}_bytes": (part / f"{name}.bin").stat().st_size
+                 for name in ("train", "val")}
+        meta |= {"dtype": dtype.str, "tokenizer": tokenizer.to_json()}
+        (part / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
+        shutil.rmtree(folder, ignore_errors=True)
+        part.rename(folder)
+    except OSError as error:
+        raise DataError(f"tokens cannot be made in {part} ({error.strerror}): make room, and what "
+                        "is there already is used again") from error
 
 
 def _cache_root() -> Path:
