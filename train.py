@@ -17,6 +17,7 @@ from tinygpt import checkpoint, device, kernels
 from tinygpt.config import PRESETS, SampleConfig, TrainConfig, parse_flags, to_json
 from tinygpt.data import Batches, TokenData, load_data
 from tinygpt.kernels.random import make_key
+from tinygpt.loggers import check_loggers, make_loggers
 from tinygpt.optim import EMA, clip_scale, global_norm, make_optimizer
 from tinygpt.report import Report, bits_per_byte
 from tinygpt.schedule import context_length, learning_rate
@@ -85,6 +86,7 @@ class Run:
         self.spikes = SpikeGuard(config.skip_spikes)
         model.compute_dtype = config.dtype
         self._check_vocabulary()
+        check_loggers(config.tensorboard, config.wandb)
         context_length(0, config, model.config.block_size)  # refuses a curriculum that cannot be
         block, rows = model.config.block_size, config.batch_size
         self.batches = Batches(data.train, block, rows, config.seed)
@@ -168,7 +170,10 @@ class Run:
     # ---- the run
 
     def train(self) -> TrainResult:
-        self.report = self._make_report(self.out_dir)
+        config = self.config
+        self.report = self._make_report(self.out_dir, make_loggers(
+            config.tensorboard, config.wandb, self.out_dir,
+            asdict(self.model.config) | asdict(config)))
         self._greet()
         try:
             with _signals() as pending:
@@ -184,9 +189,10 @@ class Run:
         return TrainResult(self.iter_num, *losses, self.best_val_loss,
                            checkpoint.newest(self.out_dir), self._best_path())
 
-    def _make_report(self, out_dir: Path | None) -> Report:
+    def _make_report(self, out_dir: Path | None, loggers=()) -> Report:
         return Report(out_dir, self.iter_num, self.config.max_iters, self.config.log_interval,
-                      self._tokens_per_step(), self._flops_per_step(), device.peak_flops())
+                      self._tokens_per_step(), self._flops_per_step(), device.peak_flops(),
+                      loggers)
 
     def _flops_per_step(self) -> int:
         return self.model.estimate_flops(self.length) * self._tokens_per_step()

@@ -109,6 +109,10 @@ class TrainConfig:
     log_interval: int = field(default=10, metadata={"help": "steps between log lines"})
     sample_interval: int = field(default=0, metadata={
         "help": "steps between samples; 0: only at the end"})
+    tensorboard: bool = field(default=False, metadata={
+        "help": "log to TensorBoard too, in out_dir/tensorboard; needs tensorboardX"})
+    wandb: bool = field(default=False, metadata={
+        "help": "log to Weights & Biases too; needs wandb"})
     keep: int = field(default=2, metadata={"help": "newest checkpoints to keep beside the best"})
     seed: int = field(default=1337, metadata={
         "help": "of weights, batches, dropout and samples"})

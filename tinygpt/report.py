@@ -18,15 +18,16 @@ class Report:
     """Tells of one run, on stdout in nanoGPT's words and in files in out_dir, unless that is None.
 
     flops_per_iter and tokens_per_iter are those of a training step, peak_flops the device's.
-    Records of steps after `start`, which a resumed run takes again, are dropped.
+    Records of steps after `start`, which a resumed run takes again, are dropped. The figures of
+    every record go to the loggers too (see loggers.py).
     """
 
     def __init__(self, out_dir: Path | None, start: int, max_iters: int, log_interval: int,
-                 tokens_per_iter: int, flops_per_iter: float, peak_flops: float):
+                 tokens_per_iter: int, flops_per_iter: float, peak_flops: float, loggers=()):
         self.out_dir, self.max_iters, self.log_interval = out_dir, max_iters, log_interval
         self.tokens_per_iter, self.flops_per_iter = tokens_per_iter, flops_per_iter
         self.peak_flops = peak_flops
-        self.records, self.file = [], None
+        self.records, self.file, self.loggers = [], None, loggers
         if out_dir is not None:
             former = _read_records(out_dir / "metrics.jsonl") if start else []
             self.records = [r for r in former if r["iter"] <= start]
@@ -40,6 +41,8 @@ class Report:
 
     def close(self) -> None:
         self.bar.close()
+        for logger in self.loggers:
+            logger.close()
         if self.file:
             self.file.close()
 
@@ -120,6 +123,9 @@ class Report:
         if self.file:
             self.file.write(json.dumps(facts) + "\n")
             self.file.flush()
+        figures = {k: float(v) for k, v in facts.items() if v is not None and k != "iter"}
+        for logger in self.loggers:
+            logger.log(facts["iter"], figures)
 
 
 def bits_per_byte(loss: float, bytes_per_token: float | None) -> float | None:
