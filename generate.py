@@ -1,9 +1,11 @@
 """Writes text with a trained GPT: `python generate.py --prompt "ROMEO:"`."""
 
+import json
 import sys
 import time
 import warnings
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +37,16 @@ class GenerateConfig:
     prompt: str = field(default="\n", metadata={
         "help": "text to continue; FILE:path reads it from a file, - from standard input"})
     num_samples: int = field(default=1, metadata={"help": "texts to write, as one batch"})
-    stop: str | None = field(default=None, metadata={"help": "end before this string"})
+    stop: list[str] = field(default_factory=list, metadata={
+        "help": "end before this string; may be given several times",
+        "custom_args": {"action": "append", "nargs": None}})
+    out_dir: str | None = field(default=None, metadata={
+        "help": "write the samples to sample_1.txt, sample_2.txt, ... in this folder instead of "
+                "stdout"})
+    json: bool = field(default=False, metadata={
+        "help": "write one JSON object a sample: prompt, text, tokens, seconds and seed"})
+    interactive: bool = field(default=False, metadata={
+        "help": "read lines from the keyboard and continue each; Ctrl-D ends"})
     device: str = field(default="auto", metadata={
         "help": "auto, cpu, cuda, metal, or what else tinygrad knows"})
     quantize: str = field(default="none", metadata={
@@ -48,8 +59,12 @@ class GenerateConfig:
         check_range(self, "num_samples", low=1)
         check_choice(self, "quantize", ("none", *KINDS))
         check_range(self, "threads", low=1, high=64)
-        if self.stop == "":
+        if "" in self.stop:
             raise ValueError("stop is empty: give a string to stop at")
+        if self.interactive and (self.num_samples > 1 or self.json or self.out_dir
+                                 or self.prompt == "-"):
+            raise ValueError("interactive writes one text to the terminal: leave out "
+                             "--num_samples, --json, --out_dir and --prompt -")
 
 
 def read_prompt(prompt: str) -> str:
@@ -65,21 +80,22 @@ def read_prompt(prompt: str) -> str:
 
 
 class StopFilter:
-    """Passes text on up to, and without, the string `stop`."""
+    """Passes text on up to, and without, the one of some strings that is complete first."""
 
-    def __init__(self, stop: str | None):
-        self.stop, self.stopped = stop, False
-        self._held = ""  # what may yet turn out to be the beginning of `stop`
+    def __init__(self, stops: Sequence[str]):
+        self.stops, self.stopped = stops, False
+        self._held = ""  # what may yet turn out to be the beginning of a stop
 
     def push(self, text: str) -> str:
-        if self.stopped or self.stop is None:
-            return "" if self.stopped else text
+        if self.stopped:
+            return ""
         text = self._held + text
-        if self.stop in text:
+        found = [(at + len(stop), at) for stop in self.stops if (at := text.find(stop)) >= 0]
+        if found:
             self.stopped, self._held = True, ""
-            return text[:text.index(self.stop)]
-        longest = min(len(self.stop) - 1, len(text))
-        kept = next((n for n in range(longest, 0, -1) if text.endswith(self.stop[:n])), 0)
+            return text[:min(found)[1]]
+        kept = max((n for stop in self.stops for n in range(1, min(len(stop), len(text) + 1))
+                    if text.endswith(stop[:n])), default=0)
         self._held = text[len(text) - kept:]
         return text[:len(text) - kept]
 
@@ -87,30 +103,94 @@ class StopFilter:
         return self._held
 
 
-def write_one(model: GPT, ids: list[int], config: SampleConfig, stop: str | None) -> list[float]:
-    """Streams one continuation to stdout; returns the seconds that each token took."""
-    text, until, seconds = StreamDecoder(model.tokenizer), StopFilter(stop), []
+def write_one(model: GPT, ids: list[int], config: SampleConfig, stop: Sequence[str]
+              ) -> tuple[list[int], list[float]]:
+    """Streams one continuation to stdout; returns its tokens and the seconds that each took."""
+    text, until, tokens, seconds = StreamDecoder(model.tokenizer), StopFilter(stop), [], []
     start = time.perf_counter()
     for token in model.stream([ids], config):
         seconds.append(time.perf_counter() - start)
+        tokens.append(token)
         _put(until.push(text.push(token)))
         if until.stopped:
             break
         start = time.perf_counter()
     _put("" if until.stopped else until.push(text.finish()) + until.finish())
-    return seconds
+    return tokens, seconds
 
 
-def write_many(model: GPT, prompt: str, ids: list[int], config: SampleConfig, stop: str | None,
-               count: int) -> None:
-    """Writes `count` continuations, drawn as one batch, to stdout."""
+def draw_many(model: GPT, ids: list[int], config: SampleConfig, stop: Sequence[str],
+              count: int) -> list[str]:
+    """`count` continuations, drawn as one batch."""
     rows = model.generate([ids] * count, config.max_new_tokens, temperature=config.temperature,
                           top_k=config.top_k, top_p=config.top_p, min_p=config.min_p,
                           repetition_penalty=config.repetition_penalty, seed=config.seed).numpy()
-    for number, row in enumerate(rows, 1):
+    texts = []
+    for row in rows:
         until = StopFilter(stop)
-        text = until.push(model.tokenizer.decode(row[len(ids):].tolist())) + until.finish()
-        _put(f"--- sample {number} of {count} ---\n{prompt}{text}\n")
+        texts.append(until.push(model.tokenizer.decode(row[len(ids):].tolist())) + until.finish())
+    return texts
+
+
+def write_many(model: GPT, prompt: str, ids: list[int], config: SampleConfig,
+               what: GenerateConfig) -> None:
+    """Writes what.num_samples continuations to stdout, as text or as JSON lines, or to files.
+
+    The seconds in a JSON line are those of the whole batch.
+    """
+    start, count = time.perf_counter(), what.num_samples
+    texts = draw_many(model, ids, config, what.stop, count)
+    seconds, tokens = time.perf_counter() - start, count * config.max_new_tokens
+    for number, text in enumerate(texts, 1):
+        if what.out_dir:
+            path = _write_file(Path(what.out_dir) / f"sample_{number}.txt", f"{prompt}{text}\n")
+            print(path, file=sys.stderr)
+        if what.json:
+            _put(json.dumps({"sample": number, "prompt": prompt, "text": text,
+                             "tokens": config.max_new_tokens, "seconds": round(seconds, 4),
+                             "seed": config.seed}) + "\n")
+        elif not what.out_dir:
+            _put(f"--- sample {number} of {count} ---\n{prompt}{text}\n")
+    print(f"{tokens} tokens in {seconds:.2f} s ({tokens / seconds:,.1f} tokens/s, "
+          "compilation included)", file=sys.stderr)
+
+
+def _write_file(path: Path, text: str) -> Path:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(text.encode("utf-8"))
+    except OSError as error:
+        raise ValueError(f"{path} cannot be written ({error.strerror}): name another --out_dir"
+                         ) from error
+    return path
+
+
+def converse(model: GPT, ids: list[int], config: SampleConfig, stop: Sequence[str]) -> None:
+    """Continues every line of standard input, on stdout, until the input ends.
+
+    A line goes on the text so far, the last block_size tokens of which are kept; an empty one only
+    lets the model write on. The line break that ends a line is not part of the text.
+    """
+    print("type, and it continues; Ctrl-D ends", file=sys.stderr)
+    between, turn = "", 0
+    while line := sys.stdin.readline():
+        line = line.removesuffix("\n")
+        try:
+            ids += _encode_after(model, between, line) if line else []
+        except ValueError as error:  # a character that the tokenizer lacks
+            print(error, file=sys.stderr)
+            continue
+        tokens, _ = write_one(model, ids, replace(config, seed=config.seed + turn), stop)
+        _put("\n")
+        ids, between, turn = (ids + tokens)[-model.config.block_size:], "\n", turn + 1
+
+
+def _encode_after(model: GPT, between: str, line: str) -> list[int]:
+    """The ids of a line behind a line break, unless the tokenizer knows none."""
+    try:
+        return model.tokenizer.encode(between + line)
+    except ValueError:
+        return model.tokenizer.encode(line)
 
 
 def statistics(prompt_tokens: int, seconds: list[float]) -> str:
@@ -152,15 +232,12 @@ def run(what: GenerateConfig, config: SampleConfig) -> None:
     if not ids:
         raise ValueError("the prompt is empty: give at least one character")
     print(f"{path}, {device.describe()}", file=sys.stderr)
-    if what.num_samples > 1:
-        start = time.perf_counter()
-        write_many(model, prompt, ids, config, what.stop, what.num_samples)
-        tokens, passed = what.num_samples * config.max_new_tokens, time.perf_counter() - start
-        print(f"{tokens} tokens in {passed:.2f} s ({tokens / passed:,.1f} tokens/s, "
-              "compilation included)", file=sys.stderr)
-        return
+    if what.num_samples > 1 or what.json or what.out_dir:
+        return write_many(model, prompt, ids, config, what)
     _put(prompt)
-    seconds = write_one(model, ids, config, what.stop)
+    if what.interactive:
+        return converse(model, ids, config, what.stop)
+    _, seconds = write_one(model, ids, config, what.stop)
     _put("\n")
     if seconds:
         print(statistics(len(ids), seconds), file=sys.stderr)

@@ -6,6 +6,7 @@ Shapes, after each line that changes one:
     H heads   G kv heads       D head size     V vocabulary
 """
 
+import copy
 import functools
 import math
 import weakref
@@ -22,6 +23,7 @@ from tinygpt.config import SampleConfig, TrainConfig, check_choice, check_range
 from tinygpt.decoder import Decoder
 from tinygpt.kernels.random import next_key
 from tinygpt.quantize import quantize, refuse_quantized
+from tinygpt.recompute import Chain
 from tinygpt.sampling import Controls
 from tinygpt.tokenizer import BPETokenizer, Tokenizer, load_tokenizer
 
@@ -317,20 +319,41 @@ class GPT:
         if targets.shape != idx.shape:
             raise ValueError(f"targets has shape {targets.shape}, idx {idx.shape}: "
                              "give one target a position")
-        loss = kernels.cross_entropy(logits.reshape(-1, self.config.vocab_size),
+        return logits, self._loss(logits, targets, label_smoothing, z_loss)
+
+    def gradients_in_little_memory(self, params: dict[str, Tensor], idx: Tensor, targets: Tensor,
+                                   dropout_key: Tensor | None = None, label_smoothing: float = 0.0,
+                                   z_loss: float = 0.0) -> tuple[Tensor, list[Tensor]]:
+        """The loss as above and its gradients by params, weights by name, with every block
+        computed a second time on the way back (see `tinygpt.recompute`)."""
+        run = Pass(idx.shape[1], dropout_key=dropout_key)
+        chain = Chain(self._embed(idx, run))
+        for layer, block in enumerate(self.h):
+            again = copy.copy(run)  # which draws the same dropout
+            chain.append(functools.partial(block, run=run, layer=layer),
+                         functools.partial(block, run=again, layer=layer))
+        loss = self._loss(self._head(chain.end), targets, label_smoothing, z_loss)
+        return loss, chain.gradients(loss, params)
+
+    def _loss(self, logits: Tensor, targets: Tensor, label_smoothing: float,
+              z_loss: float) -> Tensor:
+        return kernels.cross_entropy(logits.reshape(-1, self.config.vocab_size),
                                      targets.reshape(-1), label_smoothing, z_loss)
-        return logits, loss
 
     def _features(self, idx: Tensor, run: Pass) -> Tensor:
         """What the last block says of each position: idx (B, T) -> (B, T, C)."""
-        x = self.wte(idx)  # (B, T, C)
-        if self.wpe is not None:
-            x = x + self.wpe.weight[run.position:run.position + run.T]
-        x = kernels.dropout(x.cast(self.compute_dtype), self.config.dropout,
-                            run.next_dropout_key())
+        x = self._embed(idx, run)
         for layer, block in enumerate(self.h):
             x = block(x, run, layer)
         return x
+
+    def _embed(self, idx: Tensor, run: Pass) -> Tensor:
+        """What goes into the first block: idx (B, T) -> (B, T, C)."""
+        x = self.wte(idx)  # (B, T, C)
+        if self.wpe is not None:
+            x = x + self.wpe.weight[run.position:run.position + run.T]
+        return kernels.dropout(x.cast(self.compute_dtype), self.config.dropout,
+                               run.next_dropout_key())
 
     def _head(self, x: Tensor) -> Tensor:
         """(B, T, C) -> logits (B, T, V)."""
@@ -439,17 +462,18 @@ class GPT:
             total -= self.wpe.weight.numel()
         return total
 
-    def estimate_flops(self) -> int:
+    def estimate_flops(self, length: int | None = None) -> int:
         """Floating-point operations of a training step, forward and backward, per token.
 
         6 for each weight of a matrix that multiplies, 12 C a layer and visible position for
-        attention, at the full block_size (PaLM, arXiv:2204.02311, appendix B).
+        attention, on sequences of `length`, block_size where none is given (PaLM,
+        arXiv:2204.02311, appendix B).
         """
         c = self.config
         matrices = sum(w.numel() for name, w in self.state_dict().items()
                        if w.ndim == 2 and not name.startswith(("wpe", "wte")))
         matrices += c.vocab_size * c.n_embd if c.tie_weights else 0
-        seen = min(c.block_size, c.sliding_window or c.block_size)
+        seen = min(length or c.block_size, c.sliding_window or c.block_size)
         return 6 * matrices + 12 * c.n_layer * c.n_embd * seen
 
     # ---- checkpoints

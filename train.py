@@ -17,12 +17,14 @@ from tinygpt import checkpoint, device, kernels, lora
 from tinygpt.config import PRESETS, SampleConfig, TrainConfig, given, parse_flags, to_json
 from tinygpt.data import Batches, TokenData, load_data
 from tinygpt.kernels.random import make_key
+from tinygpt.loggers import check_loggers, make_loggers
 from tinygpt.optim import EMA, clip_scale, global_norm, make_optimizer
 from tinygpt.report import Report, bits_per_byte
-from tinygpt.schedule import learning_rate
+from tinygpt.schedule import context_length, learning_rate
+from tinygpt.spikes import SpikeGuard
 from tinygpt.tokenizer import load_tokenizer
 
-PATIENCE = 10  # steps in a row without a finite loss after which training stops
+NOT_FINITE = 10  # steps in a row without a finite loss after which training stops
 
 
 @dataclass
@@ -53,8 +55,9 @@ def train(model: GPT, train_config: TrainConfig, train_data, tokenizer=None) -> 
     `tinygpt.data.load_data`. Text is tokenized by `tokenizer`, or by one that is made as
     train_config.tokenizer says for the model's vocabulary; a model of GPT-2's vocabulary, 50257,
     gets GPT-2's. A run that out_dir already holds is continued with train_config.resume and moved
-    into a folder of its own without. Raises ValueError where model, data and checkpoint do not
-    fit, or where the loss stays non-finite; Interrupted after a saved Ctrl-C or SIGTERM.
+    into a folder of its own without. With train_config.eval_only its best checkpoint is evaluated
+    and nothing else happens. Raises ValueError where model, data and checkpoint do not fit, or
+    where the loss stays non-finite; Interrupted after a saved Ctrl-C or SIGTERM.
     """
     kernels.use(train_config.kernels)
     if train_config.threads:
@@ -64,8 +67,9 @@ def train(model: GPT, train_config: TrainConfig, train_data, tokenizer=None) -> 
         if kind == "bpe" and model.config.vocab_size == 50257:
             kind = "gpt2"
         train_data = load_data(train_data, tokenizer or kind, model.config.vocab_size,
-                               model.config.block_size)
-    return Run(model, train_config, train_data).train()
+                               model.config.block_size, train_config.text_field)
+    run = Run(model, train_config, train_data)
+    return run.evaluate_only() if train_config.eval_only else run.train()
 
 
 class Run:
@@ -79,8 +83,12 @@ class Run:
         self.model, self.config, self.data = model, config, data
         self.out_dir = Path(config.out_dir)
         self.iter_num, self.best_val_loss = 0, float("inf")
+        self.stale = 0  # evaluations in a row without a new best
+        self.spikes = SpikeGuard(config.skip_spikes)
         model.compute_dtype = config.dtype
         self._check_vocabulary()
+        check_loggers(config.tensorboard, config.wandb)
+        context_length(0, config, model.config.block_size)  # refuses a curriculum that cannot be
         block, rows = model.config.block_size, config.batch_size
         self.batches = Batches(data.train, block, rows, config.seed)
         self.val_batches = Batches(data.val, block, rows, config.seed)
@@ -93,37 +101,57 @@ class Run:
         self._claim_out_dir()
         model.tokenizer = data.tokenizer
 
-        def buffer(*shape: int, dtype=dtypes.int32) -> Tensor:
-            return Tensor.zeros(*shape, dtype=dtype).contiguous().realize()
-        self.x, self.y = buffer(rows, block), buffer(rows, block)
-        self.lr, self.key = buffer(1, dtype=dtypes.float32), buffer(1, dtype=dtypes.uint32)
+        self.x, self.y = (_buffer(rows, block, dtype=dtypes.int32) for _ in range(2))
+        self.lr, self.norm_limit = _buffer(1), _buffer(1)
+        self.key = _buffer(1, dtype=dtypes.uint32)
         self.eval_step = TinyJit(self._eval_step)
+        if config.gradient_accumulation_steps > 1:
+            self.share = _buffer(1)  # of a micro-batch in the step
+            self.sums = [_buffer(*p.shape) for p in self.params.values()]
+            self.loss_sum = _buffer(1)
+            self.apply = TinyJit(self._apply)
+        self._use_length(context_length(self.iter_num, config, block))
+
+    def _use_length(self, length: int) -> None:
+        """Training steps on sequences of that length from now on, which are compiled anew.
+
+        A micro-batch is what it was, its windows cut into pieces: as many tokens, in the same
+        order, each piece with positions from 0.
+        """
+        self.length, self.compiled = length, 0  # compiled: how many steps were, of two
+        config, block = self.config, self.model.config.block_size
+        pieces = config.batch_size * block // length
+        self.inputs = (self.x, self.y) if length == block else tuple(
+            _buffer(pieces, length, dtype=dtypes.int32) for _ in range(2))
         if config.gradient_accumulation_steps == 1:
             self.train_step = TinyJit(self._train_step)
         else:
-            self.share = buffer(1, dtype=dtypes.float32)  # of a micro-batch in the step
-            self.sums = [buffer(*p.shape, dtype=dtypes.float32) for p in self.params.values()]
-            self.loss_sum = buffer(1, dtype=dtypes.float32)
             self.accumulate = TinyJit(self._accumulate)
-            self.apply = TinyJit(self._apply)
 
     # ---- the compiled steps
 
     def _gradients(self, x: Tensor, y: Tensor, key: Tensor) -> tuple[Tensor, list[Tensor]]:
-        config = self.config
-        _, loss = self.model(x, y, key if self.model.config.dropout else None,
-                             config.label_smoothing, config.z_loss)
-        grads = loss.gradient(*self.params.values())
+        config, model = self.config, self.model
+        options = (key if model.config.dropout else None, config.label_smoothing, config.z_loss)
+        if config.grad_checkpoint:
+            loss, grads = model.gradients_in_little_memory(self.params, x, y, *options)
+        else:
+            _, loss = model(x, y, *options)
+            grads = loss.gradient(*self.params.values())
         return loss, [g.cast(dtypes.float32).contiguous() for g in grads]
 
     def _update(self, loss: Tensor, grads: list[Tensor], lr: Tensor) -> Tensor:
-        """Clips and takes the optimizer's step where all is finite: (2,) loss and norm."""
+        """Clips and takes the optimizer's step where all is finite and the gradient no spike:
+        (2,) loss and norm."""
         norm = global_norm(grads).contiguous()
         scale = clip_scale(norm, self.config.grad_clip).contiguous()
-        finite = (loss + norm).isfinite().contiguous()
-        updates = self.optimizer.update(grads, lr, scale, finite)
+        sound = (loss + norm).isfinite()
+        if self.config.skip_spikes:
+            sound = sound & (norm <= self.norm_limit.reshape(()))
+        sound = sound.contiguous()
+        updates = self.optimizer.update(grads, lr, scale, sound)
         if self.ema:
-            updates += self.ema.update(self.optimizer.step, finite)
+            updates += self.ema.update(self.optimizer.step, sound)
         return Tensor.stack(loss.reshape(()), norm).realize(*updates)
 
     def _train_step(self, x: Tensor, y: Tensor, key: Tensor, lr: Tensor) -> Tensor:
@@ -146,79 +174,127 @@ class Run:
     # ---- the run
 
     def train(self) -> TrainResult:
-        config, model = self.config, self.model
-        micro = config.gradient_accumulation_steps
-        tokens = micro * config.batch_size * model.config.block_size
-        self.report = Report(self.out_dir, self.iter_num, config.max_iters, config.log_interval,
-                             tokens, model.estimate_flops() * tokens, device.peak_flops())
-        self._greet(tokens)
+        config = self.config
+        self.report = self._make_report(self.out_dir, make_loggers(
+            config.tensorboard, config.wandb, self.out_dir,
+            asdict(self.model.config) | asdict(config)))
+        self._greet()
         try:
             with _signals() as pending:
                 return self._loop(pending)
         finally:
             self.report.close()
 
+    def evaluate_only(self) -> TrainResult:
+        """Tells how good the checkpoint is that the run stands at; writes nothing."""
+        self.report = self._make_report(None)
+        self._greet()
+        losses = self._evaluate()
+        return TrainResult(self.iter_num, *losses, self.best_val_loss,
+                           checkpoint.newest(self.out_dir), self._best_path())
+
+    def _make_report(self, out_dir: Path | None, loggers=()) -> Report:
+        return Report(out_dir, self.iter_num, self.config.max_iters, self.config.log_interval,
+                      self._tokens_per_step(), self._flops_per_step(), device.peak_flops(),
+                      loggers)
+
+    def _flops_per_step(self) -> int:
+        return self.model.estimate_flops(self.length) * self._tokens_per_step()
+
+    def _tokens_per_step(self) -> int:
+        config = self.config
+        return (config.gradient_accumulation_steps * config.batch_size
+                * self.model.config.block_size)
+
     def _loop(self, pending: list[int]) -> TrainResult:
         config = self.config
         bad, losses, saved = 0, None, None
-        if self.iter_num == 0 or self.iter_num >= config.max_iters:
-            losses = self._evaluate()
         began, first = time.perf_counter(), self.iter_num
-        while self.iter_num < config.max_iters:
+        ended = self._ended()
+        if self.iter_num == 0 or ended:
+            losses = self._evaluate()
+        while not ended:
             start = time.perf_counter()
+            length = context_length(self.iter_num, config, self.model.config.block_size)
+            if length != self.length:
+                self._use_length(length)
+                self.report.flops_per_iter = self._flops_per_step()
+                self.report.remark(f"context of {length} tokens from step {self.iter_num + 1} on")
             lr = learning_rate(self.iter_num, config)
             loss, norm = self._step(lr)
             self.iter_num += 1
             seconds = time.perf_counter() - start
-            done = self.iter_num - first
+            done, self.compiled = self.iter_num - first, self.compiled + 1
             if np.isfinite(loss + norm):
                 bad = 0
-                self.report.step(self.iter_num, loss, norm, lr, seconds, compiled=done <= 2)
+                self.report.step(self.iter_num, loss, norm, lr, seconds, self.compiled <= 2)
+                if norm > (limit := self.spikes.limit()):
+                    self.report.line(f"iter {self.iter_num}: gradient norm {norm:.4f} over "
+                                     f"{limit:.4f}: skipped")
             else:
                 bad += 1
                 self._skipped(loss, norm, bad)
+            self.spikes.add(norm)
             if done == 2:
                 self.report.remark(f"compiled in {time.perf_counter() - began:.1f} s; "
                                    "the steps from here on are fast")
-            ended = self.iter_num == config.max_iters
+            ended = self._ended(time.perf_counter() - began)
             if ended or self.iter_num % config.eval_interval == 0:
                 losses = self._evaluate()
                 saved = self._save(losses[1])
+                ended = ended or self._ended()
             if config.sample_interval and self.iter_num % config.sample_interval == 0 and not ended:
                 self._sample()
             if pending and not ended:
                 self._save(None)
                 raise Interrupted(pending[0], self._checkpoint_path())
         saved = saved or checkpoint.newest(self.out_dir)
+        if self.iter_num < config.max_iters:
+            self.report.remark(f"stopped after step {self.iter_num}: {self._why_early()}")
         self._sample()
         self.report.remark(f"saved in {saved}; write with: python generate.py "
                            f"--checkpoint {self._best_path()}{' --ema' if config.ema else ''}")
         return TrainResult(self.iter_num, *losses, self.best_val_loss, saved, self._best_path())
 
+    def _ended(self, seconds: float = 0.0) -> bool:
+        """Whether the run is over: by steps, by patience, or by the seconds that it took."""
+        config = self.config
+        return (self.iter_num >= config.max_iters or self._impatient()
+                or seconds >= 60 * (config.max_minutes or np.inf))
+
+    def _impatient(self) -> bool:
+        return 0 < self.config.patience <= self.stale
+
+    def _why_early(self) -> str:
+        if self._impatient():
+            return f"no new best in {self.stale} evaluations (--patience)"
+        return f"{self.config.max_minutes:g} minutes are over (--max_minutes)"
+
     def _step(self, lr: float) -> tuple[float, float]:
         """One training step: its loss, and the norm of its gradient before clipping."""
         micro = self.config.gradient_accumulation_steps
         device.write(self.lr, [lr])
+        device.write(self.norm_limit, [self.spikes.limit()])
         for i in range(micro):
             number = self.iter_num * micro + i
-            self._load(*self.batches.batch(number))
+            self._load(*self.batches.batch(number), *self.inputs)
             device.write(self.key, make_key(self.config.seed, number))
             if micro == 1:
-                stats = self.train_step(self.x, self.y, self.key, self.lr)
+                stats = self.train_step(*self.inputs, self.key, self.lr)
             else:
                 device.write(self.share, [1 / micro])
-                self.accumulate(self.x, self.y, self.key, self.share)
+                self.accumulate(*self.inputs, self.key, self.share)
         if micro > 1:
             stats = self.apply(self.lr)
         loss, norm = stats.tolist()
         return loss, norm
 
-    def _load(self, x: np.ndarray, y: np.ndarray) -> None:
+    def _load(self, x: np.ndarray, y: np.ndarray, to_x: Tensor, to_y: Tensor) -> None:
         if (largest := max(x.max(), y.max())) >= self.model.config.vocab_size:
             raise ValueError(f"the data has token id {largest}, outside the model's vocabulary of "
                              f"{self.model.config.vocab_size}: is it another tokenizer's?")
-        device.write(self.x, x)
-        device.write(self.y, y)
+        device.write(to_x, x)
+        device.write(to_y, y)
 
     def _evaluate(self) -> tuple[float, float]:
         """Mean loss on windows spread over each split, in nats per token, of the weights' moving
@@ -228,7 +304,7 @@ class Run:
             for batches in (self.batches, self.val_batches):
                 losses = []
                 for x, y in batches.spread(self.config.eval_iters):
-                    self._load(x, y)
+                    self._load(x, y, self.x, self.y)
                     losses.append(self.eval_step(self.x, self.y).item())
                 means.append(float(np.mean(losses)))
         self.report.evaluation(self.iter_num, *means, learning_rate(self.iter_num, self.config),
@@ -242,7 +318,7 @@ class Run:
 
     def _skipped(self, loss: float, norm: float, count: int) -> None:
         self.report.line(f"iter {self.iter_num}: loss {loss}, gradient norm {norm}: skipped")
-        if count >= PATIENCE:
+        if count >= NOT_FINITE:
             raise ValueError(f"the loss was not finite for {count} steps, the last at "
                              f"{self.iter_num}: lower --learning_rate, lengthen --warmup_iters, "
                              "or use --dtype float32; the checkpoints before are good")
@@ -268,11 +344,14 @@ class Run:
         best = val_loss is not None and val_loss < self.best_val_loss
         if best:
             self.best_val_loss = val_loss
+        if val_loss is not None:
+            self.stale = 0 if best else self.stale + 1
         config = self.config
         path = self.model.save_checkpoint(self.iter_num, self.optimizer, self.out_dir, {
             "train_config": asdict(config), "best_val_loss": self.best_val_loss,
             "data_position": self.iter_num * config.gradient_accumulation_steps,
-            "random_state": {"seed": config.seed}}, self.ema)
+            "random_state": {"seed": config.seed}, "stale_evaluations": self.stale,
+            "gradient_norms": self.spikes.norms}, self.ema)
         if best:
             checkpoint.mark_best(path)
             if config.lora_rank:
@@ -283,29 +362,36 @@ class Run:
 
     def _claim_out_dir(self) -> None:
         """Continues the run in out_dir, or makes room for a new one and says what it is."""
+        if self.config.eval_only:
+            best = self._best_path()
+            return self._resume(best if best.exists() else checkpoint.newest(self.out_dir))
         try:
             self.out_dir.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ValueError(f"out_dir {self.out_dir} cannot be made ({error.strerror})") from error
         if self.config.resume:
-            self._resume()
+            self._resume(checkpoint.newest(self.out_dir))
         elif moved := checkpoint.set_aside(self.out_dir):
             print(f"the run in {self.out_dir} is now in {moved}", file=sys.stderr)
         settings = to_json(self.model.config, replace(self.config, resume=False))
         checkpoint.write_atomically(self.out_dir / "config.json", settings.encode())
 
-    def _resume(self) -> None:
-        path = checkpoint.newest(self.out_dir)
+    def _resume(self, path: Path | None) -> None:
         if path is None:
-            raise ValueError(f"there is no checkpoint in {self.out_dir} to resume: "
-                             "leave out --resume, or name another --out_dir")
+            flag = "eval_only" if self.config.eval_only else "resume"
+            raise ValueError(f"there is no checkpoint in {self.out_dir} to go on from: "
+                             f"leave out --{flag}, or name another --out_dir")
         theirs = checkpoint.load_metadata(path).get("tokenizer")
         ours = self.data.tokenizer and self.data.tokenizer.to_json()
         if theirs != ours:
             raise ValueError(f"{path} was trained with another tokenizer than the data has now: "
                              "use the same --data and --tokenizer, or start a new run")
-        facts = self.model.load_checkpoint(path, self.optimizer, self.ema)
+        optimizer = None if self.config.eval_only else self.optimizer
+        facts = self.model.load_checkpoint(path, optimizer, self.ema)
         self.iter_num, self.best_val_loss = facts["iter_num"], facts["best_val_loss"]
+        self.stale = facts.get("stale_evaluations", 0)
+        if self.config.skip_spikes:
+            self.spikes = SpikeGuard(self.config.skip_spikes, facts.get("gradient_norms", ()))
 
     def _checkpoint_path(self) -> Path:
         return self.out_dir / checkpoint.name(self.iter_num)
@@ -319,19 +405,27 @@ class Run:
             raise ValueError(f"the tokenizer has {tokenizer.vocab_size} ids, the model "
                              f"vocab_size={size}: give it at least as many")
 
-    def _greet(self, tokens: int) -> None:
+    def _greet(self) -> None:
         data, say = self.data, self.report.remark
         say(f"device {device.describe()}")
         say(f"data {data.source}: {len(data.train):,} training and {len(data.val):,} validation "
             f"tokens")
         changed = sum(p.numel() for p in self.params.values())
         say(f"model {self.model.num_params():,} parameters, of which {changed:,} are trained; "
-            f"{tokens:,} tokens a step")
+            f"{self._tokens_per_step():,} tokens a step")
         if self.ema:
             say("evaluations and samples are of the weights' moving average")
-        if self.iter_num:
+        if self.config.eval_only:
+            say(f"evaluating what was saved after step {self.iter_num}")
+        elif self.iter_num:
             say(f"resuming after step {self.iter_num}")
-        say("compiling: the first evaluation and two steps are slow, the first time most of all")
+        if not self.config.eval_only:
+            say("compiling: the first evaluation and two steps are slow, the first time most of "
+                "all")
+
+
+def _buffer(*shape: int, dtype=dtypes.float32) -> Tensor:
+    return Tensor.zeros(*shape, dtype=dtype).contiguous().realize()
 
 
 @contextmanager
@@ -361,17 +455,20 @@ def main(argv: list[str] | None = None) -> int:
     try:
         flags = _parse(argv)
         config = flags["train"]
-        if config.resume:  # what is not said again is as the run had it
+        if config.resume or config.eval_only:  # what is not said again is as the run had it
             saved = Path(config.out_dir) / "config.json"
             if not saved.is_file():
-                raise ValueError(f"there is no run in {config.out_dir} to resume: leave out "
-                                 "--resume, or name another --out_dir")
+                what = "evaluate: leave out --eval_only" if config.eval_only else (
+                    "resume: leave out --resume")
+                raise ValueError(f"there is no run in {config.out_dir} to {what}, or name "
+                                 "another --out_dir")
             flags = _parse(["--config", str(saved), *argv])
             config = flags["train"]
         device.choose(config.device)
         if config.init_from == "scratch":
             shape = flags["model"]
-            data = load_data(config.data, config.tokenizer, shape.vocab_size, shape.block_size)
+            data = load_data(config.data, config.tokenizer, shape.vocab_size, shape.block_size,
+                             config.text_field)
             model = GPT(replace(shape, vocab_size=data.tokenizer.vocab_size), config.seed)
         else:
             model, data = _pretrained(flags["model"], config, given(GPTConfig, argv, PRESETS))
@@ -404,7 +501,7 @@ def _pretrained(shape: GPTConfig, config: TrainConfig, asked: list[str]) -> tupl
         raise ValueError(f"{config.init_from} comes with no tokenizer that can be read here: pass "
                          "--tokenizer gpt2 or byte, whichever it was trained with")
     data = load_data(config.data, model.tokenizer or config.tokenizer, model.config.vocab_size,
-                     model.config.block_size)
+                     model.config.block_size, config.text_field)
     return model, data
 
 

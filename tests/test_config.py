@@ -79,6 +79,8 @@ OUT_OF_RANGE = {
         "optimizer": ["sgd", "AdamW", ""], "schedule": ["step", "WSD"],
         "decay_fraction": [0.0, -0.1, 1.01, NAN], "ema_decay": [-0.1, 1.0, NAN],
         "lora_rank": [-1], "lora_alpha": [0.0, -1.0, NAN],
+        "curriculum_start_block_size": [0, -1], "patience": [-1],
+        "max_minutes": [0.0, -1.0, NAN], "skip_spikes": [-1.0, 0.5, NAN],
         "tokenizer": ["word", "BPE"], "kernels": ["cuda", ""], "threads": [0, 65]},
     SampleConfig: {
         "max_new_tokens": [-1], "temperature": [-0.1, NAN, INF], "top_k": [0, -3],
@@ -103,9 +105,9 @@ def test_a_value_out_of_range_is_named_with_its_field(cls, name, value):
 
 
 def test_every_field_with_a_range_is_tested_above():
-    free = {"data", "out_dir", "resume", "decay_lr", "device", "bias", "qk_norm", "parallel",
-            "tie_weights", "ema", "init_from", "offline",
-            "freeze", "lora_targets"}
+    free = {"data", "text_field", "out_dir", "resume", "decay_lr", "device", "bias", "qk_norm",
+            "parallel", "tie_weights", "ema", "eval_only", "curriculum", "grad_checkpoint",
+            "tensorboard", "wandb", "init_from", "offline", "freeze", "lora_targets"}
     for cls, cases in OUT_OF_RANGE.items():
         assert {f.name for f in fields(cls)} - free == set(cases)
 

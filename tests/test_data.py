@@ -1,6 +1,7 @@
 """Text or .bin files -> token ids -> batches; and the download."""
 
 import hashlib
+import itertools
 import json
 import os
 import threading
@@ -12,7 +13,7 @@ import pytest
 from gpt import GPT, GPTConfig, TrainConfig
 from tinygpt import data as module
 from tinygpt.data import Batches, DataError, TokenData, download, load_data
-from tinygpt.tokenizer import ByteTokenizer, CharTokenizer
+from tinygpt.tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer
 from train import train
 
 T, B = 8, 3
@@ -252,13 +253,13 @@ def test_more_than_65536_ids_are_kept_in_32_bits(text_file, monkeypatch):
 def readings(monkeypatch):
     """Counts how often the text itself is read."""
     seen = []
-    read = module.read_text
+    read = module.read_documents
 
-    def counted(files):
+    def counted(files, text_field):
         seen.append(files)
-        return read(files)
+        return read(files, text_field)
 
-    monkeypatch.setattr(module, "read_text", counted)
+    monkeypatch.setattr(module, "read_documents", counted)
     return seen
 
 
@@ -373,6 +374,82 @@ def test_a_failed_load_leaves_no_cache(tmp_path, cache, monkeypatch):
     with pytest.raises(DataError, match="No space left"):
         load_data(path, "byte", 256)
     assert list(cache.iterdir()) == []
+
+
+# ---- documents
+
+DOCUMENTS = ["The harbour sleeps.", "Then walk them softly,\nlightly made.", "na\u00efve \u4f60",
+             "ROMEO:\n\nI know her dreams. " * 9, "the last one"]
+
+
+def write_jsonl(path, documents=DOCUMENTS, name="text"):
+    lines = [json.dumps({"id": n, name: text}) for n, text in enumerate(documents)]
+    path.write_text("\n\n".join(lines) + "\n")
+    return path
+
+
+@pytest.fixture(params=["jsonl", "texts", "both"])
+def documents(request, tmp_path):
+    """The documents as one .jsonl, as plain files, or some so and some so."""
+    if request.param == "jsonl":
+        return write_jsonl(tmp_path / "some.jsonl")
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for n, text in enumerate(DOCUMENTS):
+        if request.param == "both" and n % 2:
+            write_jsonl(folder / f"{n}.jsonl", [text])
+        else:
+            (folder / f"{n}.txt").write_text(text)
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["bpe", "tokenizer"])
+def test_documents_end_with_end_of_text(documents, kind):
+    tokenizer = BPETokenizer.train("\n".join(DOCUMENTS), 270)
+    for _ in range(2):  # the second time from the cache
+        data = load_data(documents, "bpe" if kind == "bpe" else tokenizer, 270)
+        end = data.tokenizer.end_of_text
+        texts = []
+        for ids in (data.train.tolist(), data.val.tolist()):
+            breaks = [-1, *(n for n, i in enumerate(ids) if i == end), len(ids)]
+            texts.append([data.tokenizer.decode(ids[a + 1:b])
+                          for a, b in itertools.pairwise(breaks)])
+        train, val = texts
+        assert [*train[:-1], train[-1] + val[0], *val[1:]] == DOCUMENTS
+        whole = "\n".join(DOCUMENTS)
+        assert "\n".join(train) == split_as_nanogpt(whole)[0]
+
+
+@pytest.mark.parametrize("kind", ["char", "byte"])
+def test_without_an_end_of_text_a_line_break_is_between_documents(documents, kind):
+    assert decoded(load_data(documents, kind, 0)) == split_as_nanogpt("\n".join(DOCUMENTS))
+
+
+def test_end_of_text_stands_for_no_bytes(tmp_path):
+    data = load_data(write_jsonl(tmp_path / "some.jsonl", ["ab"] * 100), "bpe", 257)
+    val = "".join(data.tokenizer.decode([i]) for i in data.val if i != data.tokenizer.end_of_text)
+    assert data.bytes_per_token() == pytest.approx(len(val) / len(data.val))
+
+
+def test_another_text_field_is_another_text(tmp_path, readings):
+    path = tmp_path / "some.jsonl"
+    path.write_text("".join(json.dumps({"a": f"first {n}", "b": f"second {n}"}) + "\n"
+                            for n in range(9)))
+    for name, word in (("a", "first"), ("b", "second"), ("b", "second")):
+        text = "".join(decoded(load_data(path, "byte", 0, text_field=name)))
+        assert text == "\n".join(f"{word} {n}" for n in range(9))
+    assert len(readings) == 2
+    with pytest.raises(DataError, match=r"some.jsonl .*'text' in line 1, which has a, b.*--text_f"):
+        load_data(path, "byte", 0)
+
+
+@pytest.mark.parametrize("line, says", [("{", "no JSON in line 2"), ("[1]", "line 2"),
+                                        ('{"text": 3}', "line 2"), ("null", "line 2")])
+def test_a_line_that_has_no_text_is_named(tmp_path, line, says):
+    path = tmp_path / "some.jsonl"
+    path.write_text('{"text": "good"}\n' + line + "\n")
+    message = refusal(path)
+    assert str(path) in message and says in message
 
 
 # ---- what is refused, in one line that names it

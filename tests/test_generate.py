@@ -1,12 +1,13 @@
 """The command that writes text."""
 
+import io
 import json
 
 import numpy as np
 import pytest
 
-from generate import StopFilter, read_prompt, statistics
-from gpt import GPT, GPTConfig
+from generate import StopFilter, converse, read_prompt, statistics
+from gpt import GPT, GPTConfig, SampleConfig
 from tinygpt.optim import EMA
 from tinygpt.tokenizer import ByteTokenizer, CharTokenizer
 
@@ -72,6 +73,7 @@ def test_the_prompt_can_come_from_standard_input(command, saved):
     (("--top_p", "1.5"), "top_p=1.5"), (("--temperature", "-1"), "temperature=-1"),
     (("--quantize", "int4"), "quantize='int4'"), (("--threads", "0"), "threads=0"),
     (("--num_samples", "0"), "num_samples=0"), (("--stop", ""), "stop is empty"),
+    (("--interactive", "--json"), "leave out --num_samples, --json"),
     (("--top_q", "1"), "unrecognized arguments")])
 def test_a_mistake_gets_one_line_and_status_2(command, saved, flags, says):
     done = command("generate.py", *flags)
@@ -93,18 +95,74 @@ def test_without_a_checkpoint_it_says_what_to_do(command):
     assert done.returncode == 2 and "run train.py first" in done.stderr
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", range(40))
 def test_a_stop_string_is_found_wherever_pieces_break(seed):
+    """Of several the one that is complete first, and of those the longest."""
     rng = np.random.default_rng(seed)
     text = "".join(rng.choice(list("ab"), 40))
-    stop = "".join(rng.choice(list("ab"), rng.integers(1, 6)))
-    until, out, rest = StopFilter(stop), "", text
+    stops = ["".join(rng.choice(list("ab"), rng.integers(1, 7))) for _ in range(seed % 4)]
+    ends = ((n, stop) for n in range(len(text) + 1) for stop in sorted(stops, key=len)[::-1]
+            if text[:n].endswith(stop))
+    n, stop = next(ends, (len(text), ""))
+    until, out, rest = StopFilter(stops), "", text
     while rest:
-        n = int(rng.integers(1, 4))
-        out, rest = out + until.push(rest[:n]), rest[n:]
+        size = int(rng.integers(1, 4))
+        out, rest = out + until.push(rest[:size]), rest[size:]
     out += until.finish()
-    assert out == text.split(stop)[0]
-    assert until.stopped == (stop in text)
+    assert out == text[:n - len(stop)] and until.stopped == bool(stop)
+
+
+def test_samples_as_json_lines_and_in_files(command, saved, tmp_path):
+    flags = ("--prompt", "a", "--num_samples", 2, "--max_new_tokens", 12, "--seed", 3)
+    plain = command("generate.py", *flags)
+    done = command("generate.py", *flags, "--json", "--out-dir", "some/where")
+    assert done.returncode == 0, done.stderr
+    objects = [json.loads(line) for line in done.stdout.splitlines()]
+    texts = [f"a{o['text']}" for o in objects]
+    assert plain.stdout == "".join(f"--- sample {n} of 2 ---\n{t}\n" for n, t in
+                                   enumerate(texts, 1))
+    for number, sample in enumerate(objects, 1):
+        seconds = sample.pop("seconds")
+        assert 0 < seconds < 300 and sample.pop("text")
+        assert sample == {"sample": number, "prompt": "a", "tokens": 12, "seed": 3}
+        file = tmp_path / "some" / "where" / f"sample_{number}.txt"
+        assert file.read_bytes().decode() == texts[number - 1] + "\n"
+    assert plain.stdout.count("\ufffd") == "".join(texts).count("\ufffd")
+    (tmp_path / "taken").write_text("a file")
+    refused = command("generate.py", *flags, "--out_dir", "taken")
+    assert refused.returncode == 2 and "taken" in refused.stderr.splitlines()[-1]
+
+
+def test_interactive_continues_what_is_typed_and_keeps_the_window(saved, monkeypatch, capsys):
+    model = GPT.from_checkpoint(saved)
+    asked = []
+
+    def stream(rows, config):
+        asked.append((bytes(rows[0]).decode(), config.seed))
+        yield from b"xyz"
+
+    monkeypatch.setattr(model, "stream", stream)
+    monkeypatch.setattr("sys.stdin", io.StringIO("ab\n\nc"))
+    converse(model, [10], SampleConfig(seed=5), ())
+    assert asked == [("\nab", 5), ("\nabxyz", 6), ("\nabxyzxyz"[-8:] + "\nc", 7)]
+    assert capsys.readouterr().out == "xyz\n" * 3
+
+
+def test_interactive_says_what_it_cannot_read_and_goes_on(monkeypatch, capsys):
+    model = GPT(GPTConfig(block_size=8, vocab_size=3, n_layer=1, n_head=2, n_embd=16))
+    model.tokenizer = CharTokenizer("abc")  # which has no line break either
+    monkeypatch.setattr(model, "stream", lambda rows, config: iter(rows[0][-1:]))
+    monkeypatch.setattr("sys.stdin", io.StringIO("ab\nxx\nc\n"))
+    converse(model, [0], SampleConfig(), ())
+    out, err = capsys.readouterr()
+    assert out == "b\nc\n" and "lacks 'x'" in err
+
+
+def test_interactive_ends_with_its_input_and_several_stops_are_taken(command, saved):
+    done = command("generate.py", "--interactive", "--prompt", "So", "--max_new_tokens", 40,
+                   "--stop", "\n\n", "--stop", "e", input="a\n")
+    assert done.returncode == 0 and done.stdout.startswith("So"), done.stderr
+    assert "e" not in done.stdout and "Ctrl-D" in done.stderr
 
 
 def test_a_prompt_that_is_not_utf8_is_refused(tmp_path):

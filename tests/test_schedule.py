@@ -1,12 +1,13 @@
 """The learning rate, against nanoGPT's formula and values computed by hand."""
 
 import math
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
 
 from tinygpt.config import TrainConfig
-from tinygpt.schedule import learning_rate
+from tinygpt.schedule import context_length, learning_rate
 
 
 def get_lr(it, learning_rate, warmup_iters, lr_decay_iters, min_lr):
@@ -94,3 +95,26 @@ def test_a_warmup_that_outlasts_the_decay_divides_by_nothing(warmup, end, schedu
     config = TrainConfig(warmup_iters=warmup, lr_decay_iters=end, max_iters=60, schedule=schedule)
     rates = [learning_rate(step, config) for step in range(200)]
     assert all(0 < rate <= config.learning_rate for rate in rates)
+
+
+# ---- context length
+
+@pytest.mark.parametrize("start, block, steps, lengths", [
+    (8, 64, 12, [8, 8, 16, 16, 32, 32, 64, 64, 64, 64, 64, 64]),
+    (32, 64, 4, [32, 32, 64, 64]), (5, 20, 9, [5, 5, 5, 10, 10, 20, 20, 20, 20]),
+    (1, 2, 1, [1, 2])])
+def test_the_context_doubles_over_the_first_half(start, block, steps, lengths):
+    config = TrainConfig(max_iters=steps, curriculum=True, curriculum_start_block_size=start)
+    found = [context_length(step, config, block) for step in range(max(steps, 2))]
+    assert found == lengths
+    longer = replace(config, max_iters=10 * steps, lr_decay_iters=steps)
+    assert [context_length(step, longer, block) for step in range(max(steps, 2))] == lengths
+    off = replace(config, curriculum=False)
+    assert {context_length(step, off, block) for step in range(steps)} == {block}
+
+
+@pytest.mark.parametrize("start", [64, 65, 3, 24])
+def test_a_length_that_does_not_double_up_to_the_block_size_is_refused(start):
+    config = TrainConfig(curriculum=True, curriculum_start_block_size=start)
+    with pytest.raises(ValueError, match=f"curriculum_start_block_size={start} .*choose"):
+        context_length(0, config, 64)

@@ -40,8 +40,10 @@ class TrainConfig:
     """How a model is trained. The names are nanoGPT's where nanoGPT has one."""
 
     data: str = field(default="shakespeare", metadata={
-        "help": "a text file, a folder or glob of them, a folder with train.bin and val.bin, or "
-                "'shakespeare'"})
+        "help": "a text or .jsonl file, a folder or glob of them, a folder with train.bin and "
+                "val.bin, or 'shakespeare'"})
+    text_field: str = field(default="text", metadata={
+        "help": "where the text is in each object of a .jsonl file"})
     tokenizer: str = field(default="bpe", metadata={
         "help": "bpe (trained on the data), gpt2, char or byte"})
     out_dir: str = field(default="checkpoints", metadata={"help": "where the run is saved"})
@@ -62,10 +64,26 @@ class TrainConfig:
         "help": "linear layers that get an adapter: patterns of their names, comma-separated"})
     resume: bool = field(default=False, metadata={
         "help": "continue the newest checkpoint in out_dir"})
+    eval_only: bool = field(default=False, metadata={
+        "help": "evaluate the best checkpoint in out_dir, or the newest where there is no best, "
+                "and end; changes nothing there"})
     batch_size: int = field(default=12, metadata={"help": "sequences in a micro-batch"})
     gradient_accumulation_steps: int = field(default=1, metadata={
         "help": "micro-batches in a step"})
+    grad_checkpoint: bool = field(default=False, metadata={
+        "help": "keep only the inputs of the blocks and compute the rest again in the backward "
+                "pass: slower, and memory for one block instead of all"})
     max_iters: int = field(default=2000, metadata={"help": "training steps"})
+    max_minutes: float | None = field(default=None, metadata={
+        "help": "stop after so many minutes as if max_iters were reached; the schedule is by "
+                "steps all the same"})
+    curriculum: bool = field(default=False, metadata={
+        "help": "train on short contexts first: lengths that double up to block_size over the "
+                "first half of the steps, with as many tokens a step"})
+    curriculum_start_block_size: int = field(default=32, metadata={
+        "help": "the first length of --curriculum: a half, a quarter, an eighth ... of block_size"})
+    patience: int = field(default=0, metadata={
+        "help": "stop after so many evaluations in a row without a new best; 0: never"})
     optimizer: str = field(default="adamw", metadata={
         "help": "adamw, lion, muon (AdamW but for the blocks' matrices) or adamw8bit"})
     learning_rate: float = field(default=1e-3, metadata={"help": "the highest learning rate"})
@@ -91,6 +109,9 @@ class TrainConfig:
         "help": "share of the average that a step keeps; less in the first steps"})
     grad_clip: float = field(default=1.0, metadata={
         "help": "largest norm of the gradient; 0: unlimited"})
+    skip_spikes: float = field(default=0.0, metadata={
+        "help": "skip a step whose gradient's norm is above so many times the median of the "
+                "last 100; 0: never"})
     label_smoothing: float = field(default=0.0, metadata={
         "help": "share of the target spread over the vocabulary"})
     z_loss: float = field(default=0.0, metadata={
@@ -103,6 +124,10 @@ class TrainConfig:
     log_interval: int = field(default=10, metadata={"help": "steps between log lines"})
     sample_interval: int = field(default=0, metadata={
         "help": "steps between samples; 0: only at the end"})
+    tensorboard: bool = field(default=False, metadata={
+        "help": "log to TensorBoard too, in out_dir/tensorboard; needs tensorboardX"})
+    wandb: bool = field(default=False, metadata={
+        "help": "log to Weights & Biases too; needs wandb"})
     keep: int = field(default=2, metadata={"help": "newest checkpoints to keep beside the best"})
     seed: int = field(default=1337, metadata={
         "help": "of weights, batches, dropout and samples"})
@@ -116,14 +141,18 @@ class TrainConfig:
 
     def __post_init__(self):
         for name in ("batch_size", "gradient_accumulation_steps", "max_iters", "eval_interval",
-                     "eval_iters", "log_interval", "keep", "lr_decay_iters"):
+                     "eval_iters", "log_interval", "keep", "lr_decay_iters",
+                     "curriculum_start_block_size"):
             check_range(self, name, low=1)
         for name in ("warmup_iters", "sample_interval", "seed", "weight_decay", "grad_clip",
-                     "z_loss", "min_lr"):
+                     "z_loss", "min_lr", "patience"):
             check_range(self, name, low=0)
         check_range(self, "learning_rate", above=0)
         check_range(self, "lora_rank", low=0)
         check_range(self, "lora_alpha", above=0)
+        check_range(self, "max_minutes", above=0)
+        if self.skip_spikes:
+            check_range(self, "skip_spikes", low=1)
         check_range(self, "decay_fraction", above=0, high=1)
         for name in ("beta1", "beta2", "ema_decay", "label_smoothing"):
             check_range(self, name, low=0, below=1)

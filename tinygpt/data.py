@@ -16,19 +16,17 @@ import numpy as np
 import requests
 from tqdm import tqdm
 
-from tinygpt import device
+from tinygpt import device, shards
+from tinygpt.documents import DataError, are_documents, end_of_text, read_documents
 from tinygpt.tokenizer import Tokenizer, load_tokenizer, make_tokenizer
 
 DATA_DIR = Path(__file__).parent.parent / "data"
 SHIPPED = DATA_DIR / "lantern_and_tide.txt"
+LARGE = 256 << 20  # bytes of text above which tokens are made in shards
 SHAKESPEARE_URL = ("https://raw.githubusercontent.com/karpathy/char-rnn/master/data/"
                    "tinyshakespeare/input.txt")
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 TRIES, PAUSE, TIMEOUT = 4, 0.5, (5, 20)  # of a download: in a row, seconds between, of silence
-
-
-class DataError(ValueError):
-    """Data that is missing, unreadable, or does not fit what is asked of it."""
 
 
 @dataclass
@@ -44,13 +42,19 @@ class TokenData:
     source: str
 
     def bytes_per_token(self) -> float | None:
-        """Mean UTF-8 bytes that a validation token stands for; None without a tokenizer."""
+        """Mean UTF-8 bytes that a validation token stands for, end-of-text for none; None without
+        a tokenizer."""
         if self.tokenizer is None:
             return None
         if (largest := self.val.max()) >= self.tokenizer.vocab_size:
             raise DataError(f"{self.source} has token id {largest}, but the tokenizer "
                             f"{self.tokenizer.vocab_size} ids: is it another tokenizer's?")
-        return float(self.tokenizer.token_lengths()[self.val].mean())
+        lengths = self.tokenizer.token_lengths()
+        if (end := end_of_text(self.tokenizer)) is not None:
+            lengths[end] = 0
+        step = 1 << 22  # so that a split larger than memory is never in it as a whole
+        parts = (self.val[i:i + step] for i in range(0, len(self.val), step))
+        return sum(int(lengths[part].sum()) for part in parts) / len(self.val) or None
 
 
 class Batches:
@@ -103,19 +107,22 @@ def check_length(tokens: np.ndarray, block_size: int) -> None:
                         f"= {block_size + 1}: give more text or a smaller --block_size")
 
 
-def load_data(source, tokenizer: str | Tokenizer, vocab_size: int,
-              block_size: int = 1) -> TokenData:
+def load_data(source, tokenizer: str | Tokenizer, vocab_size: int, block_size: int = 1,
+              text_field: str = "text") -> TokenData:
     """Token ids of whatever `source` is, split 90 to 10 as nanoGPT splits.
 
     source: the name "shakespeare"; a path or glob of text files; a folder of them; a folder with
     train.bin and val.bin; text itself (a string with a line break); or a 1-d array of token ids.
-    tokenizer: one, or the kind of one to make. Raises DataError, also where a split is shorter
-    than block_size + 1 tokens, or ValueError from a tokenizer; nothing is cached then.
+    A .jsonl file has a document, at text_field, in each line. The end of each document, where
+    there are several or they are JSON, is an end-of-text id, or a line break between them where
+    the tokenizer has no such id. tokenizer: one, or the kind of one to make. Raises DataError,
+    also where a split is shorter than block_size + 1 tokens, or ValueError from a tokenizer;
+    nothing is cached then.
     """
     if not isinstance(source, str | Path):
         return _from_ids(source, None if isinstance(tokenizer, str) else tokenizer)
     if isinstance(source, str) and "\n" in source:
-        return _from_text(source, tokenizer, vocab_size, "a string of text")
+        return _from_text([source], tokenizer, vocab_size, "a string of text", False)
     if str(source) == "shakespeare":
         source = shakespeare()
     if not str(source):
@@ -124,8 +131,9 @@ def load_data(source, tokenizer: str | Tokenizer, vocab_size: int,
         return _from_bins(Path(source), tokenizer, vocab_size)
     files = _text_files(str(source))
     if not isinstance(tokenizer, str):
-        return _from_text(read_text(files), tokenizer, vocab_size, str(source))
-    return _from_cache(files, str(source), tokenizer, vocab_size, block_size)
+        return _from_text(read_documents(files, text_field), tokenizer, vocab_size, str(source),
+                          are_documents(files))
+    return _from_cache(files, str(source), tokenizer, vocab_size, block_size, text_field)
 
 
 def shakespeare() -> Path:
@@ -234,24 +242,6 @@ def _reason(error: OSError) -> str:
     return error.strerror or type(error).__name__
 
 
-def read_text(files: list[Path]) -> str:
-    """The text of UTF-8 files, one after another. Raises DataError that names what is wrong."""
-    return "\n".join(_read_one(path) for path in files)
-
-
-def _read_one(path: Path) -> str:
-    try:
-        raw = path.read_bytes()
-    except OSError as error:
-        raise DataError(f"{path} cannot be read ({error.strerror})") from error
-    if b"\0" in raw:
-        raise DataError(f"{path} is binary, not text: it has a zero byte at {raw.index(0)}")
-    try:
-        return raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 at byte {error.start}: convert it first") from error
-
-
 def _text_files(source: str) -> list[Path]:
     path = Path(source)
     if os.path.isdir(path):
@@ -270,6 +260,26 @@ def _split(text):
     return text[:int(len(text) * 0.9)], text[int(len(text) * 0.9):]
 
 
+def _split_documents(texts: list[str]) -> tuple[list[str], list[str]]:
+    """Documents as _split cuts them where they stand behind one another, with a line break
+    between two; the one that the cut meets goes on in the second part."""
+    left = int((sum(map(len, texts)) + len(texts) - 1) * 0.9)
+    for i, text in enumerate(texts):
+        if len(text) >= left:
+            return [*texts[:i], text[:left]], [text[left:], *texts[i + 1:]]
+        left -= len(text) + 1
+    return texts, []
+
+
+def _join(texts: list[str], tokenizer: Tokenizer, are_documents: bool) -> list[int]:
+    """The ids of documents with what ends them; of the last one of a split, which may be cut, no
+    end."""
+    end = end_of_text(tokenizer)
+    if not are_documents or end is None:
+        return tokenizer.encode("\n".join(texts))
+    return [i for text in texts for i in (*tokenizer.encode(text), end)][:-1]
+
+
 def _from_ids(ids, tokenizer: Tokenizer | None) -> TokenData:
     ids = np.asarray(ids)
     if ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer) or (ids < 0).any():
@@ -278,15 +288,17 @@ def _from_ids(ids, tokenizer: Tokenizer | None) -> TokenData:
     return TokenData(*_split(ids), tokenizer, "an array of token ids")
 
 
-def _from_text(text: str, tokenizer: str | Tokenizer, vocab_size: int, source: str) -> TokenData:
-    if not text.strip():
+def _from_text(texts: list[str], tokenizer: str | Tokenizer, vocab_size: int, source: str,
+               are_documents: bool) -> TokenData:
+    if not any(text.strip() for text in texts):
         raise DataError(f"{source} is empty: give text")
-    train, val = _split(text)
+    parts = _split_documents(texts)
     if isinstance(tokenizer, str):
         # characters have to cover all of the text; merges are learned without the validation split
-        tokenizer = make_tokenizer(tokenizer, text if tokenizer == "char" else train, vocab_size)
+        learned = "\n".join(texts if tokenizer == "char" else parts[0])
+        tokenizer = make_tokenizer(tokenizer, learned, vocab_size)
     dtype = np.uint16 if tokenizer.vocab_size <= 65536 else np.uint32
-    ids = [np.array(tokenizer.encode(part), dtype=dtype) for part in (train, val)]
+    ids = [np.array(_join(part, tokenizer, are_documents), dtype=dtype) for part in parts]
     return TokenData(*ids, tokenizer, source)
 
 
@@ -340,17 +352,24 @@ def _read_meta(folder: Path) -> dict:
     raise DataError(f"{folder / 'meta.json'} is damaged: delete {folder} to have it made again")
 
 
-def _from_cache(files: list[Path], source: str, kind: str, vocab_size: int,
-                block_size: int) -> TokenData:
+def _from_cache(files: list[Path], source: str, kind: str, vocab_size: int, block_size: int,
+                text_field: str) -> TokenData:
     """The tokens of text files, from the cache where it is newer than they are."""
     signature = [[str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns] for f in files]
+    if are_documents(files):
+        signature.append(["documents", text_field])
     label = hashlib.sha256(f"{Path(source).resolve()} {_made_with(kind, vocab_size)}".encode())
     folder = _cache_root() / f"{Path(files[0]).stem}-{kind}-{label.hexdigest()[:10]}"
     if not (folder / "meta.json").is_file() or _read_meta(folder)["files"] != signature:
-        data = _from_text(read_text(files), kind, vocab_size, source)
-        for ids in (data.train, data.val):
-            check_length(ids, block_size)
-        _write_cache(folder, data, {"files": signature, "made_with": _made_with(kind, vocab_size)})
+        meta = {"files": signature, "made_with": _made_with(kind, vocab_size)}
+        if sum(f.stat().st_size for f in files) > LARGE:
+            _cache_in_shards(folder, files, text_field, kind, vocab_size, meta)
+        else:
+            data = _from_text(read_documents(files, text_field), kind, vocab_size, source,
+                              are_documents(files))
+            for ids in (data.train, data.val):
+                check_length(ids, block_size)
+            _write_cache(folder, data, meta)
     data = _from_bins(folder, kind, vocab_size)
     data.source = source
     return data
@@ -372,6 +391,23 @@ def _write_cache(folder: Path, data: TokenData, meta: dict) -> None:
         raise DataError(f"tokens cannot be cached in {folder} ({error.strerror})") from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
+
+
+def _cache_in_shards(folder: Path, files: list[Path], text_field: str, kind: str,
+                     vocab_size: int, meta: dict) -> None:
+    """The cache of text that may be larger than memory. What a stopped build leaves stays."""
+    part = folder.with_name(f".{folder.name}.shards")
+    try:
+        tokenizer, dtype = shards.build(part, files, text_field, kind, vocab_size, meta)
+        meta |= {f"{name}_bytes": (part / f"{name}.bin").stat().st_size
+                 for name in ("train", "val")}
+        meta |= {"dtype": dtype.str, "tokenizer": tokenizer.to_json()}
+        (part / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
+        shutil.rmtree(folder, ignore_errors=True)
+        part.rename(folder)
+    except OSError as error:
+        raise DataError(f"tokens cannot be made in {part} ({error.strerror}): make room, and what "
+                        "is there already is used again") from error
 
 
 def _cache_root() -> Path:

@@ -15,30 +15,36 @@ SPIKE = 1.5  # a loss this many times the running average is reported
 
 
 class Report:
-    """Tells of one run, on stdout in nanoGPT's words and in files in out_dir.
+    """Tells of one run, on stdout in nanoGPT's words and in files in out_dir, unless that is None.
 
     flops_per_iter and tokens_per_iter are those of a training step, peak_flops the device's.
-    Records of steps after `start`, which a resumed run takes again, are dropped.
+    Records of steps after `start`, which a resumed run takes again, are dropped. The figures of
+    every record go to the loggers too (see loggers.py).
     """
 
-    def __init__(self, out_dir: Path, start: int, max_iters: int, log_interval: int,
-                 tokens_per_iter: int, flops_per_iter: float, peak_flops: float):
+    def __init__(self, out_dir: Path | None, start: int, max_iters: int, log_interval: int,
+                 tokens_per_iter: int, flops_per_iter: float, peak_flops: float, loggers=()):
         self.out_dir, self.max_iters, self.log_interval = out_dir, max_iters, log_interval
         self.tokens_per_iter, self.flops_per_iter = tokens_per_iter, flops_per_iter
         self.peak_flops = peak_flops
-        former = _read_records(out_dir / "metrics.jsonl") if start else []
-        self.records = [r for r in former if r["iter"] <= start]
-        write_atomically(out_dir / "metrics.jsonl",
-                         "".join(json.dumps(r) + "\n" for r in self.records).encode())
-        self.file = (out_dir / "metrics.jsonl").open("a", encoding="utf-8")
+        self.records, self.file, self.loggers = [], None, loggers
+        if out_dir is not None:
+            former = _read_records(out_dir / "metrics.jsonl") if start else []
+            self.records = [r for r in former if r["iter"] <= start]
+            write_atomically(out_dir / "metrics.jsonl",
+                             "".join(json.dumps(r) + "\n" for r in self.records).encode())
+            self.file = (out_dir / "metrics.jsonl").open("a", encoding="utf-8")
         self.bar = tqdm(total=max_iters, initial=start, unit="it", dynamic_ncols=True,
-                        disable=not sys.stderr.isatty())
+                        disable=out_dir is None or not sys.stderr.isatty())
         self.seconds: float | None = None  # of a step, a running average
         self.average: float | None = None  # of the loss
 
     def close(self) -> None:
         self.bar.close()
-        self.file.close()
+        for logger in self.loggers:
+            logger.close()
+        if self.file:
+            self.file.close()
 
     def line(self, text: str) -> None:
         """One line on stdout, above the bar where there is one."""
@@ -85,7 +91,8 @@ class Report:
         self._record(iter=iter_num, train_loss=train, val_loss=val, lr=lr,
                      bits_per_byte=bits_per_byte, time=time.time(),
                      **({"ema": True} if ema else {}))
-        self.draw()
+        if self.out_dir is not None:
+            self.draw()
 
     def draw(self) -> None:
         """loss.png: training and validation loss, the learning rate below."""
@@ -113,8 +120,12 @@ class Report:
 
     def _record(self, **facts) -> None:
         self.records.append(facts)
-        self.file.write(json.dumps(facts) + "\n")
-        self.file.flush()
+        if self.file:
+            self.file.write(json.dumps(facts) + "\n")
+            self.file.flush()
+        figures = {k: float(v) for k, v in facts.items() if v is not None and k != "iter"}
+        for logger in self.loggers:
+            logger.log(facts["iter"], figures)
 
 
 def bits_per_byte(loss: float, bytes_per_token: float | None) -> float | None:

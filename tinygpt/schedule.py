@@ -1,4 +1,4 @@
-"""The learning rate as a pure function of the step."""
+"""The learning rate and the context length as pure functions of the step."""
 
 import math
 
@@ -27,3 +27,21 @@ def learning_rate(step: int, config: TrainConfig) -> float:
     done = max(0.0, 1 - (end - step) / length)
     left = 0.5 * (1 + math.cos(math.pi * done)) if config.schedule == "cosine" else 1 - done
     return lowest + left * (peak - lowest)
+
+
+def context_length(step: int, config: TrainConfig, block_size: int) -> int:
+    """The tokens of a sequence at a step, 0 the first: block_size unless config.curriculum.
+
+    With it, lengths double from curriculum_start_block_size on, each for as many steps, and reach
+    block_size half-way to lr_decay_iters (arXiv:2108.06084, whose lengths grow linearly). Raises
+    ValueError where no doubling leads to block_size.
+    """
+    if not config.curriculum:
+        return block_size
+    start = config.curriculum_start_block_size
+    doublings = (block_size // start).bit_length() - 1
+    if doublings < 1 or start << doublings != block_size:
+        raise ValueError(f"curriculum_start_block_size={start} does not double up to block_size="
+                         f"{block_size}: choose a half, a quarter, an eighth, ... of it")
+    half = (config.lr_decay_iters or config.max_iters) / 2
+    return start << min(doublings, int(step * doublings / half))

@@ -1,0 +1,57 @@
+"""Memory and time of a train step with and without --grad_checkpoint, each in its own process.
+
+    python bench/grad_checkpoint.py [layers width block batch]
+
+Memory is what tinygrad holds on the device at most after a step, weights, optimizer and the
+compiled step's buffers included.
+"""
+
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from tinygrad import GlobalCounters
+
+from gpt import GPT, GPTConfig
+from tinygpt.config import TrainConfig
+from tinygpt.data import TokenData
+from train import Run
+
+STEPS = 6
+
+
+def measure(L: int, C: int, T: int, B: int, grad_checkpoint: bool) -> str:
+    ids = np.random.default_rng(0).integers(0, 512, 100_000).astype(np.uint16)
+    model = GPT(GPTConfig(n_layer=L, n_head=max(1, C // 64), n_embd=C, block_size=T,
+                          vocab_size=512))
+    with tempfile.TemporaryDirectory() as folder:
+        config = TrainConfig(batch_size=B, grad_checkpoint=grad_checkpoint, out_dir=folder)
+        run = Run(model, config, TokenData(ids, ids, None, "random"))
+        seconds, peak = [], 0
+        for run.iter_num in range(STEPS):
+            start = time.perf_counter()
+            loss, _ = run._step(1e-4)
+            seconds.append(time.perf_counter() - start)
+            peak = max(peak, GlobalCounters.mem_used)
+    return (f"grad_checkpoint {grad_checkpoint!s:5}  loss {loss:.6f}  step "
+            f"{np.median(seconds[2:]) * 1e3:.0f} ms  peak {peak / 1e6:.1f} MB")
+
+
+def main() -> None:
+    case = [int(word) for word in sys.argv[1:]]
+    if len(case) == 5:
+        print(measure(*case[:4], bool(case[4])))
+        return
+    case = case or [6, 384, 256, 12]
+    print("layers {} width {} block {} batch {}".format(*case))
+    for on in "01":
+        subprocess.run([sys.executable, __file__, *map(str, case), on], check=True)
+
+
+if __name__ == "__main__":
+    main()
