@@ -386,7 +386,7 @@ def test_a_fine_tune_lowers_the_loss_and_resumes_without_the_model(command, fold
 @pytest.mark.parametrize(("flags", "says"), [
     (("--n_layer", 4), "n_layer=1, but n_layer=4 was asked for"),
     (("--block_size", 32), "block_size=16, but block_size=32 was asked for"),
-    (("--preset", "shakespeare"), "block_size=16, but block_size=128 was asked for"),
+    (("--preset", "shakespeare"), "block_size=16, but block_size=64 was asked for"),
     (("--init_from", "gpt5"), "there is no pretrained model gpt5"),
     (("--init_from", "gpt2", "--offline"), "--offline")], ids=str)
 def test_a_fine_tune_that_cannot_be_gets_one_line_and_status_2(command, folder, flags, says,

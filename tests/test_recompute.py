@@ -54,7 +54,9 @@ def test_frozen_weights_need_no_gradient(rng):
 def test_a_step_takes_less_memory():
     """What bench/grad_checkpoint.py finds of four blocks, in processes of their own."""
     script = ROOT / "bench" / "grad_checkpoint.py"
-    done = subprocess.run([sys.executable, str(script), "4", "16", "64", "8"], capture_output=True, text=True, timeout=200)
+    sizes = ["4", "16", "64", "8"]
+    done = subprocess.run([sys.executable, str(script), *sizes], capture_output=True, text=True,
+                          timeout=200)
     assert done.returncode == 0, done.stderr
     without, with_it = (float(line.split()[-2]) for line in done.stdout.splitlines()[-2:])
     assert with_it < 0.6 * without
