@@ -52,7 +52,11 @@ class TrainConfig:
     eval_only: bool = field(default=False, metadata={
         "help": "evaluate the best checkpoint in out_dir, or the newest where there is no best, "
                 "and end; changes nothing there"})
-    batch_size: int = field(default=12, metadata={"help": "sequences in a micro-batch"})
+    batch_size: int = field(default=12, metadata={
+        "help": "sequences in a micro-batch; auto: what it would be, as --auto_batch_size"})
+    auto_batch_size: bool = field(default=False, metadata={
+        "help": "take the largest micro-batch that fits into memory, and as many as make up "
+                "batch_size times gradient_accumulation_steps sequences"})
     gradient_accumulation_steps: int = field(default=1, metadata={
         "help": "micro-batches in a step"})
     grad_checkpoint: bool = field(default=False, metadata={
