@@ -12,6 +12,7 @@ import numpy as np
 
 from gpt import GPT
 from tinygpt import checkpoint, device, kernels
+from tinygpt.bigram import Bigram
 from tinygpt.config import SampleConfig, check_choice, check_range, parse_flags
 from tinygpt.quantize import KINDS
 from tinygpt.tokenizer import StreamDecoder
@@ -204,7 +205,8 @@ def run(what: GenerateConfig, config: SampleConfig) -> None:
     if what.threads:
         kernels.set_threads(what.threads)
     path = what.checkpoint or checkpoint.best_of_newest_run(Path("checkpoints"))
-    model = GPT.from_checkpoint(path, what.ema)
+    kind = checkpoint.model_kind(checkpoint.load_metadata(path))
+    model = (Bigram if kind == "bigram" else GPT).from_checkpoint(path, what.ema)
     if model.tokenizer is None:
         raise ValueError(f"{path} was trained on bare token ids and has no tokenizer: "
                          "use GPT.from_checkpoint and generate in a script")

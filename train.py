@@ -17,6 +17,7 @@ from tinygrad import Tensor, TinyJit, dtypes
 from gpt import GPT, GPTConfig
 from tinygpt import checkpoint, device, kernels
 from tinygpt.batch_size import available_memory, largest_micro_batch, out_of_memory
+from tinygpt.bigram import Bigram, BigramConfig
 from tinygpt.config import PRESETS, SampleConfig, TrainConfig, parse_flags, to_json
 from tinygpt.data import Batches, TokenData, load_data
 from tinygpt.kernels.random import make_key
@@ -490,7 +491,9 @@ def main(argv: list[str] | None = None) -> int:
         shape = flags["model"]
         data = load_data(config.data, config.tokenizer, shape.vocab_size, shape.block_size,
                          config.text_field)
-        model = GPT(replace(shape, vocab_size=data.tokenizer.vocab_size), config.seed)
+        size = data.tokenizer.vocab_size
+        model = (GPT(replace(shape, vocab_size=size), config.seed) if config.model == "gpt" else
+                 Bigram(BigramConfig(block_size=shape.block_size, vocab_size=size)))
         train(model, config, data)
     except Interrupted as stop:
         print(stop, file=sys.stderr)

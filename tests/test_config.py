@@ -76,7 +76,7 @@ OUT_OF_RANGE = {
         "beta2": [-0.1, 1.0, 1.5], "grad_clip": [-1.0, NAN], "label_smoothing": [-0.1, 1.0],
         "z_loss": [-1e-4], "dtype": ["float16", ""], "eval_interval": [0], "eval_iters": [0],
         "log_interval": [0], "sample_interval": [-1], "keep": [0], "seed": [-1],
-        "optimizer": ["sgd", "AdamW", ""], "schedule": ["step", "WSD"],
+        "model": ["rnn", ""], "optimizer": ["sgd", "AdamW", ""], "schedule": ["step", "WSD"],
         "decay_fraction": [0.0, -0.1, 1.01, NAN], "ema_decay": [-0.1, 1.0, NAN],
         "curriculum_start_block_size": [0, -1], "patience": [-1],
         "max_minutes": [0.0, -1.0, NAN], "skip_spikes": [-1.0, 0.5, NAN],

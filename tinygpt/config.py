@@ -46,6 +46,8 @@ class TrainConfig:
         "help": "where the text is in each object of a .jsonl file"})
     tokenizer: str = field(default="bpe", metadata={
         "help": "bpe (trained on the data), gpt2, char or byte"})
+    model: str = field(default="gpt", metadata={
+        "help": "gpt, or bigram: a table of what follows each token, to compare with"})
     out_dir: str = field(default="checkpoints", metadata={"help": "where the run is saved"})
     resume: bool = field(default=False, metadata={
         "help": "continue the newest checkpoint in out_dir"})
@@ -144,6 +146,10 @@ class TrainConfig:
         for name in ("beta1", "beta2", "ema_decay", "label_smoothing"):
             check_range(self, name, low=0, below=1)
         check_choice(self, "tokenizer", ("bpe", "gpt2", "char", "byte"))
+        check_choice(self, "model", ("gpt", "bigram"))
+        if self.model == "bigram" and self.grad_checkpoint:
+            raise ValueError("a bigram model has no blocks to compute again: leave out "
+                             "--grad_checkpoint")
         check_choice(self, "optimizer", ("adamw", "lion", "muon", "adamw8bit"))
         check_choice(self, "schedule", ("cosine", "linear", "wsd", "constant"))
         check_choice(self, "dtype", ("float32", "bfloat16"))
