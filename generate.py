@@ -12,6 +12,7 @@ import numpy as np
 
 from gpt import GPT
 from tinygpt import checkpoint, device, kernels, lora
+from tinygpt.bigram import Bigram
 from tinygpt.config import SampleConfig, check_choice, check_range, parse_flags
 from tinygpt.pretrained import is_pretrained
 from tinygpt.quantize import KINDS
@@ -216,7 +217,8 @@ def run(what: GenerateConfig, config: SampleConfig) -> None:
     if is_pretrained(path):
         model = GPT.from_pretrained(path, offline=what.offline)
     else:
-        model = GPT.from_checkpoint(path, what.ema)
+        kind = checkpoint.model_kind(checkpoint.load_metadata(path))
+        model = (Bigram if kind == "bigram" else GPT).from_checkpoint(path, what.ema)
     if what.lora is not None:
         lora.load(model, what.lora)
     if what.export is not None:

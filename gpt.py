@@ -97,6 +97,7 @@ class GPTConfig:
 
 def _config_of(facts: dict, path: str | Path) -> GPTConfig:
     """The configuration in a checkpoint's metadata. Raises CheckpointError."""
+    checkpoint.check_model(path, facts, "gpt")
     types = {f.name: f.type | int if f.type is float else f.type for f in fields(GPTConfig)}
     settings = facts["model_config"]
     try:

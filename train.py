@@ -1,7 +1,9 @@
 """Trains a GPT: `python train.py`, or `from train import train`."""
 
+import re
 import signal
 import sys
+import tempfile
 import threading
 import time
 import warnings
@@ -14,6 +16,8 @@ from tinygrad import Tensor, TinyJit, dtypes
 
 from gpt import GPT, GPTConfig
 from tinygpt import checkpoint, device, kernels, lora
+from tinygpt.batch_size import available_memory, largest_micro_batch, out_of_memory
+from tinygpt.bigram import Bigram, BigramConfig
 from tinygpt.config import PRESETS, SampleConfig, TrainConfig, given, parse_flags, to_json
 from tinygpt.data import Batches, TokenData, load_data
 from tinygpt.kernels.random import make_key
@@ -68,8 +72,35 @@ def train(model: GPT, train_config: TrainConfig, train_data, tokenizer=None) -> 
             kind = "gpt2"
         train_data = load_data(train_data, tokenizer or kind, model.config.vocab_size,
                                model.config.block_size, train_config.text_field)
-    run = Run(model, train_config, train_data)
-    return run.evaluate_only() if train_config.eval_only else run.train()
+    try:
+        if train_config.auto_batch_size and not train_config.eval_only:
+            train_config = fit_batch_size(model, train_config, train_data)
+        run = Run(model, train_config, train_data)
+        return run.evaluate_only() if train_config.eval_only else run.train()
+    except MemoryError as error:
+        raise out_of_memory(error) from error
+
+
+def fit_batch_size(model: GPT, config: TrainConfig, data: TokenData) -> TrainConfig:
+    """config with the largest micro-batch that fits, and as many tokens a step."""
+    sequences = config.batch_size * config.gradient_accumulation_steps
+
+    def split(n: int, **changes) -> TrainConfig:
+        return replace(config, batch_size=n, gradient_accumulation_steps=sequences // n,
+                       auto_batch_size=False, **changes)
+
+    def trial(n: int) -> Run:
+        with tempfile.TemporaryDirectory() as folder:
+            run = Run(model, split(n, out_dir=folder, resume=False, curriculum=False), data)
+        run.eval_step(run.x, run.y)
+        for _ in range(3):  # plainly, while compiling, and compiled
+            run._step(0.0)  # which leaves the weights as they are
+        return run
+
+    print("finding the largest micro-batch that fits", file=sys.stderr)
+    n = largest_micro_batch(sequences, trial, available_memory())
+    print(f"batch_size {n}, gradient_accumulation_steps {sequences // n}", file=sys.stderr)
+    return split(n)
 
 
 class Run:
@@ -465,13 +496,15 @@ def main(argv: list[str] | None = None) -> int:
             flags = _parse(["--config", str(saved), *argv])
             config = flags["train"]
         device.choose(config.device)
+        shape = flags["model"]
         if config.init_from == "scratch":
-            shape = flags["model"]
             data = load_data(config.data, config.tokenizer, shape.vocab_size, shape.block_size,
                              config.text_field)
-            model = GPT(replace(shape, vocab_size=data.tokenizer.vocab_size), config.seed)
+            size = data.tokenizer.vocab_size
+            model = (GPT(replace(shape, vocab_size=size), config.seed) if config.model == "gpt" else
+                     Bigram(BigramConfig(block_size=shape.block_size, vocab_size=size)))
         else:
-            model, data = _pretrained(flags["model"], config, given(GPTConfig, argv, PRESETS))
+            model, data = _pretrained(shape, config, given(GPTConfig, argv, PRESETS))
         train(model, config, data)
     except Interrupted as stop:
         print(stop, file=sys.stderr)
@@ -506,6 +539,9 @@ def _pretrained(shape: GPTConfig, config: TrainConfig, asked: list[str]) -> tupl
 
 
 def _parse(argv: list[str]) -> dict:
+    text = "\0".join(argv)  # --batch_size auto keeps the number that the preset has
+    text = re.sub(r"(?<![^\0])--batch[-_]size[=\0]auto(?![^\0])", "--auto_batch_size", text)
+    argv = text.split("\0") if argv else []
     return parse_flags({"model": GPTConfig, "train": TrainConfig}, argv, __doc__, PRESETS)
 
 

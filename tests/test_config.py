@@ -76,7 +76,7 @@ OUT_OF_RANGE = {
         "beta2": [-0.1, 1.0, 1.5], "grad_clip": [-1.0, NAN], "label_smoothing": [-0.1, 1.0],
         "z_loss": [-1e-4], "dtype": ["float16", ""], "eval_interval": [0], "eval_iters": [0],
         "log_interval": [0], "sample_interval": [-1], "keep": [0], "seed": [-1],
-        "optimizer": ["sgd", "AdamW", ""], "schedule": ["step", "WSD"],
+        "model": ["rnn", ""], "optimizer": ["sgd", "AdamW", ""], "schedule": ["step", "WSD"],
         "decay_fraction": [0.0, -0.1, 1.01, NAN], "ema_decay": [-0.1, 1.0, NAN],
         "lora_rank": [-1], "lora_alpha": [0.0, -1.0, NAN],
         "curriculum_start_block_size": [0, -1], "patience": [-1],
@@ -107,7 +107,8 @@ def test_a_value_out_of_range_is_named_with_its_field(cls, name, value):
 def test_every_field_with_a_range_is_tested_above():
     free = {"data", "text_field", "out_dir", "resume", "decay_lr", "device", "bias", "qk_norm",
             "parallel", "tie_weights", "ema", "eval_only", "curriculum", "grad_checkpoint",
-            "tensorboard", "wandb", "init_from", "offline", "freeze", "lora_targets"}
+            "auto_batch_size", "tensorboard", "wandb", "init_from", "offline", "freeze",
+            "lora_targets"}
     for cls, cases in OUT_OF_RANGE.items():
         assert {f.name for f in fields(cls)} - free == set(cases)
 

@@ -142,6 +142,18 @@ def check_same(path: str | Path, theirs: dict, ours: dict, ignore: tuple[str, ..
                                   "asked for: use the same, or start a new run")
 
 
+def model_kind(facts: dict) -> str:
+    """The model that a checkpoint's metadata names: "gpt" or "bigram"."""
+    return facts.get("model", "gpt")
+
+
+def check_model(path: str | Path, facts: dict, kind: str) -> None:
+    """Raises CheckpointError where a checkpoint is not of the model `kind`."""
+    if (theirs := model_kind(facts)) != kind:
+        raise CheckpointError(f"{path} has a {theirs} model, not a {kind} model: train with "
+                              f"--model {theirs}, or start a new run")
+
+
 def newest(out_dir: Path) -> Path | None:
     """The checkpoint of the most steps in out_dir."""
     return max(_numbered(out_dir), key=_iter_num, default=None)

@@ -46,6 +46,8 @@ class TrainConfig:
         "help": "where the text is in each object of a .jsonl file"})
     tokenizer: str = field(default="bpe", metadata={
         "help": "bpe (trained on the data), gpt2, char or byte"})
+    model: str = field(default="gpt", metadata={
+        "help": "gpt, or bigram: a table of what follows each token, to compare with"})
     out_dir: str = field(default="checkpoints", metadata={"help": "where the run is saved"})
     init_from: str = field(default="scratch", metadata={
         "help": "weights to begin with: scratch, gpt2, gpt2-medium, gpt2-large, gpt2-xl, a folder "
@@ -67,7 +69,11 @@ class TrainConfig:
     eval_only: bool = field(default=False, metadata={
         "help": "evaluate the best checkpoint in out_dir, or the newest where there is no best, "
                 "and end; changes nothing there"})
-    batch_size: int = field(default=12, metadata={"help": "sequences in a micro-batch"})
+    batch_size: int = field(default=12, metadata={
+        "help": "sequences in a micro-batch; auto: what it would be, as --auto_batch_size"})
+    auto_batch_size: bool = field(default=False, metadata={
+        "help": "take the largest micro-batch that fits into memory, and as many as make up "
+                "batch_size times gradient_accumulation_steps sequences"})
     gradient_accumulation_steps: int = field(default=1, metadata={
         "help": "micro-batches in a step"})
     grad_checkpoint: bool = field(default=False, metadata={
@@ -157,6 +163,10 @@ class TrainConfig:
         for name in ("beta1", "beta2", "ema_decay", "label_smoothing"):
             check_range(self, name, low=0, below=1)
         check_choice(self, "tokenizer", ("bpe", "gpt2", "char", "byte"))
+        check_choice(self, "model", ("gpt", "bigram"))
+        if self.model == "bigram" and self.grad_checkpoint:
+            raise ValueError("a bigram model has no blocks to compute again: leave out "
+                             "--grad_checkpoint")
         check_choice(self, "optimizer", ("adamw", "lion", "muon", "adamw8bit"))
         check_choice(self, "schedule", ("cosine", "linear", "wsd", "constant"))
         check_choice(self, "dtype", ("float32", "bfloat16"))

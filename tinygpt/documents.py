@@ -20,7 +20,7 @@ def read_documents(files: list[Path], text_field: str) -> list[str]:
     names what is wrong."""
     found = []
     for path in files:
-        text = _read_one(path)
+        text = read_text(path)
         found += parse_jsonl(path, text, text_field) if path.suffix == ".jsonl" else [text]
     return found
 
@@ -49,7 +49,8 @@ def parse_jsonl(path: Path, text: str, text_field: str) -> list[str]:
     return found
 
 
-def _read_one(path: Path) -> str:
+def read_text(path: Path) -> str:
+    """A UTF-8 file. Raises DataError that names what is wrong."""
     try:
         return decode(path, path.read_bytes())
     except OSError as error:

@@ -19,7 +19,7 @@ from tinygrad import Tensor, TinyJit
 from gpt import GPT
 from tinygpt import device
 from tinygpt.config import check_choice, check_range, parse_flags
-from tinygpt.data import read_text
+from tinygpt.documents import read_text
 from tinygpt.pretrained import is_pretrained
 
 TASKS = ("text", "hellaswag", "lambada")
@@ -150,7 +150,7 @@ def score_lambada(model: GPT, questions: list[dict]) -> dict[str, float]:
 def read_questions(path: str, task: str) -> list[dict]:
     """The questions of a task's .jsonl file. Raises ValueError that names a line that is none."""
     found = []
-    for number, line in enumerate(read_text([Path(path)]).splitlines(), 1):
+    for number, line in enumerate(read_text(Path(path)).splitlines(), 1):
         if not line.strip():
             continue
         try:
@@ -182,7 +182,7 @@ def run(config: EvaluateConfig) -> dict[str, float]:
         raise ValueError(f"{config.checkpoint} has no tokenizer that can be read here: use the "
                          "functions of tinygpt.evaluate in a script")
     if config.task == "text":
-        return score_text(model, read_text([Path(config.text)]), config.stride)
+        return score_text(model, read_text(Path(config.text)), config.stride)
     questions = read_questions(config.text, config.task)[:config.limit]
     score = {"hellaswag": score_hellaswag, "lambada": score_lambada}[config.task]
     return score(model, questions)

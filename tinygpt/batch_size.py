@@ -1,0 +1,82 @@
+"""The largest micro-batch that a device has memory for."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from tinygrad import GlobalCounters
+
+from tinygpt import device
+
+SHARE = 0.8  # of the memory that is free on a CPU, which others use too
+ADVICE = ("lower --batch_size and raise --gradient_accumulation_steps as much, or take "
+          "--batch_size auto; --grad_checkpoint, a smaller --block_size and --optimizer adamw8bit "
+          "take less too")
+
+
+def out_of_memory(error: MemoryError) -> ValueError:
+    """What to say where memory did not suffice."""
+    what = (str(error).strip() or "a step does not fit").splitlines()[0]
+    return ValueError(f"{device.default()} is out of memory ({what}): {ADVICE}")
+
+
+def largest_micro_batch(sequences: int, trial: Callable[[int], object],
+                        available: int | None) -> int:
+    """The largest divisor of sequences that fits.
+
+    trial(n) takes steps on n sequences, returns what keeps their memory in use, and raises
+    MemoryError where they do not fit. Where a device can tell how many bytes are available, two
+    small trials say what a sequence takes; else the sizes are tried from the largest down. Raises
+    MemoryError where none fits.
+    """
+    sizes = [n for n in range(1, sequences + 1) if sequences % n == 0]
+    if available is not None:
+        return _predicted(sizes, trial, available)
+    for n in reversed(sizes):
+        try:
+            _bytes_of(trial, n)
+            return n
+        except MemoryError:
+            device.free_memory()
+    raise MemoryError(f"not even {sizes[0]} sequence fits")
+
+
+def _predicted(sizes: list[int], trial: Callable[[int], object], available: int) -> int:
+    one = _bytes_of(trial, sizes[0])
+    if one > available:
+        raise MemoryError(f"not even {sizes[0]} sequence fits: it takes {one >> 20} of "
+                          f"{available >> 20} MB")
+    if len(sizes) == 1:
+        return sizes[0]
+    try:
+        each = max(0, _bytes_of(trial, sizes[1]) - one) / (sizes[1] - sizes[0])
+    except MemoryError:
+        return sizes[0]
+    return max(n for n in sizes if one + (n - sizes[0]) * each <= available)
+
+
+def _bytes_of(trial: Callable[[int], object], n: int) -> int:
+    """What trial(n) takes on the device beside what was there before."""
+    device.free_memory()
+    before = GlobalCounters.mem_used
+    kept = trial(n)
+    taken = GlobalCounters.mem_used - before
+    del kept
+    device.free_memory()
+    return taken
+
+
+def available_memory() -> int | None:
+    """Bytes that training may take on a CPU; None on another device, which tells by failing."""
+    if not device.default().startswith("CPU"):
+        return None
+    free = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2]
+    try:
+        facts = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        free = [int(facts["MemAvailable"].split()[0]) << 10]
+        group = Path("/sys/fs/cgroup")
+        free.append(int((group / "memory.max").read_text())
+                    - int((group / "memory.current").read_text()))
+    except (OSError, ValueError, KeyError):
+        pass  # another system, or no limit
+    return int(SHARE * min(free))
