@@ -1,4 +1,4 @@
-"""A GPT in tinygrad: the model, what it computes, how it writes text and how it is kept.
+"""A GPT in tinygrad: the model and what it computes.
 
 Shapes, after each line that changes one:
 
@@ -10,8 +10,7 @@ import copy
 import functools
 import math
 import weakref
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -20,12 +19,11 @@ from tinygrad.nn.state import get_state_dict
 
 from tinygpt import checkpoint, device, kernels, lora, pretrained
 from tinygpt.config import SampleConfig, TrainConfig, check_choice, check_range
-from tinygpt.decoder import Decoder
 from tinygpt.kernels.random import next_key
+from tinygpt.language_model import LanguageModel
 from tinygpt.quantize import quantize, refuse_quantized
 from tinygpt.recompute import Chain
-from tinygpt.sampling import Controls
-from tinygpt.tokenizer import BPETokenizer, Tokenizer, load_tokenizer
+from tinygpt.tokenizer import BPETokenizer
 
 __all__ = ["GPT", "BPETokenizer", "GPTConfig", "KVCache", "SampleConfig", "TrainConfig"]
 
@@ -93,21 +91,6 @@ class GPTConfig:
     def inner_size(self) -> int:
         wide = math.ceil(self.n_embd / 3) * 8 if self.activation == "swiglu" else 4 * self.n_embd
         return self.n_inner or wide
-
-
-def _config_of(facts: dict, path: str | Path) -> GPTConfig:
-    """The configuration in a checkpoint's metadata. Raises CheckpointError."""
-    checkpoint.check_model(path, facts, "gpt")
-    types = {f.name: f.type | int if f.type is float else f.type for f in fields(GPTConfig)}
-    settings = facts["model_config"]
-    try:
-        for name, value in settings.items():
-            if not isinstance(value, types[name]):
-                raise TypeError(f"{name}={value!r}")
-        return GPTConfig(**settings)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise checkpoint.CheckpointError(f"{path} has a model_config that cannot be used "
-                                         f"({error}): use another one") from error
 
 
 class Linear:
@@ -272,19 +255,18 @@ def rope_tables(length: int, head_size: int, theta: float, device: str) -> tuple
             Tensor(np.sin(angle).astype(np.float32), device=device).realize())
 
 
-class GPT:
+class GPT(LanguageModel):
     """The model. Weights are float32 tensors drawn as GPT-2's are, from `seed`; None: not drawn.
 
-    `compute_dtype` ("float32" or "bfloat16") is what activations are kept in; `tokenizer` is what
-    the weights were trained with, where that is known. Raises ValueError where no device is
-    usable.
+    It writes text with `generate` and `stream`, and is kept by `save_checkpoint` and its like: see
+    `tinygpt.language_model`. Raises ValueError where no device is usable.
     """
+
+    kind, config_class = "gpt", GPTConfig
 
     def __init__(self, config: GPTConfig, seed: int | None = 1337):
         device.default()
-        self.config = config
-        self.compute_dtype = "float32"
-        self.tokenizer: Tokenizer | None = None
+        super().__init__(config)
         rng = np.random.default_rng(seed)
 
         def draw(shape: tuple[int, ...], std: float | None) -> Tensor:
@@ -360,49 +342,6 @@ class GPT:
         """(B, T, C) -> logits (B, T, V)."""
         return (self.lm_head or self.wte.unembed)(self.ln_f(x))
 
-    # ---- writing text
-
-    def generate(self, idx, max_new_tokens: int | None = None, *, max_tokens: int | None = None,
-                 temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None,
-                 min_p: float | None = None, repetition_penalty: float = 1.0,
-                 seed: int = 1337) -> Tensor:
-        """Continues each row of idx (B, T): int32 (B, T + max_new_tokens).
-
-        idx is a Tensor, array or nested list of token ids. The model sees the last block_size
-        tokens at most. temperature 0 takes the likeliest token; the other options are those of
-        `tinygpt.config.SampleConfig`. `max_tokens` is another name of max_new_tokens, 100 where
-        neither is given. Raises ValueError on ids outside the vocabulary or an option out of
-        range.
-        """
-        count = max_new_tokens if max_new_tokens is not None else max_tokens
-        config = SampleConfig(max_new_tokens=100 if count is None else count,
-                              temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
-                              repetition_penalty=repetition_penalty, seed=seed)
-        ids = self._check_ids(idx)
-        new = list(self._decode(ids, config))
-        return Tensor(np.concatenate([ids, *(t[:, None] for t in new)], axis=1), dtype="int32")
-
-    def stream(self, idx, config: SampleConfig | None = None, **options) -> Iterator[int]:
-        """Yields the ids that continue idx (1, T), one by one as they are drawn.
-
-        Options are those of `generate`, or a SampleConfig that holds them.
-        """
-        if "max_tokens" in options:
-            options["max_new_tokens"] = options.pop("max_tokens")
-        ids = self._check_ids(idx)
-        if len(ids) != 1:
-            raise ValueError(f"stream takes one sequence, not {len(ids)}: use generate")
-        return (int(t[0]) for t in self._decode(ids, config or SampleConfig(**options)))
-
-    def _decode(self, ids: np.ndarray, config: SampleConfig) -> Iterator[np.ndarray]:
-        enabled = Controls.of(config).enabled
-        decoders = _DECODERS.setdefault(self, {})
-        key = (len(ids), enabled, self.compute_dtype, lora.adapters(self))
-        if key not in decoders:
-            decoders[key] = Decoder(self._cached_forward(len(ids)), self.config.block_size,
-                                    self.config.vocab_size, len(ids), enabled)
-        return decoders[key].run(ids, config)
-
     def _cached_forward(self, batch_size: int):
         """A function of tokens (B, T), their position and a row of them, over a cache of its own,
         that gives the logits (B, V) after that row."""
@@ -414,17 +353,6 @@ class GPT:
             return model._head(x[:, row:row + 1])[:, 0].cast(dtypes.float32)
         return forward
 
-    def _check_ids(self, idx) -> np.ndarray:
-        ids = np.asarray(idx.numpy() if isinstance(idx, Tensor) else idx)
-        if ids.ndim != 2 or ids.size == 0 or not np.issubdtype(ids.dtype, np.integer):
-            raise ValueError(f"idx has shape {ids.shape} and dtype {ids.dtype}: "
-                             "give integers (B, T) with at least one token")
-        if ids.min() < 0 or ids.max() >= self.config.vocab_size:
-            bad = ids.max() if ids.max() >= self.config.vocab_size else ids.min()
-            raise ValueError(f"token id {bad} is outside the vocabulary 0.."
-                             f"{self.config.vocab_size - 1}: was it made by another tokenizer?")
-        return ids.astype(np.int32)
-
     # ---- weights and sizes
 
     def quantize(self, kind: str) -> "GPT":
@@ -432,7 +360,7 @@ class GPT:
 
         It can then be neither trained nor saved. Raises ValueError where it is quantized already.
         """
-        _DECODERS.pop(self, None)  # compiled for the weights as they were
+        self.forget_decoders()  # which hold the matrices
         lora.merge(self)
         quantize(self, kind)
         return self
@@ -445,16 +373,6 @@ class GPT:
         refuse_quantized(self, "trained, saved or loaded into")
         return get_state_dict({"wte": self.wte, "wpe": self.wpe, "h": self.h, "ln_f": self.ln_f,
                                "lm_head": self.lm_head})
-
-    def load_state_dict(self, arrays: dict[str, np.ndarray]) -> None:
-        """Puts arrays of the same names and shapes in place of the weights.
-
-        Raises ValueError, before anything is changed, where a name or a shape differs.
-        """
-        weights = self.state_dict()
-        checkpoint.check_shapes(arrays, {k: w.shape for k, w in weights.items()})
-        for name, weight in weights.items():
-            weight.assign(Tensor(arrays[name].astype(np.float32))).realize()
 
     def num_params(self, non_embedding: bool = False) -> int:
         """The number of weights, tied ones once; without the position table if asked so."""
@@ -477,74 +395,30 @@ class GPT:
         seen = min(length or c.block_size, c.sliding_window or c.block_size)
         return 6 * matrices + 12 * c.n_layer * c.n_embd * seen
 
-    # ---- checkpoints
+    # ---- checkpoints, and the world outside
 
-    def save_checkpoint(self, iter_num: int, optimizer=None, out_dir: str | Path = "checkpoints",
-                        metadata: dict | None = None, ema=None) -> Path:
-        """Writes out_dir/ckpt_<iter_num>.safetensors, whole or not at all, and returns its path.
-
-        It holds the weights, the state of the optimizer and of the EMA where they are given, and
-        in its metadata the configuration, the tokenizer and whatever `metadata` adds. Raises
-        ValueError where it cannot be written.
-        """
-        tensors = {f"model.{k}": w.numpy() for k, w in self.state_dict().items()}
-        for prefix, other in (("optimizer.", optimizer), ("ema.", ema)):
-            if other is not None:
-                tensors |= {prefix + k: t.numpy() for k, t in other.state_dict().items()}
-        facts = {"model_config": asdict(self.config), "iter_num": iter_num,
-                 "tokenizer": self.tokenizer and self.tokenizer.to_json(),
-                 "lora_alpha": lora.alpha_of(self)}
-        return checkpoint.save(Path(out_dir) / checkpoint.name(iter_num), tensors,
-                               facts | (metadata or {}))
-
-    def load_checkpoint(self, path: str | Path, optimizer=None, ema=None) -> dict:
-        """Takes weights, and the state of optimizer and EMA, from a checkpoint; returns its
-        metadata. Where the checkpoint has no average, the EMA starts at its weights.
-
-        Raises ValueError, with nothing changed, where the file is missing, damaged or of another
-        architecture, or has no optimizer though one is given.
-        """
-        tensors, facts = checkpoint.load(path)
-        theirs = _config_of(facts, path)
-        checkpoint.check_same(path, asdict(theirs), asdict(self.config), ignore=("dropout",))
-        weights = checkpoint.part(tensors, "model.")
-        checkpoint.check_shapes(weights, {k: w.shape for k, w in self.state_dict().items()}, path)
-        averages = checkpoint.part(tensors, "ema.") or weights
-        if ema is not None:
-            checkpoint.check_shapes(averages, {k: w.shape for k, w in weights.items()}, path)
-        if optimizer is not None:
-            optimizer.load_state_dict(checkpoint.part(tensors, "optimizer."), path)
-        if ema is not None:
-            ema.load_state_dict(averages, path)
-        self.load_state_dict(weights)
-        if facts.get("tokenizer"):
-            self.tokenizer = load_tokenizer(facts["tokenizer"])
-        return facts
+    def _facts(self) -> dict:
+        return super()._facts() | {"lora_alpha": lora.alpha_of(self)}
 
     @classmethod
-    def from_checkpoint(cls, path: str | Path, ema: bool = False) -> "GPT":
-        """The model that a checkpoint holds, with its tokenizer and LoRA merged; with ema the
-        moving average of its weights. Raises ValueError.
-        """
-        tensors, facts = checkpoint.load(path)
-        config = _config_of(facts, path)
-        # a header can claim anything: believe no size that the tensors do not have
-        layers = {name.split(".")[2] for name in tensors if name.startswith("model.h.")}
-        found = tensors.get("model.wte.weight", np.empty(0)).shape
-        inner = tensors.get("model.h.0.mlp.c_fc.weight", np.empty(0)).shape
+    def _for_tensors(cls, config: GPTConfig, tensors: dict[str, np.ndarray], facts: dict,
+                     path: str | Path) -> "GPT":
+        layers = {name.split(".")[1] for name in tensors if name.startswith("h.")}
+        found = tensors.get("wte.weight", np.empty(0)).shape
+        inner = tensors.get("h.0.mlp.c_fc.weight", np.empty(0)).shape
         if (len(layers), found, inner) != (config.n_layer, (config.vocab_size, config.n_embd),
                                            (config.inner_size, config.n_embd)):
             raise checkpoint.CheckpointError(f"{path} does not hold the model that its header "
                                              "describes: use another one")
-        averages = checkpoint.part(tensors, "ema.")
-        if ema and not averages:
-            raise checkpoint.CheckpointError(f"{path} has no moving average of the weights: leave "
-                                             "out --ema, or train with it")
         model = cls(config, seed=None)
-        lora.adopt(model, checkpoint.part(tensors, "model."), facts.get("lora_alpha") or 0.0, path)
-        model.load_checkpoint(path)
-        if ema:
-            model.load_state_dict(averages)
+        lora.adopt(model, tensors, facts.get("lora_alpha") or 0.0, path)
+        return model
+
+    @classmethod
+    def from_checkpoint(cls, path: str | Path, ema: bool = False) -> "GPT":
+        """The model that a checkpoint holds, with its tokenizer, and LoRA merged; with ema the
+        moving average of its weights. Raises ValueError."""
+        model = super().from_checkpoint(path, ema)
         lora.merge(model)
         return model
 
@@ -558,7 +432,7 @@ class GPT:
         dropout is taken, any other has to be the model's own. Raises ValueError.
         """
         found = pretrained.open_pretrained(name, offline)
-        model = cls(_config_of({"model_config": found.configured(options)}, name), seed=None)
+        model = cls(cls._config_of({"model_config": found.configured(options)}, name), seed=None)
         found.fill(model.state_dict())
         model.tokenizer = found.tokenizer
         return model
@@ -571,6 +445,3 @@ class GPT:
         """
         lora.merge(self)
         return pretrained.export(asdict(self.config), self.state_dict(), self.tokenizer, folder)
-
-
-_DECODERS: weakref.WeakKeyDictionary[GPT, dict] = weakref.WeakKeyDictionary()

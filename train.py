@@ -12,7 +12,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from tinygrad import Tensor, TinyJit, dtypes
 
 from gpt import GPT, GPTConfig
 from tinygpt import checkpoint, device, kernels, lora
@@ -20,12 +19,12 @@ from tinygpt.batch_size import available_memory, largest_micro_batch, out_of_mem
 from tinygpt.bigram import Bigram, BigramConfig
 from tinygpt.config import PRESETS, SampleConfig, TrainConfig, given, parse_flags, to_json
 from tinygpt.data import Batches, TokenData, load_data
-from tinygpt.kernels.random import make_key
 from tinygpt.loggers import check_loggers, make_loggers
-from tinygpt.optim import EMA, clip_scale, global_norm, make_optimizer
+from tinygpt.optim import EMA, make_optimizer
 from tinygpt.report import Report, bits_per_byte
 from tinygpt.schedule import context_length, learning_rate
 from tinygpt.spikes import SpikeGuard
+from tinygpt.steps import Steps
 from tinygpt.tokenizer import load_tokenizer
 
 NOT_FINITE = 10  # steps in a row without a finite loss after which training stops
@@ -92,7 +91,7 @@ def fit_batch_size(model: GPT, config: TrainConfig, data: TokenData) -> TrainCon
     def trial(n: int) -> Run:
         with tempfile.TemporaryDirectory() as folder:
             run = Run(model, split(n, out_dir=folder, resume=False, curriculum=False), data)
-        run.eval_step(run.x, run.y)
+        run.steps.evaluate(*run.batches.batch(0))
         for _ in range(3):  # plainly, while compiling, and compiled
             run._step(0.0)  # which leaves the weights as they are
         return run
@@ -132,75 +131,8 @@ class Run:
         self._claim_out_dir()
         model.tokenizer = data.tokenizer
 
-        self.x, self.y = (_buffer(rows, block, dtype=dtypes.int32) for _ in range(2))
-        self.lr, self.norm_limit = _buffer(1), _buffer(1)
-        self.key = _buffer(1, dtype=dtypes.uint32)
-        self.eval_step = TinyJit(self._eval_step)
-        if config.gradient_accumulation_steps > 1:
-            self.share = _buffer(1)  # of a micro-batch in the step
-            self.sums = [_buffer(*p.shape) for p in self.params.values()]
-            self.loss_sum = _buffer(1)
-            self.apply = TinyJit(self._apply)
-        self._use_length(context_length(self.iter_num, config, block))
-
-    def _use_length(self, length: int) -> None:
-        """Training steps on sequences of that length from now on, which are compiled anew.
-
-        A micro-batch is what it was, its windows cut into pieces: as many tokens, in the same
-        order, each piece with positions from 0.
-        """
-        self.length, self.compiled = length, 0  # compiled: how many steps were, of two
-        config, block = self.config, self.model.config.block_size
-        pieces = config.batch_size * block // length
-        self.inputs = (self.x, self.y) if length == block else tuple(
-            _buffer(pieces, length, dtype=dtypes.int32) for _ in range(2))
-        if config.gradient_accumulation_steps == 1:
-            self.train_step = TinyJit(self._train_step)
-        else:
-            self.accumulate = TinyJit(self._accumulate)
-
-    # ---- the compiled steps
-
-    def _gradients(self, x: Tensor, y: Tensor, key: Tensor) -> tuple[Tensor, list[Tensor]]:
-        config, model = self.config, self.model
-        options = (key if model.config.dropout else None, config.label_smoothing, config.z_loss)
-        if config.grad_checkpoint:
-            loss, grads = model.gradients_in_little_memory(self.params, x, y, *options)
-        else:
-            _, loss = model(x, y, *options)
-            grads = loss.gradient(*self.params.values())
-        return loss, [g.cast(dtypes.float32).contiguous() for g in grads]
-
-    def _update(self, loss: Tensor, grads: list[Tensor], lr: Tensor) -> Tensor:
-        """Clips and takes the optimizer's step where all is finite and the gradient no spike:
-        (2,) loss and norm."""
-        norm = global_norm(grads).contiguous()
-        scale = clip_scale(norm, self.config.grad_clip).contiguous()
-        sound = (loss + norm).isfinite()
-        if self.config.skip_spikes:
-            sound = sound & (norm <= self.norm_limit.reshape(()))
-        sound = sound.contiguous()
-        updates = self.optimizer.update(grads, lr, scale, sound)
-        if self.ema:
-            updates += self.ema.update(self.optimizer.step, sound)
-        return Tensor.stack(loss.reshape(()), norm).realize(*updates)
-
-    def _train_step(self, x: Tensor, y: Tensor, key: Tensor, lr: Tensor) -> Tensor:
-        loss, grads = self._gradients(x, y, key)
-        return self._update(loss, grads, lr)
-
-    def _accumulate(self, x: Tensor, y: Tensor, key: Tensor, share: Tensor) -> None:
-        loss, grads = self._gradients(x, y, key)
-        assigns = [s.assign(s + g * share) for s, g in zip(self.sums, grads, strict=True)]
-        Tensor.realize(self.loss_sum.assign(self.loss_sum + loss * share), *assigns)
-
-    def _apply(self, lr: Tensor) -> Tensor:
-        stats = self._update(self.loss_sum, self.sums, lr)
-        Tensor.realize(*(s.assign(s.zeros_like()) for s in (self.loss_sum, *self.sums)))
-        return stats
-
-    def _eval_step(self, x: Tensor, y: Tensor) -> Tensor:
-        return self.model(x, y)[1].realize()
+        self.steps = Steps(model, config, self.params, self.optimizer, self.ema)
+        self.fresh = 0  # how many steps were taken since the last was compiled anew
 
     # ---- the run
 
@@ -230,7 +162,7 @@ class Run:
                       loggers)
 
     def _flops_per_step(self) -> int:
-        return self.model.estimate_flops(self.length) * self._tokens_per_step()
+        return self.model.estimate_flops(self.steps.length) * self._tokens_per_step()
 
     def _tokens_per_step(self) -> int:
         config = self.config
@@ -246,19 +178,15 @@ class Run:
             losses = self._evaluate()
         while not ended:
             start = time.perf_counter()
-            length = context_length(self.iter_num, config, self.model.config.block_size)
-            if length != self.length:
-                self._use_length(length)
-                self.report.flops_per_iter = self._flops_per_step()
-                self.report.remark(f"context of {length} tokens from step {self.iter_num + 1} on")
+            self._use_length()
             lr = learning_rate(self.iter_num, config)
             loss, norm = self._step(lr)
             self.iter_num += 1
             seconds = time.perf_counter() - start
-            done, self.compiled = self.iter_num - first, self.compiled + 1
+            self.fresh += 1
             if np.isfinite(loss + norm):
                 bad = 0
-                self.report.step(self.iter_num, loss, norm, lr, seconds, self.compiled <= 2)
+                self.report.step(self.iter_num, loss, norm, lr, seconds, self.fresh <= 2)
                 if norm > (limit := self.spikes.limit()):
                     self.report.line(f"iter {self.iter_num}: gradient norm {norm:.4f} over "
                                      f"{limit:.4f}: skipped")
@@ -266,7 +194,7 @@ class Run:
                 bad += 1
                 self._skipped(loss, norm, bad)
             self.spikes.add(norm)
-            if done == 2:
+            if self.iter_num - first == 2:
                 self.report.remark(f"compiled in {time.perf_counter() - began:.1f} s; "
                                    "the steps from here on are fast")
             ended = self._ended(time.perf_counter() - began)
@@ -287,6 +215,15 @@ class Run:
                            f"--checkpoint {self._best_path()}{' --ema' if config.ema else ''}")
         return TrainResult(self.iter_num, *losses, self.best_val_loss, saved, self._best_path())
 
+    def _use_length(self) -> None:
+        """Follows the curriculum to the length of the next step's sequences."""
+        length = context_length(self.iter_num, self.config, self.model.config.block_size)
+        if length != self.steps.length:
+            self.steps.use_length(length)
+            self.fresh = 0
+            self.report.flops_per_iter = self._flops_per_step()
+            self.report.remark(f"context of {length} tokens from step {self.iter_num + 1} on")
+
     def _ended(self, seconds: float = 0.0) -> bool:
         """Whether the run is over: by steps, by patience, or by the seconds that it took."""
         config = self.config
@@ -303,29 +240,7 @@ class Run:
 
     def _step(self, lr: float) -> tuple[float, float]:
         """One training step: its loss, and the norm of its gradient before clipping."""
-        micro = self.config.gradient_accumulation_steps
-        device.write(self.lr, [lr])
-        device.write(self.norm_limit, [self.spikes.limit()])
-        for i in range(micro):
-            number = self.iter_num * micro + i
-            self._load(*self.batches.batch(number), *self.inputs)
-            device.write(self.key, make_key(self.config.seed, number))
-            if micro == 1:
-                stats = self.train_step(*self.inputs, self.key, self.lr)
-            else:
-                device.write(self.share, [1 / micro])
-                self.accumulate(*self.inputs, self.key, self.share)
-        if micro > 1:
-            stats = self.apply(self.lr)
-        loss, norm = stats.tolist()
-        return loss, norm
-
-    def _load(self, x: np.ndarray, y: np.ndarray, to_x: Tensor, to_y: Tensor) -> None:
-        if (largest := max(x.max(), y.max())) >= self.model.config.vocab_size:
-            raise ValueError(f"the data has token id {largest}, outside the model's vocabulary of "
-                             f"{self.model.config.vocab_size}: is it another tokenizer's?")
-        device.write(to_x, x)
-        device.write(to_y, y)
+        return self.steps.train(self.iter_num, self.batches.batch, lr, self.spikes.limit())
 
     def _evaluate(self) -> tuple[float, float]:
         """Mean loss on windows spread over each split, in nats per token, of the weights' moving
@@ -333,10 +248,7 @@ class Run:
         means = []
         with self._averaged():
             for batches in (self.batches, self.val_batches):
-                losses = []
-                for x, y in batches.spread(self.config.eval_iters):
-                    self._load(x, y, self.x, self.y)
-                    losses.append(self.eval_step(self.x, self.y).item())
+                losses = [self.steps.evaluate(*xy) for xy in batches.spread(self.config.eval_iters)]
                 means.append(float(np.mean(losses)))
         self.report.evaluation(self.iter_num, *means, learning_rate(self.iter_num, self.config),
                                bits_per_byte(means[1], self.data.bytes_per_token()),
@@ -453,10 +365,6 @@ class Run:
         if not self.config.eval_only:
             say("compiling: the first evaluation and two steps are slow, the first time most of "
                 "all")
-
-
-def _buffer(*shape: int, dtype=dtypes.float32) -> Tensor:
-    return Tensor.zeros(*shape, dtype=dtype).contiguous().realize()
 
 
 @contextmanager

@@ -10,6 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
+os.environ.setdefault("DEV", "CPU")  # so that no test looks for other devices first
 
 VERSES = """ROMEO:
 The harbour sleeps, and I that know her dreams
@@ -24,6 +25,12 @@ Then walk them softly: they are lightly made.
 @pytest.fixture
 def rng():
     return np.random.default_rng(20261121)
+
+
+@pytest.fixture
+def without_samples(monkeypatch):
+    """Runs in this process end without a sample, which would have to be compiled."""
+    monkeypatch.setattr("train.Run._sample", lambda run: None)
 
 
 @pytest.fixture

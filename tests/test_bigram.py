@@ -10,7 +10,7 @@ from gpt import GPT, GPTConfig
 from tinygpt import checkpoint
 from tinygpt.bigram import Bigram, BigramConfig
 from tinygpt.config import TrainConfig
-from train import Run, train
+from train import train
 
 FLAGS = ("--tokenizer", "char", "--block_size", 8, "--batch_size", 4, "--eval_iters", 1,
          "--eval_interval", 2)
@@ -23,9 +23,8 @@ def config(tmp_path):
                        learning_rate=0.2, weight_decay=0.0, model="bigram")
 
 
-def test_trained_it_is_the_table_of_counts(config, rng, monkeypatch):
+def test_trained_it_is_the_table_of_counts(config, rng, without_samples):
     """Of a chain over four tokens: its rows become the shares of what follows."""
-    monkeypatch.setattr(Run, "_sample", lambda run: None)
     chain = rng.dirichlet([1, 1, 1, 1], 4)
     ids = [0]
     for _ in range(20_000):
@@ -44,8 +43,7 @@ def test_trained_it_is_the_table_of_counts(config, rng, monkeypatch):
     assert np.abs(follow / 400 - shares * follow.sum(1, keepdims=True) / 400).max() < 0.1
 
 
-def test_a_resumed_run_is_the_uninterrupted_one(config, text, tmp_path, monkeypatch):
-    monkeypatch.setattr(Run, "_sample", lambda run: None)
+def test_a_resumed_run_is_the_uninterrupted_one(config, text, tmp_path, without_samples):
     config = replace(config, max_iters=4, eval_interval=2, lr_decay_iters=4, ema=True)
     shape = BigramConfig(block_size=8, vocab_size=256)
     whole = train(Bigram(shape), config, text)

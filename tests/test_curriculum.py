@@ -10,6 +10,7 @@ from gpt import GPT, GPTConfig
 from tinygpt import checkpoint
 from tinygpt.config import TrainConfig
 from tinygpt.data import load_data
+from tinygpt.steps import Steps
 from train import Run, train
 
 TINY = GPTConfig(block_size=16, vocab_size=256, n_layer=1, n_head=2, n_embd=16)
@@ -24,20 +25,19 @@ def config(tmp_path):
 
 
 @pytest.fixture(autouse=True)
-def quick(monkeypatch):
+def quick(monkeypatch, without_samples):
     """No time for evaluations and samples, which are not of interest here."""
     monkeypatch.setattr(Run, "_evaluate", lambda run: (1.0, 1.0))
-    monkeypatch.setattr(Run, "_sample", lambda run: None)
 
 
 def test_the_tokens_are_those_of_a_run_without_in_shorter_pieces(config, text, monkeypatch):
     seen, compiled = [], []
-    gradients = Run._gradients
-    monkeypatch.setattr(Run, "_gradients", lambda run, x, y, key: (
-        compiled.append(x.shape), gradients(run, x, y, key))[1])
-    step = Run._step
-    monkeypatch.setattr(Run, "_step", lambda run, lr: (
-        step(run, lr), seen.append([t.numpy() for t in run.inputs]))[0])
+    gradients = Steps._gradients
+    monkeypatch.setattr(Steps, "_gradients", lambda steps, x, y, key: (
+        compiled.append(x.shape), gradients(steps, x, y, key))[1])
+    train_one = Steps.train
+    monkeypatch.setattr(Steps, "train", lambda steps, *what: (
+        train_one(steps, *what), seen.append([t.numpy() for t in steps.inputs]))[0])
     data = load_data(text, "byte", 256)
     train(GPT(TINY), config, data)
     run = Run(GPT(TINY), replace(config, curriculum=False), data)
@@ -56,6 +56,7 @@ def test_a_step_is_the_one_that_the_pieces_alone_give(config, text, settings):
     pieces = [[t.reshape(8, 4) for t in run.batches.batch(n)] for n in range(micro)]
     expected = [run.model(Tensor(x[i:i + 1]), Tensor(y[i:i + 1]))[1].item()
                 for x, y in pieces for i in range(8)]
+    run.steps.use_length(4)
     assert run._step(0.0)[0] == pytest.approx(np.mean(expected), abs=1e-5)
 
 

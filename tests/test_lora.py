@@ -11,6 +11,8 @@ from tinygpt import checkpoint, lora
 from tinygpt.config import TrainConfig
 from train import train
 
+pytestmark = pytest.mark.usefixtures("without_samples")
+
 TINY = GPTConfig(block_size=8, vocab_size=256, n_layer=2, n_head=2, n_embd=16)
 IDS = np.arange(16, dtype=np.int32).reshape(2, 8)
 

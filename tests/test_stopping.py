@@ -38,17 +38,15 @@ def worsening(monkeypatch, losses):
     monkeypatch.setattr(Run, "_evaluate", lambda self: (1.0, next(rest)))
 
 
-def test_patience_counts_evaluations_in_a_row_without_a_new_best(config, text, monkeypatch,
-                                                                  capsys):
-    monkeypatch.setattr(Run, "_sample", lambda run: None)
+def test_patience_counts_evaluations_in_a_row_without_a_new_best(config, text, monkeypatch, capsys,
+                                                                 without_samples):
     worsening(monkeypatch, [9, 5, 6, 4, 4.5, 4.0, 3])
     result = train(GPT(TINY), replace(config, patience=2), text)
     assert result.iter_num == 5 and result.best_val_loss == 4
     assert "no new best in 2 evaluations (--patience)" in capsys.readouterr().err
 
 
-def test_patience_goes_on_counting_in_a_resumed_run(config, text, monkeypatch):
-    monkeypatch.setattr(Run, "_sample", lambda run: None)
+def test_patience_goes_on_counting_in_a_resumed_run(config, text, monkeypatch, without_samples):
     worsening(monkeypatch, [9, 5, 6, 7, 8, 9])
     config = replace(config, patience=3)
     assert train(GPT(TINY), replace(config, max_iters=2), text).iter_num == 2
@@ -108,10 +106,8 @@ def test_a_spike_changes_nothing_and_is_told(config, text, tmp_path, capsys):
     assert not np.array_equal(weights(run.model)["wte.weight"], before["wte.weight"])
 
 
-def test_skipping_goes_on_exactly_in_a_resumed_run(config, text, tmp_path, capsys,
-                                                           monkeypatch):
+def test_skipping_goes_on_exactly_in_a_resumed_run(config, text, tmp_path, capsys, without_samples):
     """A factor of 1 skips about every other step, once there are enough norms."""
-    monkeypatch.setattr(Run, "_sample", lambda run: None)
     config = replace(config, skip_spikes=1.0, eval_interval=100, lr_decay_iters=40)
     whole = train(GPT(TINY), replace(config, max_iters=40), text)
     told = [line for line in capsys.readouterr().out.splitlines() if line.endswith("skipped")]

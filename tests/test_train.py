@@ -21,6 +21,8 @@ from tinygpt.report import Report
 from tinygpt.tokenizer import ByteTokenizer
 from train import Run, train
 
+pytestmark = pytest.mark.usefixtures("without_samples")
+
 TINY = GPTConfig(block_size=8, vocab_size=256, n_layer=1, n_head=2, n_embd=16)
 FLAGS = ("--tokenizer", "byte", "--block_size", 8, "--n_layer", 1, "--n_head", 2, "--n_embd", 16,
          "--batch_size", 4, "--eval_iters", 1, "--log_interval", 1)

@@ -147,7 +147,7 @@ def model_kind(facts: dict) -> str:
     return facts.get("model", "gpt")
 
 
-def check_model(path: str | Path, facts: dict, kind: str) -> None:
+def check_kind(path: str | Path, facts: dict, kind: str) -> None:
     """Raises CheckpointError where a checkpoint is not of the model `kind`."""
     if (theirs := model_kind(facts)) != kind:
         raise CheckpointError(f"{path} has a {theirs} model, not a {kind} model: train with "

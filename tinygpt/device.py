@@ -63,6 +63,8 @@ def _zig_script(zig: Path) -> Path:
 @functools.cache
 def default() -> str:
     """The device that tensors live on, e.g. "CPU" or "CUDA". Raises DeviceError without one."""
+    if not DEV.device and _has_no_gpu():
+        DEV.value = "CPU"
     try:
         name = Device.DEFAULT
     except (RuntimeError, AssertionError) as error:
@@ -70,6 +72,13 @@ def default() -> str:
     if name.startswith("CPU"):
         _check_compiler()
     return name
+
+
+def _has_no_gpu() -> bool:
+    """Whether a Linux machine has no file of a GPU's driver: tinygrad would try every device that
+    it knows, which takes half a second."""
+    drivers = ("nvidia*", "kfd", "dri", "kgsl*", "dxg")
+    return sys.platform == "linux" and not any(any(Path("/dev").glob(d)) for d in drivers)
 
 
 def choose(name: str) -> str:

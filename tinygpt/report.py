@@ -95,12 +95,14 @@ class Report:
             self.draw()
 
     def draw(self) -> None:
-        """loss.png: training and validation loss, the learning rate below."""
-        from matplotlib.figure import Figure
-
+        """loss.png: training and validation loss, the learning rate below; once there are any."""
         steps = [r for r in self.records if "loss" in r]
+        if not steps:
+            return
+        from matplotlib.figure import Figure  # which takes half a second
+
         evals = [r for r in self.records if "val_loss" in r]
-        figure = Figure(figsize=(8, 6), layout="constrained")
+        figure = Figure(figsize=(8, 6))
         top, low = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
         top.plot([r["iter"] for r in steps], [r["loss"] for r in steps], color="0.75",
                  linewidth=1, label="training batches")

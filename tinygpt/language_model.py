@@ -1,0 +1,198 @@
+"""What every model of tokens does beside its forward pass: it writes text, and it is kept."""
+
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, fields
+from pathlib import Path
+
+import numpy as np
+from tinygrad import Tensor
+
+from tinygpt import checkpoint
+from tinygpt.config import SampleConfig
+from tinygpt.decoder import Decoder
+from tinygpt.sampling import Controls
+from tinygpt.tokenizer import Tokenizer, load_tokenizer
+
+
+class LanguageModel:
+    """A subclass names its weights in `state_dict`, gives the logits of a text in
+    `_cached_forward`, and says what it is in `kind` and `config_class`, a dataclass with block_size
+    and vocab_size.
+
+    `compute_dtype` ("float32" or "bfloat16") is what activations are kept in; `tokenizer` is what
+    the weights were trained with, where that is known.
+    """
+
+    kind: str  # in a checkpoint's metadata
+    config_class: type
+
+    def __init__(self, config):
+        self.config = config
+        self.compute_dtype = "float32"
+        self.tokenizer: Tokenizer | None = None
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Every weight by its name."""
+        raise NotImplementedError
+
+    def _cached_forward(self, batch_size: int) -> Callable:
+        """A function of tokens (B, T), their position and a row of them, over a cache of its own,
+        that gives the logits (B, V) float32 after that row."""
+        raise NotImplementedError
+
+    @classmethod
+    def _for_tensors(cls, config, tensors: dict[str, np.ndarray], facts: dict,
+                     path: str | Path) -> "LanguageModel":
+        """A model that a checkpoint's tensors fit, its weights not drawn. Raises CheckpointError
+        where they are not those of its configuration, since a header can claim anything."""
+        raise NotImplementedError
+
+    # ---- writing text
+
+    def generate(self, idx, max_new_tokens: int | None = None, *, max_tokens: int | None = None,
+                 temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None,
+                 min_p: float | None = None, repetition_penalty: float = 1.0,
+                 seed: int = 1337) -> Tensor:
+        """Continues each row of idx (B, T): int32 (B, T + max_new_tokens).
+
+        idx is a Tensor, array or nested list of token ids. The model sees the last block_size
+        tokens at most. temperature 0 takes the likeliest token; the other options are those of
+        `tinygpt.config.SampleConfig`. `max_tokens` is another name of max_new_tokens, 100 where
+        neither is given. Raises ValueError on ids outside the vocabulary or an option out of
+        range.
+        """
+        count = max_new_tokens if max_new_tokens is not None else max_tokens
+        config = SampleConfig(max_new_tokens=100 if count is None else count,
+                              temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
+                              repetition_penalty=repetition_penalty, seed=seed)
+        ids = self._check_ids(idx)
+        new = list(self._decode(ids, config))
+        return Tensor(np.concatenate([ids, *(t[:, None] for t in new)], axis=1), dtype="int32")
+
+    def stream(self, idx, config: SampleConfig | None = None, **options) -> Iterator[int]:
+        """Yields the ids that continue idx (1, T), one by one as they are drawn.
+
+        Options are those of `generate`, or a SampleConfig that holds them.
+        """
+        if "max_tokens" in options:
+            options["max_new_tokens"] = options.pop("max_tokens")
+        ids = self._check_ids(idx)
+        if len(ids) != 1:
+            raise ValueError(f"stream takes one sequence, not {len(ids)}: use generate")
+        return (int(t[0]) for t in self._decode(ids, config or SampleConfig(**options)))
+
+    def forget_decoders(self) -> None:
+        """Where layers were exchanged: text is written by newly compiled steps from now on."""
+        _DECODERS.pop(self, None)
+
+    def _decode(self, ids: np.ndarray, config: SampleConfig) -> Iterator[np.ndarray]:
+        enabled = Controls.of(config).enabled
+        decoders = _DECODERS.setdefault(self, {})
+        key = len(ids), enabled, self.compute_dtype
+        if key not in decoders:
+            decoders[key] = Decoder(self._cached_forward(len(ids)), self.config.block_size,
+                                    self.config.vocab_size, len(ids), enabled)
+        return decoders[key].run(ids, config)
+
+    def _check_ids(self, idx) -> np.ndarray:
+        ids = np.asarray(idx.numpy() if isinstance(idx, Tensor) else idx)
+        if ids.ndim != 2 or ids.size == 0 or not np.issubdtype(ids.dtype, np.integer):
+            raise ValueError(f"idx has shape {ids.shape} and dtype {ids.dtype}: "
+                             "give integers (B, T) with at least one token")
+        if ids.min() < 0 or ids.max() >= self.config.vocab_size:
+            bad = ids.max() if ids.max() >= self.config.vocab_size else ids.min()
+            raise ValueError(f"token id {bad} is outside the vocabulary 0.."
+                             f"{self.config.vocab_size - 1}: was it made by another tokenizer?")
+        return ids.astype(np.int32)
+
+    # ---- weights and checkpoints
+
+    def load_state_dict(self, arrays: dict[str, np.ndarray]) -> None:
+        """Puts arrays of the same names and shapes in place of the weights.
+
+        Raises ValueError, before anything is changed, where a name or a shape differs.
+        """
+        weights = self.state_dict()
+        checkpoint.check_shapes(arrays, {k: w.shape for k, w in weights.items()})
+        for name, weight in weights.items():
+            weight.assign(Tensor(arrays[name].astype(np.float32))).realize()
+
+    def save_checkpoint(self, iter_num: int, optimizer=None, out_dir: str | Path = "checkpoints",
+                        metadata: dict | None = None, ema=None) -> Path:
+        """Writes out_dir/ckpt_<iter_num>.safetensors, whole or not at all, and returns its path.
+
+        It holds the weights, the state of the optimizer and of the EMA where they are given, and
+        in its metadata the configuration, the tokenizer and whatever `metadata` adds. Raises
+        ValueError where it cannot be written.
+        """
+        tensors = {prefix + k: t.numpy() for prefix, part in (
+            ("model.", self), ("optimizer.", optimizer), ("ema.", ema)) if part is not None
+            for k, t in part.state_dict().items()}
+        return checkpoint.save(Path(out_dir) / checkpoint.name(iter_num), tensors,
+                               self._facts() | {"iter_num": iter_num} | (metadata or {}))
+
+    def _facts(self) -> dict:
+        """What a checkpoint's metadata says of the model."""
+        return {"model": self.kind, "model_config": asdict(self.config),
+                "tokenizer": self.tokenizer and self.tokenizer.to_json()}
+
+    def load_checkpoint(self, path: str | Path, optimizer=None, ema=None) -> dict:
+        """Takes weights, and the state of optimizer and EMA, from a checkpoint; returns its
+        metadata. Where the checkpoint has no average, the EMA starts at its weights.
+
+        Raises ValueError, with nothing changed, where the file is missing, damaged or of another
+        architecture, or has no optimizer though one is given.
+        """
+        tensors, facts = checkpoint.load(path)
+        theirs = self._config_of(facts, path)
+        checkpoint.check_same(path, asdict(theirs), asdict(self.config), ignore=("dropout",))
+        weights = checkpoint.part(tensors, "model.")
+        checkpoint.check_shapes(weights, {k: w.shape for k, w in self.state_dict().items()}, path)
+        averages = checkpoint.part(tensors, "ema.") or weights
+        if ema is not None:
+            checkpoint.check_shapes(averages, {k: w.shape for k, w in weights.items()}, path)
+        if optimizer is not None:
+            optimizer.load_state_dict(checkpoint.part(tensors, "optimizer."), path)
+        if ema is not None:
+            ema.load_state_dict(averages, path)
+        self.load_state_dict(weights)
+        if facts.get("tokenizer"):
+            self.tokenizer = load_tokenizer(facts["tokenizer"])
+        return facts
+
+    @classmethod
+    def _config_of(cls, facts: dict, path: str | Path):
+        """The configuration in a checkpoint's metadata. Raises CheckpointError."""
+        checkpoint.check_kind(path, facts, cls.kind)
+        types = {f.name: f.type | int if f.type is float else f.type
+                 for f in fields(cls.config_class)}
+        settings = facts["model_config"]
+        try:
+            for name, value in settings.items():
+                if not isinstance(value, types[name]):
+                    raise TypeError(f"{name}={value!r}")
+            return cls.config_class(**settings)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise checkpoint.CheckpointError(f"{path} has a model_config that cannot be used "
+                                             f"({error}): use another one") from error
+
+    @classmethod
+    def from_checkpoint(cls, path: str | Path, ema: bool = False) -> "LanguageModel":
+        """The model that a checkpoint holds, with its tokenizer; with ema the moving average of
+        its weights. Raises ValueError.
+        """
+        tensors, facts = checkpoint.load(path)
+        config = cls._config_of(facts, path)
+        averages = checkpoint.part(tensors, "ema.")
+        if ema and not averages:
+            raise checkpoint.CheckpointError(f"{path} has no moving average of the weights: leave "
+                                             "out --ema, or train with it")
+        model = cls._for_tensors(config, checkpoint.part(tensors, "model."), facts, path)
+        model.load_checkpoint(path)
+        if ema:
+            model.load_state_dict(averages)
+        return model
+
+
+_DECODERS: weakref.WeakKeyDictionary[LanguageModel, dict] = weakref.WeakKeyDictionary()

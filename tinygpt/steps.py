@@ -1,0 +1,128 @@
+"""The compiled steps of training a model: gradients, accumulation, update, evaluation."""
+
+import numpy as np
+from tinygrad import Tensor, TinyJit, dtypes
+
+from tinygpt import device
+from tinygpt.config import TrainConfig
+from tinygpt.kernels.random import make_key
+from tinygpt.optim import EMA, clip_scale, global_norm
+
+
+class Steps:
+    """Trains the weights `params` of a model with an optimizer, and keeps the EMA where there is
+    one. Whatever changes from step to step is written into tensors, so that each step is compiled
+    once.
+    """
+
+    def __init__(self, model, config: TrainConfig, params: dict[str, Tensor], optimizer,
+                 ema: EMA | None):
+        self.model, self.config, self.params = model, config, params
+        self.optimizer, self.ema = optimizer, ema
+        shape = config.batch_size, model.config.block_size
+        self.x, self.y = (_buffer(*shape, dtype=dtypes.int32) for _ in range(2))
+        self.lr, self.norm_limit = _buffer(1), _buffer(1)
+        self.key = _buffer(1, dtype=dtypes.uint32)
+        self._evaluate = TinyJit(self._eval_step)
+        if config.gradient_accumulation_steps > 1:
+            self.share = _buffer(1)  # of a micro-batch in the step
+            self.sums = [_buffer(*p.shape) for p in params.values()]
+            self.loss_sum = _buffer(1)
+            self._apply = TinyJit(self._apply_step)
+        self.use_length(model.config.block_size)
+
+    def use_length(self, length: int) -> None:
+        """Training steps on sequences of that length from now on, which are compiled anew.
+
+        A micro-batch is what it was, its windows cut into pieces: as many tokens, in the same
+        order, each piece with positions from 0.
+        """
+        self.length = length
+        rows, block = self.x.shape
+        self.inputs = (self.x, self.y) if length == block else tuple(
+            _buffer(rows * block // length, length, dtype=dtypes.int32) for _ in range(2))
+        if self.config.gradient_accumulation_steps == 1:
+            self._train = TinyJit(self._train_step)
+        else:
+            self._accumulate = TinyJit(self._accumulate_step)
+
+    def train(self, number: int, batch, lr: float, norm_limit: float) -> tuple[float, float]:
+        """Training step `number`: its loss, and the norm of its gradient before clipping.
+
+        batch(n) gives micro-batch n, ids and targets (B, T) int32. A step whose norm is above
+        norm_limit changes nothing.
+        """
+        micro = self.config.gradient_accumulation_steps
+        device.write(self.lr, [lr])
+        device.write(self.norm_limit, [norm_limit])
+        for n in range(number * micro, (number + 1) * micro):
+            self._load(*batch(n), *self.inputs)
+            device.write(self.key, make_key(self.config.seed, n))
+            if micro == 1:
+                stats = self._train(*self.inputs, self.key, self.lr)
+            else:
+                device.write(self.share, [1 / micro])
+                self._accumulate(*self.inputs, self.key, self.share)
+        if micro > 1:
+            stats = self._apply(self.lr)
+        loss, norm = stats.tolist()
+        return loss, norm
+
+    def evaluate(self, x: np.ndarray, y: np.ndarray) -> float:
+        """The loss of a micro-batch (B, T) of ids and targets."""
+        self._load(x, y, self.x, self.y)
+        return self._evaluate(self.x, self.y).item()
+
+    def _load(self, x: np.ndarray, y: np.ndarray, to_x: Tensor, to_y: Tensor) -> None:
+        if (largest := max(x.max(), y.max())) >= self.model.config.vocab_size:
+            raise ValueError(f"the data has token id {largest}, outside the model's vocabulary of "
+                             f"{self.model.config.vocab_size}: is it another tokenizer's?")
+        device.write(to_x, x)
+        device.write(to_y, y)
+
+    # ---- what is compiled
+
+    def _gradients(self, x: Tensor, y: Tensor, key: Tensor) -> tuple[Tensor, list[Tensor]]:
+        config, model = self.config, self.model
+        options = (key if model.config.dropout else None, config.label_smoothing, config.z_loss)
+        if config.grad_checkpoint:
+            loss, grads = model.gradients_in_little_memory(self.params, x, y, *options)
+        else:
+            _, loss = model(x, y, *options)
+            grads = loss.gradient(*self.params.values())
+        return loss, [g.cast(dtypes.float32).contiguous() for g in grads]
+
+    def _update(self, loss: Tensor, grads: list[Tensor], lr: Tensor) -> Tensor:
+        """Clips and takes the optimizer's step where all is finite and the gradient no spike:
+        (2,) loss and norm."""
+        norm = global_norm(grads).contiguous()
+        scale = clip_scale(norm, self.config.grad_clip).contiguous()
+        sound = (loss + norm).isfinite()
+        if self.config.skip_spikes:
+            sound = sound & (norm <= self.norm_limit.reshape(()))
+        sound = sound.contiguous()
+        updates = self.optimizer.update(grads, lr, scale, sound)
+        if self.ema:
+            updates += self.ema.update(self.optimizer.step, sound)
+        return Tensor.stack(loss.reshape(()), norm).realize(*updates)
+
+    def _train_step(self, x: Tensor, y: Tensor, key: Tensor, lr: Tensor) -> Tensor:
+        loss, grads = self._gradients(x, y, key)
+        return self._update(loss, grads, lr)
+
+    def _accumulate_step(self, x: Tensor, y: Tensor, key: Tensor, share: Tensor) -> None:
+        loss, grads = self._gradients(x, y, key)
+        assigns = [s.assign(s + g * share) for s, g in zip(self.sums, grads, strict=True)]
+        Tensor.realize(self.loss_sum.assign(self.loss_sum + loss * share), *assigns)
+
+    def _apply_step(self, lr: Tensor) -> Tensor:
+        stats = self._update(self.loss_sum, self.sums, lr)
+        Tensor.realize(*(s.assign(s.zeros_like()) for s in (self.loss_sum, *self.sums)))
+        return stats
+
+    def _eval_step(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.model(x, y)[1].realize()
+
+
+def _buffer(*shape: int, dtype=dtypes.float32) -> Tensor:
+    return Tensor.zeros(*shape, dtype=dtype).contiguous().realize()
