@@ -1,6 +1,7 @@
 """What several test files share."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -69,3 +70,10 @@ def gpt2_files(monkeypatch):
         if not shared.is_dir():
             pytest.skip("GPT-2's tokenizer files are not here: set TIKTOKEN_CACHE_DIR")
         monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(shared))
+
+
+def pytest_sessionfinish(session):
+    """The tokens of the tests' texts do not stay in the cache; workers of xdist come first."""
+    if not hasattr(session.config, "workerinput"):
+        for folder in (ROOT / "data" / "cache").glob("verses-*"):
+            shutil.rmtree(folder, ignore_errors=True)
