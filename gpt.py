@@ -19,6 +19,7 @@ from tinygrad.nn.state import get_state_dict
 
 from tinygpt import checkpoint, device, kernels, lora, pretrained
 from tinygpt.config import SampleConfig, TrainConfig, check_choice, check_range
+from tinygpt.kernels.jit import constant
 from tinygpt.kernels.random import next_key
 from tinygpt.language_model import LanguageModel
 from tinygpt.quantize import quantize, refuse_quantized
@@ -251,8 +252,8 @@ def rope_tables(length: int, head_size: int, theta: float, device: str) -> tuple
     """cos and sin (length, D/2) float32 of position * theta^(-2i/D)."""
     frequency = theta ** (-np.arange(0, head_size, 2) / head_size)
     angle = np.outer(np.arange(length), frequency)
-    return (Tensor(np.cos(angle).astype(np.float32), device=device).realize(),
-            Tensor(np.sin(angle).astype(np.float32), device=device).realize())
+    return (constant(np.cos(angle).astype(np.float32), device),
+            constant(np.sin(angle).astype(np.float32), device))
 
 
 class GPT(LanguageModel):

@@ -92,7 +92,7 @@ def fit_batch_size(model: GPT, config: TrainConfig, data: TokenData) -> TrainCon
         with tempfile.TemporaryDirectory() as folder:
             run = Run(model, split(n, out_dir=folder, resume=False, curriculum=False), data)
         run.steps.evaluate(*run.batches.batch(0))
-        for _ in range(3):  # plainly, while compiling, and compiled
+        for _ in range(2):  # compiled by the first
             run._step(0.0)  # which leaves the weights as they are
         return run
 
@@ -186,7 +186,7 @@ class Run:
             self.fresh += 1
             if np.isfinite(loss + norm):
                 bad = 0
-                self.report.step(self.iter_num, loss, norm, lr, seconds, self.fresh <= 2)
+                self.report.step(self.iter_num, loss, norm, lr, seconds, self.fresh == 1)
                 if norm > (limit := self.spikes.limit()):
                     self.report.line(f"iter {self.iter_num}: gradient norm {norm:.4f} over "
                                      f"{limit:.4f}: skipped")
@@ -194,7 +194,7 @@ class Run:
                 bad += 1
                 self._skipped(loss, norm, bad)
             self.spikes.add(norm)
-            if self.iter_num - first == 2:
+            if self.iter_num - first == 1:
                 self.report.remark(f"compiled in {time.perf_counter() - began:.1f} s; "
                                    "the steps from here on are fast")
             ended = self._ended(time.perf_counter() - began)
@@ -363,8 +363,8 @@ class Run:
         elif self.iter_num:
             say(f"resuming after step {self.iter_num}")
         if not self.config.eval_only:
-            say("compiling: the first evaluation and two steps are slow, the first time most of "
-                "all")
+            say("compiling: the first evaluation and the first step are slow, the first time "
+                "most of all")
 
 
 @contextmanager

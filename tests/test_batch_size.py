@@ -37,6 +37,7 @@ def test_the_largest_divisor_that_fits_is_found(limit, expected, tells):
         return Tensor.zeros(base // 4 * n).contiguous().realize()
 
     available = base * limit if tells else None
+    device.free_memory()
     before = GlobalCounters.mem_used
     assert largest_micro_batch(12, trial, available) == expected
     device.free_memory()

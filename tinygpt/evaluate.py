@@ -14,12 +14,13 @@ from pathlib import Path
 
 import numpy as np
 import simple_parsing
-from tinygrad import Tensor, TinyJit
+from tinygrad import Tensor
 
 from gpt import GPT
 from tinygpt import device
 from tinygpt.config import check_choice, check_range, parse_flags
 from tinygpt.documents import read_text
+from tinygpt.kernels.jit import compiled
 from tinygpt.pretrained import is_pretrained
 
 TASKS = ("text", "hellaswag", "lambada")
@@ -58,7 +59,7 @@ class Scorer:
         self.model, self.block_size = model, model.config.block_size
         self.x, self.y = (Tensor.zeros(1, self.block_size, dtype="int32").contiguous().realize()
                           for _ in "xy")
-        self.step = TinyJit(self._step)
+        self.step = compiled(self._step)
 
     def _step(self, x: Tensor, y: Tensor) -> Tensor:
         """(2, T): the nats that each target cost, and whether it was the likeliest."""

@@ -1,10 +1,11 @@
 """The compiled steps of training a model: gradients, accumulation, update, evaluation."""
 
 import numpy as np
-from tinygrad import Tensor, TinyJit, dtypes
+from tinygrad import Tensor, dtypes
 
 from tinygpt import device
 from tinygpt.config import TrainConfig
+from tinygpt.kernels.jit import compiled
 from tinygpt.kernels.random import make_key
 from tinygpt.optim import EMA, clip_scale, global_norm
 
@@ -23,12 +24,12 @@ class Steps:
         self.x, self.y = (_buffer(*shape, dtype=dtypes.int32) for _ in range(2))
         self.lr, self.norm_limit = _buffer(1), _buffer(1)
         self.key = _buffer(1, dtype=dtypes.uint32)
-        self._evaluate = TinyJit(self._eval_step)
+        self._evaluate = compiled(self._eval_step)
         if config.gradient_accumulation_steps > 1:
             self.share = _buffer(1)  # of a micro-batch in the step
             self.sums = [_buffer(*p.shape) for p in params.values()]
             self.loss_sum = _buffer(1)
-            self._apply = TinyJit(self._apply_step)
+            self._apply = compiled(self._apply_step)
         self.use_length(model.config.block_size)
 
     def use_length(self, length: int) -> None:
@@ -42,9 +43,9 @@ class Steps:
         self.inputs = (self.x, self.y) if length == block else tuple(
             _buffer(rows * block // length, length, dtype=dtypes.int32) for _ in range(2))
         if self.config.gradient_accumulation_steps == 1:
-            self._train = TinyJit(self._train_step)
+            self._train = compiled(self._train_step)
         else:
-            self._accumulate = TinyJit(self._accumulate_step)
+            self._accumulate = compiled(self._accumulate_step)
 
     def train(self, number: int, batch, lr: float, norm_limit: float) -> tuple[float, float]:
         """Training step `number`: its loss, and the norm of its gradient before clipping.

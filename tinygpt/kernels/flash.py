@@ -11,11 +11,13 @@ bfloat16.
 import functools
 import math
 
+import numpy as np
 from tinygrad import Tensor, UOp, dtypes
 from tinygrad.dtype import DType
 from tinygrad.renderer import Renderer
 
 from tinygpt.kernels.cpu.launch import plain, untransposed
+from tinygpt.kernels.jit import constant
 from tinygpt.kernels.tiles import MATRICES, Heads, Problem, Tiles, choose_tiles
 from tinygpt.kernels.workgroup import arguments, find_core, render, renderer_of
 
@@ -285,4 +287,4 @@ def _like(x: Tensor) -> Tensor:
 
 @functools.cache
 def _position(offset: int, device: str) -> Tensor:
-    return Tensor([offset], dtype=dtypes.int32, device=device).realize()
+    return constant(np.array([offset], np.int32), device)

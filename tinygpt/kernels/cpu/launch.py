@@ -22,9 +22,12 @@ from pathlib import Path
 import numpy as np
 from tinygrad import Device, Tensor, dtypes
 from tinygrad.codegen import to_program
+from tinygrad.dtype import _to_np_dtype
 from tinygrad.engine.realize import get_runtime
 from tinygrad.renderer import Estimates
 from tinygrad.uop.ops import KernelInfo, Ops, ProgramInfo, UOp
+
+from tinygpt.kernels.jit import constant
 
 FOLDER = Path(__file__).parent
 IS_014 = "target" in ProgramInfo.__dataclass_fields__
@@ -161,13 +164,13 @@ def set_threads(threads: int) -> None:
 def table() -> Tensor:
     """(2,) uint64: the addresses of the pool and of its workspace."""
     pool = Pool(_threads)
-    return Tensor(np.array([pool.address, pool.workspace], np.uint64), device="CPU").realize()
+    return constant(np.array([pool.address, pool.workspace], np.uint64), "CPU")
 
 
 @functools.cache
 def constants(dtype, *values: float) -> Tensor:
     """A small tensor that never changes."""
-    return Tensor(list(values), dtype=dtype, device="CPU").realize()
+    return constant(np.array(values, _to_np_dtype(dtype)), "CPU")
 
 
 @dataclass(frozen=True)
