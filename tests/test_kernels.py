@@ -645,3 +645,45 @@ def test_adamw_updates_in_place_or_not_at_all(implementation, shape):
         except ValueError as error:
             pytest.skip(f"not offered: {error}")
         check({n: state[n].numpy() for n in "pmv"}, {n: right[n] for n in "pmv"})
+
+
+@pytest.mark.parametrize("implementation", ["cpu", "reference"])
+@pytest.mark.parametrize("shape", [(17, 31), (1,), (509,)])
+def test_lion_updates_in_place_or_not_at_all(implementation, shape):
+    arrays = draw(dict(p=shape, m=shape, grad=shape))
+    arrays["grad"].flat[0] = arrays["m"].flat[0] = 0.0  # whose sign is 0
+    lr, b1, b2, decay, scale = 0.1, 0.9, 0.95, 0.2, 0.5
+    p, m, g = arrays["p"], arrays["m"], scale * arrays["grad"]
+    p = p * (1 - lr * decay) - lr * np.sign(b1 * m + (1 - b1) * g)
+    m = b2 * m + (1 - b2) * g
+    for apply, right in ((1.0, {"p": p, "m": m}), (0.0, arrays)):
+        state = tensors(arrays | ({} if apply else dict(grad=arrays["grad"] * np.float32("nan"))))
+        options = Tensor([lr, b1, b2, decay, scale, apply], dtype="float32")
+        Tensor.realize(*kernels.lion(*state.values(), options, implementation=implementation))
+        check({n: state[n].numpy() for n in "pm"}, {n: right[n] for n in "pm"})
+
+
+@pytest.mark.parametrize("n", [1, 300, 20_000])
+@pytest.mark.parametrize("apply", [1.0, 0.0])
+def test_adamw8bit_is_the_reference(rng, n, apply):
+    """But for a code here and there whose neighbour is as near."""
+    blocks = -(-n // 256)
+    arrays = dict(p=rng.standard_normal(n), m=rng.integers(0, 256, (blocks, 256)),
+                  m_tops=rng.uniform(0, 2, (blocks, 1)), v=rng.integers(0, 256, (blocks, 256)),
+                  v_tops=rng.uniform(0, 2, (blocks, 1)), grad=rng.standard_normal(n))
+    for name in "mv":  # the last block's end is of no weight
+        arrays[name].reshape(-1)[n:] = 0
+    arrays["m_tops"][-1] = 0.0
+    options = [0.1, 0.9, 0.95, 1e-3, 0.2, 3.0, 5.0, 0.5, apply]
+    found = []
+    for implementation in ("cpu", "reference"):
+        state = {k: Tensor(a.astype(np.uint8 if k in "mv" else np.float32)).realize()
+                 for k, a in arrays.items()}
+        Tensor.realize(*kernels.adamw8bit(*state.values(), Tensor(options, dtype="float32"),
+                                          implementation=implementation))
+        found.append({k: t.numpy() for k, t in state.items()})
+    for name in ("p", "m_tops", "v_tops"):
+        np.testing.assert_allclose(found[0][name], found[1][name], rtol=1e-5, atol=1e-6)
+    for name in "mv":
+        assert (found[0][name] != found[1][name]).mean() < 1e-3
+        assert apply or np.array_equal(found[0][name], arrays[name])

@@ -8,6 +8,7 @@ from test_kernels import np_orthogonalize
 from tinygrad import Tensor, TinyJit
 
 from tinygpt.config import TrainConfig
+from tinygpt.kernels.blockwise import dequantize, quantize
 from tinygpt.optim import (
     EMA,
     AdamW,
@@ -15,10 +16,8 @@ from tinygpt.optim import (
     Lion,
     Muon,
     clip_scale,
-    dequantize,
     global_norm,
     make_optimizer,
-    quantize,
 )
 
 SHAPES = {"matrix": (3, 5), "vector": (7,), "one": (1,), "cube": (2, 3, 2)}

@@ -13,6 +13,7 @@ from tinygrad import Tensor
 from tinygpt import kernels
 from tinygpt.checkpoint import CheckpointError, check_shapes
 from tinygpt.config import TrainConfig
+from tinygpt.kernels.blockwise import BLOCK
 
 
 def global_norm(tensors: list[Tensor]) -> Tensor:
@@ -129,13 +130,11 @@ class Lion(Optimizer):
     def update(self, grads: list[Tensor], learning_rate: Tensor, scale: Tensor,
                apply: Tensor) -> list[Tensor]:
         updated = [self.step.assign(self.step + apply.where(1.0, 0.0))]
-        for (name, p), grad in zip(self.params.items(), grads, strict=True):
-            m, grad = self.m[name], grad * scale
-            decay = self.weight_decay if p.ndim >= 2 else 0.0
-            step = (self.beta1 * m + (1 - self.beta1) * grad).sign()
-            moved = p * (1 - learning_rate * decay) - learning_rate * step
-            later = self.beta2 * m + (1 - self.beta2) * grad
-            updated += [p.assign(apply.where(moved, p)), m.assign(apply.where(later, m))]
+        options = {decays: Tensor.cat(learning_rate, *(Tensor.full((1,), x) for x in (
+            self.beta1, self.beta2, self.weight_decay if decays else 0.0)), scale.reshape(1),
+            apply.where(1.0, 0.0).reshape(1)).contiguous() for decays in (False, True)}
+        for (name, p), g in zip(self.params.items(), grads, strict=True):
+            updated += kernels.lion(p, self.m[name], g, options[p.ndim >= 2])
         return updated
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -253,21 +252,10 @@ class AdamW8bit(Optimizer):
                                     scale, apply)
         options = self.exact.options(learning_rate, scale, apply)
         for name in self.codes:
-            p = self.params[name]
-            moments = [dequantize(codes, tops, signed).reshape(-1)[:p.numel()].reshape(p.shape)
-                       for codes, tops, signed in self._moments(name)]
-            p, *moments = kernels.adamw(p, *(m.contiguous() for m in moments), named[name],
-                                        options[p.ndim >= 2])
-            updated.append(p)
-            for moment, (codes, tops, signed) in zip(moments, self._moments(name), strict=True):
-                new = quantize(_blocks(moment), signed)
-                updated += [old.assign(apply.where(x, old))
-                            for old, x in zip((codes, tops), new, strict=True)]
+            p, (m, v), (m_tops, v_tops) = self.params[name], self.codes[name], self.tops[name]
+            updated += kernels.adamw8bit(p, m, m_tops, v, v_tops, named[name],
+                                         options[p.ndim >= 2])
         return updated
-
-    def _moments(self, name: str) -> list[tuple[Tensor, Tensor, bool]]:
-        """Codes and magnitudes of m and v, and whether they have a sign."""
-        return list(zip(self.codes[name], self.tops[name], (True, False), strict=True))
 
     def state_dict(self) -> dict[str, Tensor]:
         """AdamW's state of the small; adamw8bit.m.<name>, .v. and .m_max., .v_max. of the large."""
@@ -276,61 +264,6 @@ class AdamW8bit(Optimizer):
             for kind, codes, tops in zip("mv", self.codes[name], self.tops[name], strict=True):
                 state |= {f"adamw8bit.{kind}.{name}": codes, f"adamw8bit.{kind}_max.{name}": tops}
         return state
-
-
-BLOCK = 256  # weights that share a magnitude in AdamW8bit's moments
-
-
-def _decades(signed: bool) -> list[tuple[int, float, float]]:
-    """(n, unit, least) of the dynamic map's seven decades, the lowest first.
-
-    A decade has n values, unit * (0.1 + 0.9 (j + 0.5) / n), whose codes are n + j; what is at least
-    `least` is nearer to one of them than to those below.
-    """
-    found, below = [], 0.0
-    for i in range(7):
-        n, unit = 2**i * (1 if signed else 2), 10.0**(i - 6)
-        found.append((n, unit, (below + unit * (0.1 + 0.45 / n)) / 2))
-        below = unit * (1 - 0.45 / n)
-    return found
-
-
-def dequantize(codes: Tensor, tops: Tensor, signed: bool) -> Tensor:
-    """What `quantize` made codes (N, 256) uint8 and tops (N, 1) float32 of, roughly."""
-    k = (codes & 127 if signed else codes).cast("int32")
-    n, unit = k.const_like(0), tops.const_like(0.0)
-    for size, value, _ in _decades(signed):
-        n, unit = (k >= size).where(size, n), (k >= size).where(value, unit)
-    x = (n > 0).where(unit * (0.1 + 0.9 * (k - n + 0.5) / n.maximum(1)), 0.0)
-    x = (codes == (128 if signed else 1)).where(1.0, x)
-    return ((codes > 128) & signed).where(-x, x) * tops
-
-
-def quantize(x: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
-    """x (N, 256) float32, not negative unless signed -> codes uint8, largest magnitudes (N, 1).
-
-    The code is that of the nearest among the 256 values of arXiv:2110.02861's dynamic map. Without
-    a sign only zero becomes zero: the root of a second moment divides.
-    """
-    tops = x.abs().max(-1, keepdim=True).contiguous()
-    y = x.abs() / (tops > 0).where(tops, 1.0)
-    n, unit = y.const_like(0.0), y.const_like(1.0)
-    for number, (size, value, least) in enumerate(_decades(signed)):
-        reached = y > 0 if number == 0 and not signed else y >= least
-        n, unit = reached.where(size, n), reached.where(value, unit)
-    j = ((y / unit - 0.1) / 0.9 * n).floor().maximum(0.0).minimum(n - 1)
-    codes = (n > 0).where(n + j, 0.0)
-    last = _decades(signed)[-1][0]
-    whole = (1 + (1 - 0.45 / last)) / 2  # what is above is nearest to 1
-    if not signed:
-        return (y > whole).where(1.0, codes).cast("uint8"), tops
-    codes = ((x < 0) & (codes > 0)).where(codes + 128, codes)
-    return ((x > 0) & (y > whole)).where(128.0, codes).cast("uint8"), tops
-
-
-def _blocks(x: Tensor) -> Tensor:
-    """The elements of x and zeros up to a whole block, (N, 256)."""
-    return x.reshape(-1).pad((0, -x.numel() % BLOCK)).reshape(-1, BLOCK)
 
 
 def _zeros(shape: tuple[int, ...], dtype=np.float32) -> Tensor:

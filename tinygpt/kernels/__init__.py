@@ -20,10 +20,10 @@ from tinygrad import Tensor, UOp
 from tinygpt.kernels import cpu, flash, portable, reference, stock
 from tinygpt.kernels.cpu.launch import set_threads
 
-__all__ = ["IMPLEMENTATIONS", "adamw", "attention", "cached_attention", "cross_entropy", "draw",
-           "dropout", "embedding", "gelu", "layer_norm", "linear", "orthogonalize",
-           "quantized_embedding", "quantized_linear", "rms_norm", "rope", "set_threads",
-           "square_sum", "swiglu", "use"]
+__all__ = ["IMPLEMENTATIONS", "adamw", "adamw8bit", "attention", "cached_attention",
+           "cross_entropy", "draw", "dropout", "embedding", "gelu", "layer_norm", "linear", "lion",
+           "orthogonalize", "quantized_embedding", "quantized_linear", "rms_norm", "rope",
+           "set_threads", "square_sum", "swiglu", "use"]
 
 IMPLEMENTATIONS = {"reference": reference, "cpu": cpu, "portable": portable, "tinygrad": stock,
                    "flash": flash}
@@ -171,6 +171,27 @@ def adamw(p: Tensor, m: Tensor, v: Tensor, grad: Tensor, options: Tensor,
     nothing may change. Returns p, m and v, to be realized.
     """
     return _run("adamw", implementation, (p, m, v, grad), options)
+
+
+def adamw8bit(p: Tensor, m: Tensor, m_tops: Tensor, v: Tensor, v_tops: Tensor, grad: Tensor,
+              options: Tensor, implementation: str = "auto") -> list[Tensor]:
+    """One AdamW step on a weight p whose moments are bytes (arXiv:2110.02861), in place.
+
+    p and grad are float32 of one shape, m and v (N, 256) uint8 with their blocks' largest
+    magnitudes m_tops and v_tops (N, 1) float32: see `tinygpt.kernels.blockwise`. options are
+    adamw's. Returns all five, to be realized.
+    """
+    return _run("adamw8bit", implementation, (p, m, m_tops, v, v_tops, grad), options)
+
+
+def lion(p: Tensor, m: Tensor, grad: Tensor, options: Tensor,
+         implementation: str = "auto") -> list[Tensor]:
+    """One Lion step (arXiv:2302.06675) on a weight p and its momentum m, in place.
+
+    All three are float32 of one shape. options (6,) float32: learning rate, beta1, beta2, weight
+    decay, a scale of the gradient, and 0 where nothing may change. Returns p and m, to be realized.
+    """
+    return _run("lion", implementation, (p, m, grad), options)
 
 
 def square_sum(*tensors: Tensor, implementation: str = "auto") -> Tensor:

@@ -10,11 +10,19 @@ import math
 from tinygrad import Tensor, dtypes
 
 from tinygpt.kernels import reference
-from tinygpt.kernels.reference import adamw, attention_mask, draw, dropout, write_cache
+from tinygpt.kernels.reference import (
+    adamw,
+    adamw8bit,
+    attention_mask,
+    draw,
+    dropout,
+    lion,
+    write_cache,
+)
 
-__all__ = ["adamw", "attention", "cached_attention", "cross_entropy", "draw", "embedding",
-           "gelu", "layer_norm", "linear", "orthogonalize", "quantized_embedding",
-           "quantized_linear", "rms_norm", "rope", "square_sum", "swiglu"]
+__all__ = ["adamw", "adamw8bit", "attention", "cached_attention", "cross_entropy", "draw",
+           "dropout", "embedding", "gelu", "layer_norm", "linear", "lion", "orthogonalize",
+           "quantized_embedding", "quantized_linear", "rms_norm", "rope", "square_sum", "swiglu"]
 
 
 def linear(x, weight, bias=None, residual=None):

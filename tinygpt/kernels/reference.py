@@ -9,6 +9,7 @@ import math
 
 from tinygrad import Tensor, dtypes
 
+from tinygpt.kernels.blockwise import dequantize, in_blocks, quantize
 from tinygpt.kernels.random import random_bits, uniform
 
 
@@ -135,6 +136,16 @@ def orthogonalize(x):
     return x
 
 
+def lion(p, m, grad, options):
+    lr, beta1, beta2, decay, scale, apply = (options[i:i + 1] for i in range(6))
+    grad = grad * scale
+    step = (beta1 * m + (1 - beta1) * grad).sign()
+    moved, later = p * (1 - lr * decay) - lr * step, beta2 * m + (1 - beta2) * grad
+    p.assign((apply != 0).where(moved, p))
+    m.assign((apply != 0).where(later, m))
+    return [p, m]
+
+
 def adamw(p, m, v, grad, options):
     lr, beta1, beta2, eps, decay, debias1, debias2, scale, apply = (
         options[i:i + 1] for i in range(9))
@@ -144,3 +155,14 @@ def adamw(p, m, v, grad, options):
     moved = p * (1 - lr * decay) - lr * (m * debias1) / ((v * debias2).sqrt() + eps)
     p.assign((apply != 0).where(moved, p))
     return [p, m, v]
+
+
+def adamw8bit(p, m, m_tops, v, v_tops, grad, options):
+    moments = [dequantize(codes, tops, signed).reshape(-1)[:p.numel()].reshape(p.shape).contiguous()
+               for codes, tops, signed in ((m, m_tops, True), (v, v_tops, False))]
+    p, *moments = adamw(p, *moments, grad, options)
+    updated = [p]
+    for new, codes, tops, signed in ((moments[0], m, m_tops, True), (moments[1], v, v_tops, False)):
+        for old, x in zip((codes, tops), quantize(in_blocks(new), signed), strict=True):
+            updated.append(old.assign((options[8:9] != 0).where(x, old)))
+    return updated

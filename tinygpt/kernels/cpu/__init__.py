@@ -330,7 +330,19 @@ def orthogonalize(x):
 
 
 def adamw(p, m, v, grad, options):
-    updated = Kernel("adamw.c")([p, m, v], [grad, options], (p.numel(),))
-    for old, new in zip((p, m, v), updated, strict=True):
+    return _in_place("adamw.c", [p, m, v], grad, options)
+
+
+def lion(p, m, grad, options):
+    return _in_place("lion.c", [p, m], grad, options)
+
+
+def adamw8bit(p, m, m_tops, v, v_tops, grad, options):
+    return _in_place("adamw8bit.c", [p, m, m_tops, v, v_tops], grad, options)
+
+
+def _in_place(file, tensors, grad, options):
+    updated = Kernel(file)(tensors, [grad, options], (tensors[0].numel(),))
+    for old, new in zip(tensors, updated, strict=True):
         old.replace(new)
-    return [p, m, v]
+    return tensors
