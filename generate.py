@@ -5,7 +5,7 @@ import sys
 import time
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -123,9 +123,7 @@ def write_one(model: GPT, ids: list[int], config: SampleConfig, stop: Sequence[s
 def draw_many(model: GPT, ids: list[int], config: SampleConfig, stop: Sequence[str],
               count: int) -> list[str]:
     """`count` continuations, drawn as one batch."""
-    rows = model.generate([ids] * count, config.max_new_tokens, temperature=config.temperature,
-                          top_k=config.top_k, top_p=config.top_p, min_p=config.min_p,
-                          repetition_penalty=config.repetition_penalty, seed=config.seed).numpy()
+    rows = model.generate([ids] * count, **asdict(config)).numpy()
     texts = []
     for row in rows:
         until = StopFilter(stop)
