@@ -62,6 +62,8 @@ class GenerateConfig:
         check_range(self, "threads", low=1, high=64)
         if "" in self.stop:
             raise ValueError("stop is empty: give a string to stop at")
+        if self.export and self.quantize != "none":
+            raise ValueError("export writes float32: leave out --quantize")
         if self.interactive and (self.num_samples > 1 or self.json or self.out_dir
                                  or self.prompt == "-"):
             raise ValueError("interactive writes one text to the terminal: leave out "
@@ -213,6 +215,8 @@ def run(what: GenerateConfig, config: SampleConfig) -> None:
         kernels.set_threads(what.threads)
     path = what.checkpoint or checkpoint.best_of_newest_run(Path("checkpoints"))
     if is_pretrained(path):
+        if what.ema:
+            raise ValueError(f"{path} has no moving average of the weights: leave out --ema")
         model = GPT.from_pretrained(path, offline=what.offline)
     else:
         kind = checkpoint.model_kind(checkpoint.load_metadata(path))

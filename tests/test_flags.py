@@ -373,3 +373,16 @@ def test_what_evaluate_scores(saved, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert evaluate.main(["gpt2", *flags, "--offline"]) == 2
     assert "--offline forbids" in capsys.readouterr().err
+
+
+def test_a_flag_that_could_do_nothing_is_refused(saved, tmp_path, capsys):
+    folder = str(GPT(TINY).save_pretrained(tmp_path / "pretrained"))
+    for main, flags, says in (
+            (generate.main, ["--checkpoint", folder, "--ema"], "leave out --ema"),
+            (generate.main, ["--export", "x", "--quantize", "int8"], "leave out --quantize"),
+            (evaluate.main, [folder, "l.jsonl", "--ema"], "leave out --ema"),
+            (evaluate.main, [saved, "t.txt", "--limit", "2"], "limit is of the questions"),
+            (evaluate.main, [saved, "l.jsonl", "--task=lambada", "--stride=2"], "has none")):
+        assert main(flags) == 2
+        out, err = capsys.readouterr()
+        assert out == "" and len(err.splitlines()) == 1 and says in err

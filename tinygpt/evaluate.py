@@ -49,6 +49,10 @@ class EvaluateConfig:
         check_choice(self, "task", TASKS)
         check_range(self, "stride", low=1)
         check_range(self, "limit", low=1)
+        if self.task == "text" and self.limit is not None:
+            raise ValueError("limit is of the questions of a task: leave it out, or name a --task")
+        if self.task != "text" and self.stride is not None:
+            raise ValueError(f"stride is of texts, {self.task} has none: leave it out")
 
 
 class Scorer:
@@ -175,6 +179,9 @@ def run(config: EvaluateConfig) -> dict[str, float]:
     """The scores that config asks for."""
     device.choose(config.device)
     if is_pretrained(config.checkpoint):
+        if config.ema:
+            raise ValueError(f"{config.checkpoint} has no moving average of the weights: leave out "
+                             "--ema")
         model = GPT.from_pretrained(config.checkpoint, offline=config.offline)
     else:
         model = GPT.from_checkpoint(config.checkpoint, config.ema)
