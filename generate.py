@@ -5,7 +5,7 @@ import sys
 import time
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -62,6 +62,8 @@ class GenerateConfig:
         check_range(self, "threads", low=1, high=64)
         if "" in self.stop:
             raise ValueError("stop is empty: give a string to stop at")
+        if self.export and self.quantize != "none":
+            raise ValueError("export writes float32: leave out --quantize")
         if self.interactive and (self.num_samples > 1 or self.json or self.out_dir
                                  or self.prompt == "-"):
             raise ValueError("interactive writes one text to the terminal: leave out "
@@ -123,9 +125,7 @@ def write_one(model: GPT, ids: list[int], config: SampleConfig, stop: Sequence[s
 def draw_many(model: GPT, ids: list[int], config: SampleConfig, stop: Sequence[str],
               count: int) -> list[str]:
     """`count` continuations, drawn as one batch."""
-    rows = model.generate([ids] * count, config.max_new_tokens, temperature=config.temperature,
-                          top_k=config.top_k, top_p=config.top_p, min_p=config.min_p,
-                          repetition_penalty=config.repetition_penalty, seed=config.seed).numpy()
+    rows = model.generate([ids] * count, **asdict(config)).numpy()
     texts = []
     for row in rows:
         until = StopFilter(stop)
@@ -215,6 +215,8 @@ def run(what: GenerateConfig, config: SampleConfig) -> None:
         kernels.set_threads(what.threads)
     path = what.checkpoint or checkpoint.best_of_newest_run(Path("checkpoints"))
     if is_pretrained(path):
+        if what.ema:
+            raise ValueError(f"{path} has no moving average of the weights: leave out --ema")
         model = GPT.from_pretrained(path, offline=what.offline)
     else:
         kind = checkpoint.model_kind(checkpoint.load_metadata(path))

@@ -426,11 +426,12 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _pretrained(shape: GPTConfig, config: TrainConfig, asked: list[str]) -> tuple[GPT, TokenData]:
-    """The model that --init_from names, or that a resumed run made of it, and data in its ids.
+    """The model that --init_from names, or that the run in out_dir made of it, and data in its ids.
 
     asked: the fields of shape that the user set.
     """
-    path = checkpoint.newest(Path(config.out_dir)) if config.resume else None
+    goes_on = config.resume or config.eval_only
+    path = checkpoint.newest(Path(config.out_dir)) if goes_on else None
     if path is not None:
         saved = checkpoint.load_metadata(path).get("tokenizer")
         model = GPT(shape, seed=None)

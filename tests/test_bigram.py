@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 from tinygrad import Tensor
 
+import generate
 from gpt import GPT, GPTConfig
-from tinygpt import checkpoint
+from tinygpt import checkpoint, lora
 from tinygpt.bigram import Bigram, BigramConfig
 from tinygpt.config import TrainConfig
-from train import train
+from train import main, train
 
 FLAGS = ("--tokenizer", "char", "--block_size", 8, "--batch_size", 4, "--eval_iters", 1,
          "--eval_interval", 2)
@@ -87,6 +88,24 @@ def test_checkpoints_are_told_apart(tmp_path):
         Bigram.from_checkpoint(table, ema=True)
 
 
-def test_a_bigram_has_no_blocks_to_compute_again():
-    with pytest.raises(ValueError, match="leave out --grad_checkpoint"):
-        TrainConfig(model="bigram", grad_checkpoint=True)
+@pytest.mark.parametrize("flag, value", [("grad_checkpoint", True), ("lora_rank", 2),
+                                         ("init_from", "gpt2")])
+def test_flags_of_blocks_and_of_pretrained_models_are_refused(flag, value):
+    with pytest.raises(ValueError, match=f"leave out --{flag}"):
+        TrainConfig(model="bigram", **{flag: value})
+
+
+def test_what_only_a_gpt_can_do_is_refused_in_one_line(tmp_path, capsys):
+    table = Bigram(BigramConfig(block_size=8, vocab_size=5)).save_checkpoint(1, None, tmp_path)
+    model = GPT(GPTConfig(block_size=8, vocab_size=5, n_layer=1, n_head=1, n_embd=8))
+    lora.attach(model, 1, 1.0, "h.*", 0)
+    adapters = lora.save(model, model.state_dict(), {"model_config": {}}, tmp_path)
+    new = str(tmp_path / "new")
+    for command, flags, says in (
+            (generate.main, ["--checkpoint", str(table), "--export", new], "leave out --export"),
+            (generate.main, ["--checkpoint", str(table), "--lora", str(adapters)], "does not fit"),
+            (main, ["--init_from", str(table), "--out_dir", new], "a bigram model, not a gpt")):
+        assert command(flags) == 2
+        err = capsys.readouterr().err
+        assert len(err.splitlines()) == 1 and says in err
+    assert not (tmp_path / "new").exists()

@@ -1,5 +1,6 @@
 """Scores of a model, against ones that are counted out by hand here."""
 
+import itertools
 import json
 import math
 import subprocess
@@ -12,7 +13,8 @@ from tinygrad import Tensor
 
 from gpt import GPT, GPTConfig
 from tinygpt import evaluate
-from tinygpt.tokenizer import BPETokenizer, ByteTokenizer
+from tinygpt.data import read_tokens
+from tinygpt.tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer
 
 BLOCK = 8
 
@@ -65,6 +67,40 @@ def test_bits_per_byte_counts_bytes_not_tokens(text):
     scores = evaluate.score_text(model, text[:200], 4)
     total = scores["loss"] * scores["tokens"]
     assert scores["bits_per_byte"] == pytest.approx(total / math.log(2) / size)
+    documents = np.array([*ids, model.tokenizer.end_of_text, *ids])
+    scores = evaluate.score_text(model, documents, 4)
+    size += len(model.tokenizer.decode_bytes(ids))  # and none of the end of text
+    total = scores["loss"] * scores["tokens"]
+    assert scores["bits_per_byte"] == pytest.approx(total / math.log(2) / size)
+
+
+def test_a_file_of_token_ids_scores_as_its_text(model, tmp_path):
+    text = "the harbour sleeps"
+    np.array(model.tokenizer.encode(text), "<u2").tofile(tmp_path / "val.bin")
+    expected = evaluate.score_text(model, text, 2)
+    bare = GPT(model.config)
+    bare.load_state_dict({k: w.numpy() for k, w in model.state_dict().items()})
+    paths = [m.save_checkpoint(n, None, tmp_path) for n, m in enumerate((model, bare))]
+    for checkpoint, ids in itertools.product(paths, (tmp_path, tmp_path / "val.bin")):
+        scores = evaluate.run(evaluate.EvaluateConfig(checkpoint=str(checkpoint), text=str(ids),
+                                                      stride=2))
+        assert scores.items() <= expected.items()
+        assert ("bits_per_byte" in scores) == (checkpoint == paths[0])
+
+
+def test_token_files_of_another_tokenizer_or_damaged_are_refused(model, tmp_path):
+    meta = {"made_with": "--tokenizer char", "files": [], "dtype": "<u2",
+            "tokenizer": CharTokenizer("abc").to_json()}
+    for name, content, says in (("a", b"\0\1" * 3, "token id 256, outside"),
+                                ("b", b"abc", "b.bin is damaged"), ("c", b"", "c.bin is damaged"),
+                                ("meta", b"a\0b\0", "made with another tokenizer")):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / f"{name}.bin").write_bytes(content)
+        if name == "meta":
+            (folder / "meta.json").write_text(json.dumps(meta))
+        with pytest.raises(ValueError, match=says):
+            evaluate.score_text(model, read_tokens(folder / f"{name}.bin", model.tokenizer))
 
 
 def ending_cost(model, context: bytes, ending: bytes) -> list[float]:

@@ -5,6 +5,7 @@ from dataclasses import asdict
 
 import numpy as np
 import pytest
+from covering import MODEL, covering
 from tinygrad import Tensor
 from tinygrad.nn.state import get_state_dict
 
@@ -13,29 +14,8 @@ from tinygpt import kernels
 from tinygpt.optim import AdamW
 
 SMALL = dict(block_size=8, vocab_size=61, n_layer=2, n_head=4, n_embd=24)
-OPTIONS = dict(norm=["layernorm", "rmsnorm"], activation=["gelu", "gelu_tanh", "swiglu"],
-               position=["learned", "rope"], qk_norm=[False, True], sliding_window=[None, 3],
-               parallel=[False, True], n_kv_head=[None, 2, 1], bias=[True, False],
-               tie_weights=[True, False])
 
-
-def covering(options: dict[str, list]) -> list[dict]:
-    """Few combinations in which every pair of values of two options occurs."""
-    names = list(options)
-    todo = {(a, x, b, y) for a, b in itertools.combinations(names, 2)
-            for x in options[a] for y in options[b]}
-    rows, rng = [], np.random.default_rng(0)
-    while todo:
-        tries = [{n: options[n][rng.integers(len(options[n]))] for n in names} for _ in range(60)]
-        def pairs(row):
-            return {(a, row[a], b, row[b]) for a, b in itertools.combinations(names, 2)}
-        best = max(tries, key=lambda row: len(pairs(row) & todo))
-        todo -= pairs(best)
-        rows.append(best)
-    return rows
-
-
-COMBINATIONS = covering(OPTIONS)
+COMBINATIONS = covering(MODEL)
 
 
 def make(seed=3, **options) -> GPT:
@@ -52,9 +32,9 @@ def ids(rng, *shape, vocab=61) -> np.ndarray:
 
 
 def test_the_covering_set_covers_every_pair():
-    for a, b in itertools.combinations(OPTIONS, 2):
+    for a, b in itertools.combinations(MODEL, 2):
         seen = {(row[a], row[b]) for row in COMBINATIONS}
-        assert seen == set(itertools.product(OPTIONS[a], OPTIONS[b]))
+        assert seen == set(itertools.product(MODEL[a], MODEL[b]))
 
 
 @pytest.mark.parametrize("options", COMBINATIONS, ids=lambda row: "-".join(map(str, row.values())))

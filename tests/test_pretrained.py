@@ -379,6 +379,8 @@ def test_a_fine_tune_lowers_the_loss_and_resumes_without_the_model(command, fold
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "part" / "ckpt_20.safetensors").read_bytes()[-4000:] == (
         tmp_path / "whole" / "ckpt_20.safetensors").read_bytes()[-4000:]
+    looked = command("train.py", "--eval_only", "--out_dir", "part")
+    assert looked.returncode == 0 and looked.stdout in done.stdout, looked.stderr
     done = command("generate.py", "--checkpoint", "part/best.safetensors", "--export", "out")
     assert done.returncode == 0, done.stderr
 

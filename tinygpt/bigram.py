@@ -58,6 +58,9 @@ class Bigram(LanguageModel):
     def quantize(self, kind: str) -> "Bigram":
         raise ValueError("a bigram model is not quantized: leave out --quantize")
 
+    def save_pretrained(self, folder: str | Path) -> Path:
+        raise ValueError("transformers has no home for a bigram model: leave out --export")
+
     def state_dict(self) -> dict[str, Tensor]:
         """The table, by its name."""
         return {"table": self.table}

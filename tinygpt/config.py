@@ -164,9 +164,13 @@ class TrainConfig:
             check_range(self, name, low=0, below=1)
         check_choice(self, "tokenizer", ("bpe", "gpt2", "char", "byte"))
         check_choice(self, "model", ("gpt", "bigram"))
-        if self.model == "bigram" and self.grad_checkpoint:
-            raise ValueError("a bigram model has no blocks to compute again: leave out "
-                             "--grad_checkpoint")
+        if self.model == "bigram":
+            for flag, given in (("grad_checkpoint", self.grad_checkpoint),
+                                ("lora_rank", self.lora_rank),
+                                ("init_from", self.init_from != "scratch")):
+                if given:
+                    raise ValueError("a bigram model is a table without blocks, made from scratch: "
+                                     f"leave out --{flag}")
         check_choice(self, "optimizer", ("adamw", "lion", "muon", "adamw8bit"))
         check_choice(self, "schedule", ("cosine", "linear", "wsd", "constant"))
         check_choice(self, "dtype", ("float32", "bfloat16"))

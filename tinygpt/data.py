@@ -302,35 +302,59 @@ def _from_text(texts: list[str], tokenizer: str | Tokenizer, vocab_size: int, so
     return TokenData(*ids, tokenizer, source)
 
 
+def is_token_file(path: Path) -> bool:
+    """Whether `read_tokens` reads it: a .bin, or a folder with val.bin."""
+    return path.suffix == ".bin" or (path / "val.bin").is_file()
+
+
+def read_tokens(path: Path, tokenizer: Tokenizer | None) -> np.ndarray:
+    """The ids (1-d, unsigned) in a .bin, or in the val.bin of a folder.
+
+    Raises DataError where it is damaged, or where a meta.json beside it tells that another
+    tokenizer, unless None, made it.
+    """
+    folder, name = (path, "val") if path.is_dir() else (path.parent, path.stem)
+    meta = _read_meta(folder) if (folder / "meta.json").is_file() else {}
+    if meta and tokenizer is not None:
+        _check_tokenizer(folder, meta, tokenizer)
+    return _map_bin(folder, name, meta)
+
+
 def _from_bins(folder: Path, tokenizer: str | Tokenizer, vocab_size: int) -> TokenData:
-    meta, dtype = {}, np.dtype("<u2")
+    meta = {}
     if (folder / "meta.json").is_file():
         meta = _read_meta(folder)
         made_with = meta["made_with"]
-        if isinstance(tokenizer, str) and made_with != _made_with(tokenizer, vocab_size):
+        if not isinstance(tokenizer, str):
+            _check_tokenizer(folder, meta, tokenizer)
+        elif made_with != _made_with(tokenizer, vocab_size):
             raise DataError(f"{folder} was made with {made_with}, not "
                             f"{_made_with(tokenizer, vocab_size)}: ask for the same")
-        if not isinstance(tokenizer, str) and tokenizer.to_json() != meta["tokenizer"]:
-            raise DataError(f"{folder} was made with another tokenizer than the one given: "
-                            "use its own, or the text")
-        dtype = np.dtype(meta["dtype"])
         tokenizer = load_tokenizer(meta["tokenizer"])
     elif tokenizer in ("bpe", "char"):
         raise DataError(f"{folder} has no meta.json that tells its tokenizer: pass "
                         "--tokenizer gpt2 (or byte), or the text itself as --data")
     elif isinstance(tokenizer, str):
         tokenizer = make_tokenizer(tokenizer, "", vocab_size)
-    splits = []
-    for name in ("train", "val"):
-        path = folder / f"{name}.bin"
-        if not path.is_file():
-            raise DataError(f"there is no {path}")
-        size = path.stat().st_size
-        if size == 0 or size % dtype.itemsize or meta.get(f"{name}_bytes", size) != size:
-            raise DataError(f"{path} is damaged: it has {size} bytes. Delete {folder} to have it "
-                            "made again, or make it again yourself")
-        splits.append(np.memmap(path, dtype=dtype, mode="r"))
+    splits = (_map_bin(folder, name, meta) for name in ("train", "val"))
     return TokenData(*splits, tokenizer, str(folder))
+
+
+def _map_bin(folder: Path, name: str, meta: dict) -> np.ndarray:
+    path, dtype = folder / f"{name}.bin", np.dtype(meta.get("dtype", "<u2"))
+    if not path.is_file():
+        raise DataError(f"there is no {path}")
+    size = path.stat().st_size
+    if size == 0 or size % dtype.itemsize or meta.get(f"{name}_bytes", size) != size:
+        raise DataError(f"{path} is damaged: it has {size} bytes. Delete {folder} to have it "
+                        "made again, or make it again yourself")
+    return np.memmap(path, dtype=dtype, mode="r")
+
+
+def _check_tokenizer(folder: Path, meta: dict, tokenizer: Tokenizer) -> None:
+    if tokenizer.to_json() != meta["tokenizer"]:
+        raise DataError(f"{folder} was made with another tokenizer than the one given: use its "
+                        "own, or the text")
 
 
 def _made_with(kind: str, vocab_size: int) -> str:

@@ -1,8 +1,9 @@
 """How good a model is: `python -m tinygpt.evaluate CHECKPOINT TEXT`.
 
-TEXT is scored as loss, perplexity and bits per byte; with --task hellaswag (arXiv:1905.07830) or
-lambada (arXiv:1606.06031) it is the published .jsonl file of that test. A command like train.py and
-generate.py, and therefore above gpt.py: nothing in tinygpt imports it.
+TEXT, or a file of its token ids, is scored as loss, perplexity and bits per byte; with --task
+hellaswag (arXiv:1905.07830) or lambada (arXiv:1606.06031) it is the published .jsonl file of that
+test. A command like train.py and generate.py, and therefore above gpt.py: nothing in tinygpt
+imports it.
 """
 
 import json
@@ -19,9 +20,11 @@ from tinygrad import Tensor
 from gpt import GPT
 from tinygpt import device
 from tinygpt.config import check_choice, check_range, parse_flags
+from tinygpt.data import TokenData, is_token_file, read_tokens
 from tinygpt.documents import read_text
 from tinygpt.kernels.jit import compiled
 from tinygpt.pretrained import is_pretrained
+from tinygpt.report import bits_per_byte
 
 TASKS = ("text", "hellaswag", "lambada")
 
@@ -33,7 +36,8 @@ class EvaluateConfig:
     checkpoint: str = simple_parsing.field(positional=True, metadata={
         "help": "a .safetensors file, gpt2 and its kin, or a folder in Hugging Face's layout"})
     text: str = simple_parsing.field(positional=True, metadata={
-        "help": "a UTF-8 text, or the .jsonl file of the task"})
+        "help": "a UTF-8 text; a file of token ids, .bin, or a folder with val.bin; or the .jsonl "
+                "file of the task"})
     task: str = field(default="text", metadata={"help": f"what it is: {', '.join(TASKS)}"})
     stride: int | None = field(default=None, metadata={
         "help": "tokens by which the window moves over a text: fewer give each token more context "
@@ -50,6 +54,10 @@ class EvaluateConfig:
         check_choice(self, "task", TASKS)
         check_range(self, "stride", low=1)
         check_range(self, "limit", low=1)
+        if self.task == "text" and self.limit is not None:
+            raise ValueError("limit is of the questions of a task: leave it out, or name a --task")
+        if self.task != "text" and self.stride is not None:
+            raise ValueError(f"stride is of texts, {self.task} has none: leave it out")
 
 
 class Scorer:
@@ -96,24 +104,27 @@ class Scorer:
         return nats[-len(ending):], hits[-len(ending):]
 
 
-def score_text(model: GPT, text: str, stride: int | None = None) -> dict[str, float]:
-    """loss (nats per token), perplexity, bits_per_byte and the tokens of a text.
+def score_text(model: GPT, text: str | np.ndarray, stride: int | None = None) -> dict[str, float]:
+    """loss (nats per token), perplexity, bits_per_byte and the tokens of a text or of its ids (n,).
 
-    The first token, which nothing comes before, is not scored, nor are its bytes. Raises
-    ValueError on a text of fewer than two tokens or a stride above block_size.
+    The first token, which nothing comes before, is not scored, nor are its bytes. A model without
+    a tokenizer finds no bits_per_byte. Raises ValueError on fewer than two tokens, on ids outside
+    the vocabulary, or on a stride above block_size.
     """
     block = model.config.block_size
     stride = max(1, block // 2) if stride is None else stride
     if stride > block:
         raise ValueError(f"stride={stride} is above block_size={block}: choose a smaller one")
-    ids = np.array(model.tokenizer.encode(text))
+    ids = np.array(model.tokenizer.encode(text)) if isinstance(text, str) else text
     if len(ids) < 2:
         raise ValueError(f"the text has {len(ids)} tokens: give two or more")
-    nats = Scorer(model).text(ids, stride).astype(np.float64)
-    size = len(model.tokenizer.decode_bytes(ids[1:].tolist()))
-    loss = float(nats.mean())
-    return {"loss": loss, "perplexity": math.exp(min(loss, 700)),
-            "bits_per_byte": float(nats.sum()) / math.log(2) / size, "tokens": len(nats)}
+    if (largest := ids.max()) >= model.config.vocab_size:
+        raise ValueError(f"the text has token id {largest}, outside the model's vocabulary of "
+                         f"{model.config.vocab_size}: is it another tokenizer's?")
+    each = TokenData(ids, ids[1:], model.tokenizer, "the text").bytes_per_token()
+    loss = float(Scorer(model).text(ids, stride).astype(np.float64).mean())
+    bits = {"bits_per_byte": bits_per_byte(loss, each)} if each else {}
+    return {"loss": loss, "perplexity": math.exp(min(loss, 700)), **bits, "tokens": len(ids) - 1}
 
 
 def score_hellaswag(model: GPT, questions: list[dict]) -> dict[str, float]:
@@ -176,14 +187,20 @@ def run(config: EvaluateConfig) -> dict[str, float]:
     """The scores that config asks for."""
     device.choose(config.device)
     if is_pretrained(config.checkpoint):
+        if config.ema:
+            raise ValueError(f"{config.checkpoint} has no moving average of the weights: leave out "
+                             "--ema")
         model = GPT.from_pretrained(config.checkpoint, offline=config.offline)
     else:
         model = GPT.from_checkpoint(config.checkpoint, config.ema)
+    path = Path(config.text)
+    if config.task == "text" and is_token_file(path):
+        return score_text(model, read_tokens(path, model.tokenizer), config.stride)
     if model.tokenizer is None:
-        raise ValueError(f"{config.checkpoint} has no tokenizer that can be read here: use the "
-                         "functions of tinygpt.evaluate in a script")
+        raise ValueError(f"{config.checkpoint} has no tokenizer that can be read here: give a file "
+                         "of token ids, .bin")
     if config.task == "text":
-        return score_text(model, read_text(Path(config.text)), config.stride)
+        return score_text(model, read_text(path), config.stride)
     questions = read_questions(config.text, config.task)[:config.limit]
     score = {"hellaswag": score_hellaswag, "lambada": score_lambada}[config.task]
     return score(model, questions)

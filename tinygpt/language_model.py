@@ -53,7 +53,7 @@ class LanguageModel:
     def generate(self, idx, max_new_tokens: int | None = None, *, max_tokens: int | None = None,
                  temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None,
                  min_p: float | None = None, repetition_penalty: float = 1.0,
-                 seed: int = 1337) -> Tensor:
+                 window_hop: int = 1, seed: int = 1337) -> Tensor:
         """Continues each row of idx (B, T): int32 (B, T + max_new_tokens).
 
         idx is a Tensor, array or nested list of token ids. The model sees the last block_size
@@ -65,7 +65,8 @@ class LanguageModel:
         count = max_new_tokens if max_new_tokens is not None else max_tokens
         config = SampleConfig(max_new_tokens=100 if count is None else count,
                               temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
-                              repetition_penalty=repetition_penalty, seed=seed)
+                              repetition_penalty=repetition_penalty, window_hop=window_hop,
+                              seed=seed)
         ids = self._check_ids(idx)
         new = list(self._decode(ids, config))
         return Tensor(np.concatenate([ids, *(t[:, None] for t in new)], axis=1), dtype="int32")

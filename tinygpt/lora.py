@@ -34,8 +34,8 @@ class LoRA:
 
 
 def linear_layers(model) -> dict[str, object]:
-    """The linear layers in a GPT's blocks, by their names."""
-    return {f"h.{i}.{part}.{name}": layer for i, block in enumerate(model.h)
+    """The linear layers in a GPT's blocks, by their names; a bigram model has none."""
+    return {f"h.{i}.{part}.{name}": layer for i, block in enumerate(getattr(model, "h", ()))
             for part in ("attn", "mlp") for name, layer in vars(getattr(block, part)).items()
             if hasattr(layer, "lora")}
 

@@ -258,6 +258,7 @@ def _is_ours(path: str | Path) -> bool:
 
 def _own(path: Path) -> Pretrained:
     facts, file = checkpoint.load_metadata(path), TensorFile(path)
+    checkpoint.check_kind(path, facts, "gpt")
     plan = {name.removeprefix("model."): [(file, name)] for name in file.shapes
             if name.startswith("model.")}
     config = facts["model_config"]

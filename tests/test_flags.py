@@ -1,0 +1,388 @@
+"""Every flag does something, and every two options of training do what they do together."""
+
+import ast
+import json
+from dataclasses import fields, replace
+from functools import cache
+
+import numpy as np
+import pytest
+from conftest import ROOT
+from covering import MODEL, covering
+from tinygrad import Tensor
+
+import generate
+import train as command
+from gpt import GPT, GPTConfig
+from tinygpt import checkpoint, evaluate, kernels, lora
+from tinygpt.bigram import Bigram, BigramConfig
+from tinygpt.config import SampleConfig, TrainConfig
+from tinygpt.data import Batches, TokenData, load_data
+from tinygpt.decoder import Decoder
+from tinygpt.optim import EMA
+from tinygpt.report import Report
+from tinygpt.schedule import learning_rate
+from tinygpt.steps import Steps
+from tinygpt.tokenizer import ByteTokenizer
+from train import Run, train
+
+# For every flag a test that fails where the flag does nothing.
+EXERCISED = {
+    GPTConfig: {
+        "test_torch.py::test_logits_loss_and_gradients_equal_pytorch":
+            "block_size n_layer n_head n_kv_head n_embd n_inner bias norm norm_eps activation "
+            "position rope_theta qk_norm sliding_window parallel tie_weights",
+        "test_train.py::test_dropout_is_fresh_at_every_step": "dropout",
+        "test_flags.py::test_what_train_makes_of_its_flags": "vocab_size"},
+    TrainConfig: {
+        "test_flags.py::test_what_train_makes_of_its_flags": "data text_field tokenizer seed",
+        "test_flags.py::test_the_intervals_of_a_run":
+            "max_iters eval_interval log_interval sample_interval keep out_dir",
+        "test_flags.py::test_an_evaluation_is_of_so_many_batches": "eval_iters batch_size",
+        "test_flags.py::test_the_loss_of_a_step": "label_smoothing z_loss dtype",
+        "test_flags.py::test_the_average_after_a_step": "ema ema_decay",
+        "test_flags.py::test_adapters_are_as_they_were_asked_for":
+            "lora_rank lora_alpha lora_targets",
+        "test_flags.py::test_kernels_and_threads_are_those_asked_for": "kernels threads",
+        "test_torch.py::test_training_equals_pytorch_for_20_steps":
+            "beta1 beta2 weight_decay grad_clip",
+        "test_schedule.py::test_it_is_nanogpts_formula":
+            "learning_rate warmup_iters lr_decay_iters min_lr",
+        "test_schedule.py::test_values_computed_by_hand": "schedule decay_fraction",
+        "test_schedule.py::test_without_decay_it_stays_at_the_top": "decay_lr",
+        "test_train.py::test_accumulation_equals_one_large_batch": "gradient_accumulation_steps",
+        "test_train.py::test_the_command_trains_tells_and_resumes": "resume",
+        "test_train.py::test_a_mistake_gets_one_line_and_status_2": "device",
+        "test_train.py::test_a_resume_with_another_model_or_tokenizer_is_refused": "optimizer",
+        "test_bigram.py::test_the_commands_train_resume_and_write": "model",
+        "test_pretrained.py::test_a_fine_tune_lowers_the_loss_and_resumes_without_the_model":
+            "init_from",
+        "test_pretrained.py::test_a_fine_tune_that_cannot_be_gets_one_line_and_status_2":
+            "offline",
+        "test_lora.py::test_frozen_weights_stay": "freeze",
+        "test_batch_size.py::test_a_run_takes_the_same_tokens_in_what_fits": "auto_batch_size",
+        "test_recompute.py::test_a_step_takes_less_memory": "grad_checkpoint",
+        "test_curriculum.py::test_the_tokens_are_those_of_a_run_without_in_shorter_pieces":
+            "curriculum curriculum_start_block_size",
+        "test_stopping.py::test_patience_counts_evaluations_in_a_row_without_a_new_best":
+            "patience",
+        "test_stopping.py::test_the_minutes_end_a_run_as_its_last_step_would": "max_minutes",
+        "test_stopping.py::test_a_spike_changes_nothing_and_is_told": "skip_spikes",
+        "test_stopping.py::test_eval_only_tells_of_the_best_and_touches_nothing": "eval_only",
+        "test_loggers.py::test_a_library_that_is_not_there_is_told_before_anything_is_done":
+            "tensorboard wandb"},
+    SampleConfig: {
+        "test_flags.py::test_every_option_of_a_draw_reaches_the_decoder":
+            "max_new_tokens temperature top_k top_p min_p repetition_penalty window_hop seed"},
+    generate.GenerateConfig: {
+        "test_generate.py::test_several_samples_are_one_batch_and_each_stops":
+            "num_samples prompt",
+        "test_generate.py::test_samples_as_json_lines_and_in_files": "json out_dir",
+        "test_generate.py::test_interactive_ends_with_its_input_and_several_stops_are_taken":
+            "interactive",
+        "test_generate.py::test_the_moving_average_writes_where_there_is_one": "checkpoint ema",
+        "test_download.py::test_without_a_network_or_with_offline_there_is_a_clear_line":
+            "offline",
+        "test_lora.py::test_generate_takes_adapters_on_top": "lora export",
+        "test_flags.py::test_a_text_ends_before_each_stop": "stop",
+        "test_flags.py::test_what_generate_does_with_the_machine": "device quantize threads"},
+    evaluate.EvaluateConfig: {
+        "test_evaluate.py::test_the_command": "checkpoint text stride",
+        "test_evaluate.py::test_a_mistake_gets_one_line_and_status_2": "task",
+        "test_flags.py::test_what_evaluate_scores": "limit ema offline device"},
+}
+
+SHAPE = dict(block_size=8, vocab_size=256, n_layer=1, n_head=4, n_embd=16)
+TINY = GPTConfig(**SHAPE)
+SHAPE_FLAGS = [f"--{k}={v}" for k, v in SHAPE.items()]
+
+
+@pytest.fixture
+def config(tmp_path):
+    return TrainConfig(tokenizer="byte", out_dir=str(tmp_path / "out"), batch_size=4, max_iters=12,
+                       eval_iters=1, log_interval=1, warmup_iters=1, learning_rate=1e-2)
+
+
+@pytest.fixture
+def data(text):
+    return load_data(text, "byte", 256)
+
+
+@pytest.fixture
+def no_steps(monkeypatch):
+    """Runs whose steps and evaluations compute nothing; the steps after which a sample was due."""
+    sampled = []
+    monkeypatch.setattr(Steps, "train", lambda *args: (2.0, 1.0))
+    monkeypatch.setattr(Run, "_evaluate", lambda run: (1.0, 1.0))
+    monkeypatch.setattr(Run, "_sample", lambda run: sampled.append(run.iter_num))
+    return sampled
+
+
+def weights(model) -> dict[str, np.ndarray]:
+    return {k: w.numpy() for k, w in model.state_dict().items()}
+
+
+def records(out_dir) -> list[dict]:
+    return [json.loads(line) for line in (out_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+# ---- the table above
+
+@cache
+def names_in(file: str) -> set[str]:
+    tree = ast.parse((ROOT / "tests" / file).read_text(encoding="utf-8"))
+    return {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+
+
+@pytest.mark.parametrize("cls", EXERCISED, ids=lambda cls: cls.__name__)
+def test_every_flag_has_its_test(cls):
+    flags = [flag for line in EXERCISED[cls].values() for flag in line.split()]
+    assert sorted(flags) == sorted(f.name for f in fields(cls))
+    for test, names in EXERCISED[cls].items():
+        file, name = test.split("::")
+        assert name in names_in(file), test
+        source = (ROOT / "tests" / file).read_text(encoding="utf-8")
+        assert all(flag in source for flag in names.split()), test
+
+
+# ---- train.py
+
+def test_what_train_makes_of_its_flags(tmp_path, text, monkeypatch):
+    documents = text[:3000], text[3000:]
+    file = tmp_path / "verses.jsonl"
+    file.write_text("".join(json.dumps({"body": t, "text": "?"}) + "\n" for t in documents))
+    told = []
+    monkeypatch.setattr(command, "train", lambda *args: told.append(args))
+    flags = ["--data", str(file), "--text_field", "body", "--seed", "5", *SHAPE_FLAGS]
+    assert command.main([*flags, "--tokenizer", "bpe", "--vocab_size", "300"]) == 0
+    assert command.main([*flags, "--tokenizer", "byte"]) == 0
+    for (model, _, data), size in zip(told, (300, 256), strict=True):
+        assert model.config.vocab_size == data.tokenizer.vocab_size == size
+        ids = [*data.train.tolist(), *data.val.tolist()]
+        assert data.tokenizer.decode(ids).startswith(documents[0])
+        drawn = weights(GPT(model.config, 5))
+        assert all(np.array_equal(w, drawn[name]) for name, w in weights(model).items())
+
+
+def test_the_function_takes_the_text_field_and_the_seed(tmp_path, config, no_steps, monkeypatch):
+    (tmp_path / "verses.jsonl").write_text('{"body": "' + "abcd" * 40 + '"}\n')
+    seen = []
+    monkeypatch.setattr(Steps, "train", lambda steps, n, batch, *args: (
+        seen.append(batch(n)[0]), (2.0, 1.0))[1])
+    train(GPT(TINY), replace(config, text_field="body", seed=3, max_iters=1),
+          tmp_path / "verses.jsonl")
+    ids = np.frombuffer(b"abcd" * 36, np.uint8)
+    assert np.array_equal(seen[0], Batches(ids, 8, 4, 3).batch(0)[0])
+    assert not np.array_equal(seen[0], Batches(ids, 8, 4, 4).batch(0)[0])
+
+
+def test_the_intervals_of_a_run(config, data, no_steps, tmp_path):
+    result = train(GPT(TINY), replace(config, eval_interval=2, log_interval=3, sample_interval=5,
+                                      keep=3, schedule="linear"), data)
+    out = tmp_path / "out"
+    logged = [r for r in records(out) if "loss" in r]
+    assert [r["iter"] for r in logged] == [3, 6, 9, 12] and result.iter_num == 12
+    assert no_steps == [5, 10, 12]
+    assert {p.name for p in out.glob("*.safetensors")} == {
+        "best.safetensors", *(f"ckpt_{n}.safetensors" for n in (8, 10, 12))}
+
+
+def test_an_evaluation_is_of_so_many_batches(config, data, monkeypatch):
+    run = Run(GPT(TINY), replace(config, eval_iters=7, batch_size=3), data)
+    shapes = []
+    monkeypatch.setattr(run.steps, "evaluate", lambda x, y: (shapes.append(x.shape), 1.0)[1])
+    run.report = Report(None, 0, 1, 1, 1, 1, 1)
+    run._evaluate()
+    assert shapes == 2 * 7 * [(3, 8)]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_loss_of_a_step(config, data, dtype):
+    run = Run(GPT(TINY), replace(config, label_smoothing=0.3, z_loss=0.01, dtype=dtype), data)
+    x, y = run.batches.batch(0)
+    logits = GPT(TINY)(Tensor(x)).numpy().astype(np.float64)
+    log_z = np.log(np.exp(logits).sum(-1))
+    nats = log_z[..., None] - logits
+    right = np.take_along_axis(nats, y[..., None], -1).mean()
+    expected = 0.7 * right + 0.3 * nats.mean() + 0.01 * (log_z ** 2).mean()
+    error = abs(run._step(0.0)[0] - expected)
+    assert error < 1e-5 if dtype == "float32" else 1e-5 < error < 0.02
+
+
+def test_the_average_after_a_step(config, data):
+    run = Run(GPT(TINY), replace(config, ema=True, ema_decay=0.1), data)
+    before = weights(run.model)
+    run._step(0.1)
+    for name, after in weights(run.model).items():
+        np.testing.assert_allclose(run.ema.weights[name].numpy(),
+                                   0.1 * before[name] + 0.9 * after, atol=1e-6)
+
+
+def test_adapters_are_as_they_were_asked_for(config, data):
+    run = Run(GPT(TINY), replace(config, lora_rank=3, lora_alpha=7.0, lora_targets="h.0.mlp.*"),
+              data)
+    assert {name: p.shape for name, p in run.params.items()} == {
+        "h.0.mlp.c_fc.lora.a": (3, 16), "h.0.mlp.c_fc.lora.b": (64, 3),
+        "h.0.mlp.c_proj.lora.a": (3, 64), "h.0.mlp.c_proj.lora.b": (16, 3)}
+    assert lora.alpha_of(run.model) == 7.0
+
+
+def test_kernels_and_threads_are_those_asked_for(config, data, no_steps, monkeypatch):
+    told = []
+    for function in ("use", "set_threads"):
+        monkeypatch.setattr(kernels, function, lambda what: told.append(what))
+    train(GPT(TINY), replace(config, kernels="reference", threads=3, max_iters=1), data)
+    assert told == ["reference", 3]
+
+
+# ---- options together
+
+TRAINING = dict(
+    optimizer=["adamw", "lion", "muon", "adamw8bit"], schedule=["cosine", "wsd"], ema=[False, True],
+    curriculum=[False, True], gradient_accumulation_steps=[1, 2], dtype=["float32", "bfloat16"],
+    label_smoothing=[0.0, 0.1], z_loss=[0.0, 1e-3], skip_spikes=[0.0, 2.0], grad_clip=[1.0, 0.0],
+    weight_decay=[0.1, 0.0])
+OF_BLOCKS = dict(grad_checkpoint=[False, True], lora_rank=[0, 2], freeze=[None, "wte*,ln_f*"])
+SHAPES = MODEL | dict(dropout=[0.0, 0.2], activation=["gelu", "swiglu"], n_kv_head=[None, 2])
+
+
+def go_on_exactly(model: callable, config: TrainConfig) -> None:
+    """Three steps: finite losses at the scheduled rates, and what is to change does, nothing else.
+    The third one again from the checkpoint of the second is the same, bit for bit."""
+    ids = np.random.default_rng(4).integers(0, 32, 600)
+    data = TokenData(ids[:500], ids[500:], None, "numbers")
+    config = replace(config, max_iters=3, eval_interval=2, curriculum_start_block_size=4)
+    whole = model(5)
+    before = weights(whole)
+    result = train(whole, config, data)
+    steps = [r for r in records(result.last.parent) if "loss" in r]
+    assert len(steps) == 3 and all(np.isfinite(r["loss"]) and r["grad_norm"] > 0 for r in steps)
+    assert [r["lr"] for r in steps] == [learning_rate(n, config) for n in range(3)]
+    trained = lora.trainable(whole.state_dict(), config.freeze)
+    for name, weight in weights(whole).items():
+        same = name in before and np.array_equal(weight, before[name])
+        assert same == (name not in trained), name
+
+    expected, _ = checkpoint.load(result.last)
+    result.last.unlink()
+    rest = train(model(6), replace(config, resume=True), data)
+    again, facts = checkpoint.load(rest.last)
+    assert facts["iter_num"] == 3 and rest.last == result.last
+    assert {r["iter"]: r["loss"] for r in records(rest.last.parent) if "loss" in r} == {
+        r["iter"]: r["loss"] for r in steps}
+    assert again.keys() == expected.keys()
+    assert all(np.array_equal(array, expected[name]) for name, array in again.items())
+
+
+@pytest.fixture
+def no_evaluations(monkeypatch, without_samples):
+    monkeypatch.setattr(Run, "_evaluate", lambda run: (1.0, 1.0))
+
+
+def named(row: dict) -> str:
+    return " ".join(f"{k}={v}" for k, v in row.items() if v not in (None, False, 0))
+
+
+@pytest.mark.parametrize("row", [
+    *covering(TRAINING | OF_BLOCKS | SHAPES), dict(kernels="portable", z_loss=1e-3)],
+    ids=named)
+def test_options_combine(config, row, no_evaluations):
+    shape = {k: v for k, v in row.items() if k in SHAPES}
+    try:
+        go_on_exactly(lambda seed: GPT(replace(TINY, vocab_size=32, **shape), seed),
+                      replace(config, **{k: v for k, v in row.items() if k not in shape}))
+    finally:
+        kernels.use("auto")
+
+
+@pytest.mark.parametrize("row", covering(TRAINING), ids=named)
+def test_options_combine_for_a_bigram(config, row, no_evaluations):
+    go_on_exactly(lambda seed: Bigram(BigramConfig(block_size=8, vocab_size=32)),
+                  replace(config, model="bigram", **row))
+
+
+# ---- generate.py and python -m tinygpt.evaluate
+
+@pytest.fixture
+def saved(tmp_path, monkeypatch):
+    """A checkpoint, with a moving average that is another model, in the folder of the command."""
+    monkeypatch.chdir(tmp_path)
+    model, other = GPT(TINY), GPT(TINY, seed=2)
+    model.tokenizer = ByteTokenizer()
+    return str(model.save_checkpoint(1, None, tmp_path / "checkpoints",
+                                     ema=EMA(other.state_dict())))
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """What decoders are told, in the place of drawing: the ids and the SampleConfig."""
+    told = []
+
+    def run(decoder, ids, config):
+        told.append((ids.shape, config))
+        yield from np.full((config.max_new_tokens, len(ids)), ord("a"))
+
+    monkeypatch.setattr(Decoder, "run", run)
+    return told
+
+
+@pytest.mark.parametrize("samples", [1, 3])
+def test_every_option_of_a_draw_reaches_the_decoder(saved, drawn, samples):
+    options = dict(max_new_tokens=4, temperature=0.5, top_k=7, top_p=0.9, min_p=0.1,
+                   repetition_penalty=1.5, window_hop=4, seed=9)
+    assert options.keys() == {f.name for f in fields(SampleConfig)}
+    flags = [f"--{name}={value}" for name, value in options.items()]
+    assert generate.main([*flags, "--prompt", "ab", f"--num_samples={samples}"]) == 0
+    assert drawn == [((samples, 2), SampleConfig(**options))]
+
+
+@pytest.mark.parametrize("samples", [1, 2])
+def test_a_text_ends_before_each_stop(saved, drawn, samples, capsys):
+    for stops in ([], ["--stop", "aaa"], ["--stop", "aaaaaa", "--stop", "aa"]):
+        assert generate.main(["--prompt", "b", f"--num_samples={samples}", "--max_new_tokens=5",
+                              *stops]) == 0
+        found = capsys.readouterr().out
+        assert found.count("baaaaa\n") == (0 if stops else samples)
+        assert found.count("b\n") == (samples if stops else 0)
+
+
+def test_what_generate_does_with_the_machine(saved, drawn, monkeypatch, capsys):
+    told = []
+    monkeypatch.setattr(kernels, "set_threads", lambda n: told.append(n))
+    monkeypatch.setattr(GPT, "quantize", lambda model, kind: told.append(kind))
+    assert generate.main(["--threads", "3", "--quantize", "int8"]) == 0
+    assert told == [3, "int8"]
+    assert generate.main(["--device", "nonsense"]) == 2
+    assert "there is no device 'nonsense'" in capsys.readouterr().err
+
+
+def test_what_evaluate_scores(saved, tmp_path, monkeypatch, capsys):
+    told = []
+    monkeypatch.setattr(evaluate, "score_lambada", lambda model, questions: (
+        told.append((model.wte.weight.numpy(), questions)), {"questions": 0})[1])
+    (tmp_path / "l.jsonl").write_text("".join(f'{{"text": "a {n}"}}\n' for n in range(5)))
+    flags = ["l.jsonl", "--task", "lambada"]
+    assert evaluate.main([saved, *flags, "--limit", "2", "--ema"]) == 0
+    assert evaluate.main([saved, *flags]) == 0
+    (average, two), (plain, five) = told
+    assert [q["text"] for q in two] == ["a 0", "a 1"] and len(five) == 5
+    assert np.array_equal(average, GPT(TINY, seed=2).wte.weight.numpy())
+    assert np.array_equal(plain, GPT(TINY).wte.weight.numpy())
+    assert evaluate.main([saved, *flags, "--device", "nonsense"]) == 2
+    assert "there is no device 'nonsense'" in capsys.readouterr().err
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert evaluate.main(["gpt2", *flags, "--offline"]) == 2
+    assert "--offline forbids" in capsys.readouterr().err
+
+
+def test_a_flag_that_could_do_nothing_is_refused(saved, tmp_path, capsys):
+    folder = str(GPT(TINY).save_pretrained(tmp_path / "pretrained"))
+    for main, flags, says in (
+            (generate.main, ["--checkpoint", folder, "--ema"], "leave out --ema"),
+            (generate.main, ["--export", "x", "--quantize", "int8"], "leave out --quantize"),
+            (evaluate.main, [folder, "l.jsonl", "--ema"], "leave out --ema"),
+            (evaluate.main, [saved, "t.txt", "--limit", "2"], "limit is of the questions"),
+            (evaluate.main, [saved, "l.jsonl", "--task=lambada", "--stride=2"], "has none")):
+        assert main(flags) == 2
+        out, err = capsys.readouterr()
+        assert out == "" and len(err.splitlines()) == 1 and says in err
