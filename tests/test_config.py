@@ -186,6 +186,10 @@ GPT2 = dict(  # config/train_gpt2.py, and the defaults of train.py
     lr_decay_iters=600000, eval_interval=1000, eval_iters=200, log_interval=10, weight_decay=1e-1,
     n_layer=12, n_head=12, n_embd=768, dropout=0.0, learning_rate=6e-4, beta1=0.9, beta2=0.95,
     grad_clip=1.0, decay_lr=True, warmup_iters=2000, min_lr=6e-5)
+FINETUNE = dict(  # config/finetune_shakespeare.py, and train.py's defaults; a constant rate
+    eval_interval=5, eval_iters=40, log_interval=1, batch_size=1, gradient_accumulation_steps=32,
+    max_iters=20, learning_rate=3e-5, decay_lr=False, warmup_iters=0, weight_decay=1e-1, beta1=0.9,
+    beta2=0.95, grad_clip=1.0, dropout=0.0)
 # what nanoGPT's model.py has no choice in
 MODEL = dict(norm="layernorm", norm_eps=1e-5, position="learned", qk_norm=False,
              sliding_window=None, parallel=False, tie_weights=True, n_kv_head=None, n_inner=None)
@@ -195,6 +199,7 @@ MODEL = dict(norm="layernorm", norm_eps=1e-5, position="learned", qk_norm=False,
     ("shakespeare_char", CHAR | MODEL | dict(tokenizer="char", activation="gelu")),
     ("shakespeare_char_cpu", CHAR_CPU | MODEL | dict(tokenizer="char", activation="gelu")),
     ("gpt2", GPT2 | MODEL | dict(tokenizer="gpt2", vocab_size=50257)),
+    ("finetune_shakespeare", FINETUNE | dict(init_from="gpt2", tokenizer="gpt2")),
 ])
 def test_a_preset_has_nanogpts_numbers(preset, published):
     found = settings("--preset", preset)

@@ -1,0 +1,69 @@
+"""GPT-2's size, 124M weights drawn at random, out to transformers and back, each step in a process
+of its own: seconds and peak memory, and that the logits agree: python bench/export.py"""
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from bench.measure import record
+from bench.memory import peak
+
+IDS = np.arange(64, dtype=np.int32).reshape(1, 64) * 700  # below 50257
+STEPS = ("build", "export", "transformers", "read")
+
+
+def measure(step: str, folder: Path) -> dict[str, float]:
+    """Seconds of one step, imports not included, and peak MB of it and of the forward pass after
+    it, which touches weights that were only mapped; the logits of IDS are left in folder."""
+    from tinygrad import Tensor
+
+    from gpt import GPT, GPTConfig
+
+    if step == "transformers":
+        import torch
+        import transformers
+        start = time.perf_counter()
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder / "gpt2")
+        seconds = time.perf_counter() - start
+        logits = model(torch.tensor(IDS, dtype=torch.long)).logits.detach().numpy()
+    else:
+        start = time.perf_counter()
+        model = (GPT.from_pretrained(folder / "gpt2") if step == "read" else
+                 GPT(GPTConfig(activation="gelu_tanh")))
+        if step == "export":
+            start = time.perf_counter()
+            model.save_pretrained(folder / "gpt2")
+        seconds = time.perf_counter() - start
+        logits = model(Tensor(IDS)).numpy()
+    np.save(folder / f"{step}.npy", logits)
+    return {"seconds": seconds, "MB": peak()}
+
+
+def main() -> None:
+    if len(sys.argv) > 1:
+        print(json.dumps(measure(sys.argv[1], Path(sys.argv[2]))))
+        return
+    with tempfile.TemporaryDirectory() as name:
+        found = {step: json.loads(subprocess.run(
+            [sys.executable, __file__, step, name], check=True, text=True,
+            stdout=subprocess.PIPE).stdout.splitlines()[-1]) for step in STEPS}
+        logits = {step: np.load(Path(name) / f"{step}.npy") for step in STEPS}
+    for step, array in logits.items():
+        error = float(np.abs(array - logits["build"]).max())
+        print(f"{step}: logits differ by {error:.1e} at most")
+        assert error < 1e-4, step
+    theirs = found["transformers"]
+    for step in ("build", "export", "read"):
+        for unit, value in found[step].items():
+            record("export.py", f"GPT-2 124M, {step}", value, "transformers reading",
+                   theirs[unit], unit)
+
+
+if __name__ == "__main__":
+    main()
