@@ -1,18 +1,15 @@
-"""Text or .bin files -> token ids -> batches; and the download."""
+"""Text or .bin files -> token ids -> batches."""
 
-import hashlib
 import itertools
 import json
 import os
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
 
 from gpt import GPT, GPTConfig, TrainConfig
 from tinygpt import data as module
-from tinygpt.data import Batches, DataError, TokenData, download, load_data
+from tinygpt.data import Batches, DataError, TokenData, load_data
 from tinygpt.tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer
 from train import train
 
@@ -515,100 +512,6 @@ def test_ids_beyond_the_tokenizer_are_told_where_bytes_are_counted(tmp_path):
     np.array([1, 300, 2], dtype=np.uint16).tofile(folder / "val.bin")
     with pytest.raises(ValueError, match="300"):
         load_data(folder, "byte", 256).bytes_per_token()
-
-
-# ---- the download, from a server of the test's own
-
-BODY = bytes(range(256)) * 1000
-HASH = hashlib.sha256(BODY).hexdigest()
-
-
-class Handler(BaseHTTPRequestHandler):
-    """/good, /missing, /busy (503 once, then good), /down (503 always), /cut (half the body)."""
-
-    asked: list[str] = []
-
-    def do_GET(self):
-        self.asked.append(self.path)
-        again = self.asked.count(self.path) > 1
-        if self.path in ("/missing", "/down") or (self.path == "/busy" and not again):
-            self.send_response(404 if self.path == "/missing" else 503)
-            self.send_header("Content-Length", "0")
-            self.end_headers()
-            return
-        self.send_response(200)
-        if self.path != "/cut-unsized":
-            self.send_header("Content-Length", str(len(BODY)))
-        self.end_headers()
-        self.wfile.write(BODY[:len(BODY) // 2] if self.path.startswith("/cut") else BODY)
-
-    def log_message(self, *args):
-        pass
-
-
-@pytest.fixture(scope="module")
-def server():
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
-    thread.start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    thread.join()
-    server.server_close()
-
-
-@pytest.fixture
-def fetch(server, tmp_path, monkeypatch):
-    """download() of a path of the server; no proxy, and no waiting between tries."""
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setattr(module, "PAUSE", 0.001)
-    Handler.asked.clear()
-    return lambda path, sha=HASH: download(server + path, tmp_path / "new" / "file.bin", sha)
-
-
-def leftovers(tmp_path) -> list:
-    return [p for p in (tmp_path / "new").rglob("*") if p.is_file()]
-
-
-def test_a_download_is_whole_and_made_once(fetch, tmp_path):
-    path = fetch("/good")
-    assert path.read_bytes() == BODY and leftovers(tmp_path) == [path]
-    assert fetch("/good") == path and Handler.asked == ["/good"]
-
-
-def test_a_file_with_another_hash_is_fetched_again(fetch, tmp_path):
-    path = fetch("/good")
-    path.write_bytes(b"damaged")
-    assert fetch("/good").read_bytes() == BODY
-
-
-@pytest.mark.parametrize("path", ["/good", "/missing", "/down", "/cut", "/cut-unsized"])
-def test_a_download_that_fails_leaves_nothing(fetch, tmp_path, path):
-    with pytest.raises(DataError, match=r"file\.bin") as caught:
-        fetch(path, "0" * 64 if path == "/good" else HASH)
-    assert "\n" not in str(caught.value) and leftovers(tmp_path) == []
-
-
-def test_a_download_that_fails_leaves_what_was_there(fetch, tmp_path):
-    (tmp_path / "new").mkdir()
-    old = tmp_path / "new" / "file.bin"
-    old.write_bytes(b"old")
-    with pytest.raises(DataError):
-        fetch("/cut")
-    assert old.read_bytes() == b"old" and leftovers(tmp_path) == [old]
-
-
-def test_a_busy_server_is_asked_again(fetch):
-    assert fetch("/busy").read_bytes() == BODY and Handler.asked == ["/busy", "/busy"]
-
-
-def test_no_server_and_no_folder_are_data_errors(tmp_path, server, monkeypatch):
-    monkeypatch.setattr(module, "PAUSE", 0.001)
-    with pytest.raises(DataError):
-        download("http://127.0.0.1:9/file", tmp_path / "file.bin", HASH)
-    (tmp_path / "in_the_way").write_text("a file")
-    with pytest.raises(DataError):
-        download(server + "/good", tmp_path / "in_the_way" / "file.bin", HASH)
 
 
 def test_without_shakespeare_the_play_that_ships_is_read(monkeypatch, capsys):

@@ -1,5 +1,6 @@
-"""Downloads of a pretrained model, from a server of the test's own that misbehaves."""
+"""Downloads from a server of the test's own that misbehaves."""
 
+import hashlib
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -9,8 +10,9 @@ import pytest
 
 import generate
 from gpt import GPT, GPTConfig
-from tinygpt import data, device, pretrained
-from tinygpt.data import DataError, fetch
+from tinygpt import device, download, pretrained
+from tinygpt.documents import DataError
+from tinygpt.download import TRIES, fetch
 from tinygpt.tokenizer import BPETokenizer
 
 BODY = np.random.default_rng(0).bytes(300_000)
@@ -67,8 +69,8 @@ def server(monkeypatch):
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
     thread.start()
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setattr(data, "PAUSE", 0.001)
-    monkeypatch.setattr(data, "TIMEOUT", (2, 0.3))
+    monkeypatch.setattr(download, "PAUSE", 0.001)
+    monkeypatch.setattr(download, "TIMEOUT", (2, 0.3))
     Handler.files, Handler.faults, Handler.asked = {"/f": BODY}, {}, []
     Handler.etag, Handler.release = '"one"', threading.Event()
     yield f"http://127.0.0.1:{server.server_port}"
@@ -138,7 +140,7 @@ def test_a_refusal_is_told_and_only_a_busy_server_asked_again(server, tmp_path, 
     with pytest.raises(DataError, match=says) as caught:
         fetch(f"{server}/f", tmp_path / "f", accept)
     assert "\n" not in str(caught.value) and not (tmp_path / "f").exists()
-    assert len(ranges()) == (data.TRIES if fault == 503 else 1)
+    assert len(ranges()) == (TRIES if fault == 503 else 1)
 
 
 def test_what_the_check_refuses_is_not_kept(server, tmp_path):
@@ -204,3 +206,57 @@ def test_without_a_network_or_with_offline_there_is_a_clear_line(hub, monkeypatc
     assert generate.main(["--checkpoint", "gpt2", "--prompt", "a"]) == 2
     err = capsys.readouterr().err
     assert len(err.splitlines()) == 1 and "gpt2 is not to be had" in err
+
+
+# ---- a file of a known hash
+
+HASH = hashlib.sha256(BODY).hexdigest()
+
+
+@pytest.fixture
+def get(server, tmp_path):
+    return lambda sha=HASH: download.download(f"{server}/f", tmp_path / "new" / "file.bin", sha)
+
+
+def leftovers(tmp_path) -> list:
+    return [p for p in (tmp_path / "new").rglob("*") if p.is_file()]
+
+
+def test_a_file_is_whole_and_fetched_once(get, tmp_path):
+    path = get()
+    assert path.read_bytes() == BODY and leftovers(tmp_path) == [path]
+    assert get() == path and len(Handler.asked) == 1
+
+
+def test_a_file_with_another_hash_is_fetched_again(get):
+    path = get()
+    path.write_bytes(b"damaged")
+    assert get().read_bytes() == BODY
+
+
+@pytest.mark.parametrize("fault", ["hash", 404, 503, "cut"])
+@pytest.mark.parametrize("old", [None, b"old"])
+def test_a_download_that_fails_leaves_what_was_there(get, tmp_path, fault, old):
+    if old:
+        (tmp_path / "new").mkdir()
+        (tmp_path / "new" / "file.bin").write_bytes(old)
+    Handler.faults = {"/f": [] if fault == "hash" else [fault] * 10}
+    if fault == "cut":  # and no going on
+        Handler.faults = {"/f": ["cut", *[503] * 10]}
+    with pytest.raises(DataError, match=r"file\.bin") as caught:
+        get("0" * 64 if fault == "hash" else HASH)
+    assert "\n" not in str(caught.value)
+    assert [p.read_bytes() for p in leftovers(tmp_path)] == ([old] if old else [])
+
+
+def test_a_busy_server_is_asked_again(get):
+    Handler.faults = {"/f": [503]}
+    assert get().read_bytes() == BODY and len(Handler.asked) == 2
+
+
+def test_no_server_and_no_folder_are_data_errors(tmp_path, server):
+    with pytest.raises(DataError):
+        download.download("http://127.0.0.1:9/file", tmp_path / "file.bin", HASH)
+    (tmp_path / "in_the_way").write_text("a file")
+    with pytest.raises(DataError):
+        download.download(f"{server}/f", tmp_path / "in_the_way" / "file.bin", HASH)
