@@ -81,11 +81,23 @@ def _has_no_gpu() -> bool:
     return sys.platform == "linux" and not any(any(Path("/dev").glob(d)) for d in drivers)
 
 
-def choose(name: str) -> str:
+def launched() -> tuple[int, int]:
+    """Which of how many processes this is that `mpirun`, or another launcher of MPI, started."""
+    for name in ("OMPI_COMM_WORLD_", "PMI_", "MV2_COMM_WORLD_"):
+        rank, size = os.environ.get(name + "RANK", ""), os.environ.get(name + "SIZE", "")
+        if rank.isdigit() and size.isdigit():
+            return int(rank), int(size)
+    return 0, 1
+
+
+def choose(name: str, index: int = 0) -> str:
     """Makes `name` ("auto", "cpu", "cuda", "metal", "cuda:1", ...) the default device.
 
-    Returns its canonical name. Raises DeviceError where it cannot be opened.
+    Where a machine has several of the kind and the name says none, it is that of `index`; there is
+    one CPU. Returns its canonical name. Raises DeviceError where it cannot be opened.
     """
+    if index and ":" not in name and not (kind := choose(name)).startswith("CPU"):
+        return choose(f"{kind}:{index}")
     if name.lower() != "auto":
         try:
             canonical = Device.canonicalize(name.upper())

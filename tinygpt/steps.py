@@ -7,18 +7,19 @@ from tinygpt import device
 from tinygpt.config import TrainConfig
 from tinygpt.kernels.random import make_key
 from tinygpt.optim import EMA, clip_scale, global_norm
+from tinygpt.ranks import Buckets, Ranks
 
 
 class Steps:
     """Trains the weights `params` of a model with an optimizer, and keeps the EMA where there is
     one. Whatever changes from step to step is written into tensors, so that each step is compiled
-    once.
+    once. Of several ranks each takes its own share of a step's micro-batches.
     """
 
     def __init__(self, model, config: TrainConfig, params: dict[str, Tensor], optimizer,
-                 ema: EMA | None):
+                 ema: EMA | None, ranks: Ranks):
         self.model, self.config, self.params = model, config, params
-        self.optimizer, self.ema = optimizer, ema
+        self.optimizer, self.ema, self.ranks = optimizer, ema, ranks
         shape = config.batch_size, model.config.block_size
         self.x, self.y = (_buffer(*shape, dtype=dtypes.int32) for _ in range(2))
         self.lr, self.norm_limit = _buffer(1), _buffer(1)
@@ -28,6 +29,7 @@ class Steps:
             self.share = _buffer(1)  # of a micro-batch in the step
             self.sums = [_buffer(*p.shape) for p in params.values()]
             self.loss_sum = _buffer(1)
+            self.buckets = Buckets(ranks, [self.loss_sum, *self.sums])
             self._apply = TinyJit(self._apply_step)
         self.use_length(model.config.block_size)
 
@@ -55,7 +57,7 @@ class Steps:
         micro = self.config.gradient_accumulation_steps
         device.write(self.lr, [lr])
         device.write(self.norm_limit, [norm_limit])
-        for n in range(number * micro, (number + 1) * micro):
+        for n in self.ranks.share(range(number * micro, (number + 1) * micro)):
             self._load(*batch(n), *self.inputs)
             device.write(self.key, make_key(self.config.seed, n))
             if micro == 1:
@@ -64,14 +66,20 @@ class Steps:
                 device.write(self.share, [1 / micro])
                 self._accumulate(*self.inputs, self.key, self.share)
         if micro > 1:
+            if self.ranks.size > 1:
+                self.buckets.sum()
             stats = self._apply(self.lr)
         loss, norm = stats.tolist()
         return loss, norm
 
-    def evaluate(self, x: np.ndarray, y: np.ndarray) -> float:
-        """The loss of a micro-batch (B, T) of ids and targets."""
-        self._load(x, y, self.x, self.y)
-        return self._evaluate(self.x, self.y).item()
+    def evaluate(self, batches: list[tuple[np.ndarray, np.ndarray]]) -> float:
+        """The mean loss of micro-batches (B, T) of ids and targets, to which each rank computes
+        its share."""
+        losses = np.zeros(len(batches))
+        for n in self.ranks.share(range(len(batches))):
+            self._load(*batches[n], self.x, self.y)
+            losses[n] = self._evaluate(self.x, self.y).item()
+        return float(np.mean(self.ranks.sum(losses)))
 
     def _load(self, x: np.ndarray, y: np.ndarray, to_x: Tensor, to_y: Tensor) -> None:
         if (largest := max(x.max(), y.max())) >= self.model.config.vocab_size:
