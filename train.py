@@ -17,6 +17,7 @@ from tinygpt.batch_size import available_memory, largest_micro_batch, out_of_mem
 from tinygpt.bigram import Bigram, BigramConfig
 from tinygpt.config import PRESETS, SampleConfig, TrainConfig, given, parse_flags, to_json
 from tinygpt.data import Batches, TokenData, load_data
+from tinygpt.devices import Devices
 from tinygpt.loggers import check_loggers, make_loggers
 from tinygpt.optim import EMA, make_optimizer
 from tinygpt.ranks import Ranks, checksum, world
@@ -80,7 +81,10 @@ def train(model: GPT, train_config: TrainConfig, train_data, tokenizer=None) -> 
                 raise ValueError("--batch_size auto is for one process: say a number under mpirun")
             train_config = fit_batch_size(model, train_config, train_data)
         run = Run(model, train_config, train_data, ranks)
-        return run.evaluate_only() if train_config.eval_only else run.train()
+        try:
+            return run.evaluate_only() if train_config.eval_only else run.train()
+        finally:
+            run.devices.collect(model)
     except MemoryError as error:
         raise out_of_memory(error) from error
 
@@ -135,14 +139,20 @@ class Run:
             lora.attach(model, config.lora_rank, config.lora_alpha, config.lora_targets,
                         config.seed)
         self.params = lora.trainable(model.state_dict(), config.freeze)
-        self.optimizer = make_optimizer(self.params, config)
+        self.devices = Devices(config)
+        owned = self.devices.owned(self.params)
+        self.optimizer = make_optimizer(owned, config)
         self.ema = EMA(model.state_dict(), config.ema_decay) if config.ema else None
         self._claim_out_dir()
         if self.ranks.size > 1:
             self.ranks.check_same(step=self.iter_num, weights=checksum(model.state_dict()))
         model.tokenizer = data.tokenizer
 
-        self.steps = Steps(model, config, self.params, self.optimizer, self.ema, self.ranks)
+        averages = self.ema.state_dict() if self.ema else {}
+        self.devices.spread(model.state_dict() | {f"ema.{k}": t for k, t in averages.items()},
+                            self.params, owned, self.optimizer.state_dict())
+        self.steps = Steps(model, config, self.params, self.optimizer, owned, self.ema, self.ranks,
+                           self.devices)
         self.fresh = 0  # how many steps were taken since the last was compiled anew
 
     # ---- the run
@@ -176,7 +186,8 @@ class Run:
     def _peak_flops(self) -> float:
         """Of all ranks together; those of a machine share its CPU."""
         on_cpu = device.default().startswith("CPU")
-        return device.peak_flops() * self.ranks.size / (self.ranks.local_size if on_cpu else 1)
+        return (device.peak_flops() / self.ranks.local_size if on_cpu else
+                device.peak_flops() * self.config.devices) * self.ranks.size
 
     def _flops_per_step(self) -> int:
         return self.model.estimate_flops(self.steps.length) * self._tokens_per_step()
@@ -294,7 +305,7 @@ class Run:
         except ValueError:  # a tokenizer of characters that knows no line break
             prompt = [int(self.data.val[0])]
         ids = self.model.stream([prompt], SampleConfig(max_new_tokens=200, seed=self.config.seed))
-        with self._averaged():
+        with self._averaged(), self.devices.on_the_first(self.model):
             text = tokenizer.decode(list(ids))
         self.report.line(f"sample {self.iter_num}:\n{text}\n")
 
@@ -383,6 +394,8 @@ class Run:
     def _greet(self) -> None:
         data, say = self.data, self.report.remark
         say(f"device {device.describe()}")
+        if self.config.devices > 1:
+            say(f"the rows of a micro-batch are split among {', '.join(self.devices.names)}")
         if self.ranks.size > 1:
             say(f"{self.ranks.size} processes, {self.ranks.local_size} of them on this machine")
         say(f"data {data.source}: {len(data.train):,} training and {len(data.val):,} validation "
@@ -409,7 +422,7 @@ def main(argv: list[str] | None = None) -> int:
         ranks = world()
         with ranks.one_first():
             shape, config = _settings(argv)
-        device.choose(config.device, ranks.local_rank)
+        device.choose(config.device, ranks.local_rank * config.devices)
         with ranks.one_first():
             model, data = _model_and_data(shape, config, argv)
         train(model, config, data)

@@ -5,6 +5,7 @@ from tinygrad import Tensor, TinyJit, dtypes
 
 from tinygpt import device
 from tinygpt.config import TrainConfig
+from tinygpt.devices import Devices
 from tinygpt.kernels.random import make_key
 from tinygpt.optim import EMA, clip_scale, global_norm
 from tinygpt.ranks import Buckets, Ranks
@@ -13,22 +14,24 @@ from tinygpt.ranks import Buckets, Ranks
 class Steps:
     """Trains the weights `params` of a model with an optimizer, and keeps the EMA where there is
     one. Whatever changes from step to step is written into tensors, so that each step is compiled
-    once. Of several ranks each takes its own share of a step's micro-batches.
+    once. Of several ranks each takes its own share of a step's micro-batches; of several devices
+    each its own rows of a micro-batch. owned is what the optimizer updates of params.
     """
 
     def __init__(self, model, config: TrainConfig, params: dict[str, Tensor], optimizer,
-                 ema: EMA | None, ranks: Ranks):
-        self.model, self.config, self.params = model, config, params
+                 owned: dict[str, Tensor], ema: EMA | None, ranks: Ranks, devices: Devices):
+        self.model, self.config, self.params, self.owned = model, config, params, owned
+        self.devices = devices
         self.optimizer, self.ema, self.ranks = optimizer, ema, ranks
         shape = config.batch_size, model.config.block_size
-        self.x, self.y = (_buffer(*shape, dtype=dtypes.int32) for _ in range(2))
-        self.lr, self.norm_limit = _buffer(1), _buffer(1)
-        self.key = _buffer(1, dtype=dtypes.uint32)
+        self.x, self.y = self._rows(*shape), self._rows(*shape)
+        self.lr, self.norm_limit = self._buffer(1), self._buffer(1)
+        self.key = self._buffer(1, dtype=dtypes.uint32)
         self._evaluate = TinyJit(self._eval_step)
         if config.gradient_accumulation_steps > 1:
-            self.share = _buffer(1)  # of a micro-batch in the step
-            self.sums = [_buffer(*p.shape) for p in params.values()]
-            self.loss_sum = _buffer(1)
+            self.share = self._buffer(1)  # of a micro-batch in the step
+            self.sums = [self._buffer(*p.shape) for p in params.values()]
+            self.loss_sum = self._buffer(1)
             self.buckets = Buckets(ranks, [self.loss_sum, *self.sums])
             self._apply = TinyJit(self._apply_step)
         self.use_length(model.config.block_size)
@@ -42,7 +45,7 @@ class Steps:
         self.length = length
         rows, block = self.x.shape
         self.inputs = (self.x, self.y) if length == block else tuple(
-            _buffer(rows * block // length, length, dtype=dtypes.int32) for _ in range(2))
+            self._rows(rows * block // length, length) for _ in range(2))
         if self.config.gradient_accumulation_steps == 1:
             self._train = TinyJit(self._train_step)
         else:
@@ -110,6 +113,7 @@ class Steps:
             sound = sound & (norm <= self.norm_limit.reshape(()))
         sound = sound.contiguous()
         updates = self.optimizer.update(grads, lr, scale, sound)
+        updates += self.devices.gather(self.owned, self.params)
         if self.ema:
             updates += self.ema.update(self.optimizer.step, sound)
         return Tensor.stack(loss.reshape(()), norm).realize(*updates)
@@ -131,6 +135,12 @@ class Steps:
     def _eval_step(self, x: Tensor, y: Tensor) -> Tensor:
         return self.model(x, y)[1].realize()
 
+    # ---- what is written into
 
-def _buffer(*shape: int, dtype=dtypes.float32) -> Tensor:
-    return Tensor.zeros(*shape, dtype=dtype).contiguous().realize()
+    def _buffer(self, *shape: int, dtype=dtypes.float32) -> Tensor:
+        """Zeros, on every device."""
+        return self.devices.copies(Tensor.zeros(*shape, dtype=dtype).contiguous().realize())
+
+    def _rows(self, *shape: int) -> Tensor:
+        """Tokens, some rows on each device."""
+        return self.devices.rows(Tensor.zeros(*shape, dtype=dtypes.int32).contiguous().realize())

@@ -9,7 +9,7 @@ import functools
 import math
 import operator
 
-from tinygrad import Tensor, dtypes
+from tinygrad import dtypes
 
 from tinygpt.kernels.random import counter, random_bits, uniform
 

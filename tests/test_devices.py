@@ -1,0 +1,108 @@
+"""Two devices in one process, here two of tinygrad's CPUs: they equal one, and share its files."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from tinygrad import Tensor
+
+from gpt import GPT, GPTConfig
+from tinygpt import checkpoint, device
+from tinygpt.config import TrainConfig
+from tinygpt.data import load_data
+from tinygpt.device import DeviceError
+from tinygpt.devices import Devices
+from train import Run, train
+
+SHAPE = GPTConfig(block_size=8, vocab_size=256, n_layer=1, n_head=2, n_embd=16, dropout=0.1,
+                  bias=False)
+VARIED = replace(SHAPE, position="rope", norm="rmsnorm", activation="swiglu", n_kv_head=1)
+
+
+@pytest.fixture
+def config(tmp_path):
+    return TrainConfig(tokenizer="byte", out_dir=str(tmp_path / "one"), batch_size=4, max_iters=4,
+                       eval_interval=2, eval_iters=1, warmup_iters=1, lr_decay_iters=6,
+                       learning_rate=1e-2)
+
+
+def same(a, b) -> None:
+    """Two checkpoints hold the same tensors and metadata, to rounding."""
+    (ours, facts), (theirs, known) = checkpoint.load(a.last), checkpoint.load(b.last)
+    assert set(ours) == set(theirs) and set(facts) == set(known)
+    for name, array in ours.items():
+        np.testing.assert_allclose(array, theirs[name], rtol=1e-3, atol=1e-5, err_msg=name)
+    assert a.val_loss == pytest.approx(b.val_loss, rel=1e-6)
+    assert a.train_loss == pytest.approx(b.train_loss, rel=1e-6)
+
+
+@pytest.mark.parametrize("shape, settings", [
+    (SHAPE, dict(ema=True, ema_decay=0.5)),
+    (SHAPE, dict(gradient_accumulation_steps=2, shard_optimizer=True)),
+    (VARIED, dict(optimizer="muon", shard_optimizer=True, grad_checkpoint=True))], ids=str)
+def test_two_devices_equal_one_and_resume_each_others_runs(config, text, tmp_path, shape, settings,
+                                                           without_samples):
+    one = replace(config, **settings)
+    two = replace(one, devices=2, out_dir=str(tmp_path / "two"))
+    model = GPT(shape)
+    results = train(GPT(shape), one, text), train(model, two, text)
+    same(*results)
+    assert model.wte.weight.device == device.default()  # ready for what comes next
+    further = dict(resume=True, max_iters=6)
+    swapped = (train(GPT(shape), replace(one, devices=2, **further), text),
+               train(GPT(shape), replace(two, devices=1, **further), text))
+    same(*swapped)
+    assert [r.iter_num for r in (*results, *swapped)] == [4, 4, 6, 6]
+
+
+def test_what_each_device_keeps(config, text):
+    """All weights; of the optimizer's state all, or with shard_optimizer its rows."""
+    data = load_data(text, "byte", 256)
+    for sharded in (False, True):
+        run = Run(GPT(SHAPE), replace(config, devices=2, shard_optimizer=sharded), data)
+        for tensor in (*run.model.state_dict().values(), *run.optimizer.state_dict().values()):
+            assert tensor.device == ("CPU", "CPU:1")
+        state = run.optimizer.state_dict()
+        assert state["m.wte.weight"].uop.axis == (0 if sharded else None)
+        buffers = state["v.wte.weight"].uop.base.realized.bufs
+        assert [b.size for b in buffers] == [256 * 16 // (1 + sharded)] * 2
+        assert run.model.wte.weight.uop.axis is None and run.steps.x.uop.axis == 0
+
+
+def test_a_run_on_two_devices_writes_samples_on_the_way(config, text, capsys):
+    """The first as often as not: what is compiled must not outlive the weights it was for."""
+    settings = dict(sample_interval=2, learning_rate=0.1)
+    written = []
+    for devices in (1, 2):
+        train(GPT(SHAPE), replace(config, devices=devices, **settings,
+                                  out_dir=f"{config.out_dir}{devices}"), text)
+        written.append(capsys.readouterr().out.split("sample ")[1:])
+    assert len(written[0]) == 2 and written[0] == written[1]
+
+
+def test_tensors_on_two_devices_are_written_and_read(rng):
+    array = rng.standard_normal((4, 6), dtype=np.float32)
+    for axis in (None, 0, 1):
+        tensor = Tensor.zeros(4, 6).contiguous().realize().shard_(("CPU", "CPU:1"), axis).realize()
+        device.write(tensor, array)
+        assert np.array_equal(tensor.numpy(), array) and np.array_equal(device.read(tensor), array)
+        whole = device.gathered(tensor).realize()
+        assert whole.uop.axis is None and np.array_equal((whole + 1).numpy(), array + 1)
+
+
+@pytest.mark.parametrize("wrong, names", [
+    (dict(batch_size=3), ["batch_size=3", "devices=2"]),
+    (dict(auto_batch_size=True), ["devices=2"]),
+    (dict(kernels="cpu"), ["'cpu'", "devices=2"]), (dict(kernels="flash"), ["'flash'"]),
+    (dict(optimizer="adamw8bit", shard_optimizer=True), ["adamw8bit", "--shard_optimizer"])])
+def test_what_cannot_be_split_is_refused(wrong, names):
+    with pytest.raises(ValueError, match="choose") as caught:
+        TrainConfig(**(dict(batch_size=4, devices=2) | wrong))
+    assert all(name in str(caught.value) for name in names)
+    TrainConfig(**(dict(batch_size=4) | wrong))
+
+
+def test_devices_that_are_not_there_are_refused(monkeypatch):
+    monkeypatch.setattr(device, "default", lambda: "CUDA")
+    with pytest.raises(DeviceError, match=r"devices=2: CUDA cannot be used here .* choose"):
+        Devices(TrainConfig(devices=2, batch_size=2))
