@@ -156,7 +156,7 @@ class CausalSelfAttention:
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if self.config.position == "rope":
-            cos, sin = run.rotation(self.config)  # (T, D/2)
+            cos, sin = run.rotation(self.config, x.device)  # (T, D/2)
             q, k = kernels.rope(q, cos, sin), kernels.rope(k, cos, sin)
         window = self.config.sliding_window
         if run.cache is not None:
@@ -227,10 +227,9 @@ class Pass:
                  dropout_key: Tensor | None = None):
         self.T, self.position, self.cache, self._key = T, position, cache, dropout_key
 
-    def rotation(self, config: GPTConfig) -> tuple[Tensor, Tensor]:
+    def rotation(self, config: GPTConfig, device: str | tuple[str, ...]) -> tuple[Tensor, Tensor]:
         """cos and sin (T, D/2) of RoPE's angles at the positions of this pass."""
-        cos, sin = rope_tables(config.block_size, config.head_size, config.rope_theta,
-                               device.default())
+        cos, sin = rope_tables(config.block_size, config.head_size, config.rope_theta, device)
         here = slice(self.position, self.position + self.T)
         return cos[here], sin[here]
 
@@ -248,7 +247,8 @@ class Pass:
 
 
 @functools.cache
-def rope_tables(length: int, head_size: int, theta: float, device: str) -> tuple[Tensor, Tensor]:
+def rope_tables(length: int, head_size: int, theta: float,
+                device: str | tuple[str, ...]) -> tuple[Tensor, Tensor]:
     """cos and sin (length, D/2) float32 of position * theta^(-2i/D)."""
     frequency = theta ** (-np.arange(0, head_size, 2) / head_size)
     angle = np.outer(np.arange(length), frequency)

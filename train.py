@@ -1,13 +1,11 @@
 """Trains a GPT: `python train.py`, or `from train import train`."""
 
 import re
-import signal
 import sys
 import tempfile
-import threading
 import time
 import warnings
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -19,10 +17,13 @@ from tinygpt.batch_size import available_memory, largest_micro_batch, out_of_mem
 from tinygpt.bigram import Bigram, BigramConfig
 from tinygpt.config import PRESETS, SampleConfig, TrainConfig, given, parse_flags, to_json
 from tinygpt.data import Batches, TokenData, load_data
+from tinygpt.devices import Devices
 from tinygpt.loggers import check_loggers, make_loggers
 from tinygpt.optim import EMA, make_optimizer
+from tinygpt.ranks import Ranks, checksum, world
 from tinygpt.report import Report, bits_per_byte
 from tinygpt.schedule import context_length, learning_rate
+from tinygpt.signals import pending_signals
 from tinygpt.spikes import SpikeGuard
 from tinygpt.steps import Steps
 from tinygpt.tokenizer import load_tokenizer
@@ -61,21 +62,29 @@ def train(model: GPT, train_config: TrainConfig, train_data, tokenizer=None) -> 
     into a folder of its own without. With train_config.eval_only its best checkpoint is evaluated
     and nothing else happens. Raises ValueError where model, data and checkpoint do not fit, or
     where the loss stays non-finite; Interrupted after a saved Ctrl-C or SIGTERM.
+
+    Under mpirun every process calls this, and all train one model (see `tinygpt.ranks`).
     """
+    ranks = world()
     kernels.use(train_config.kernels)
-    if train_config.threads:
-        kernels.set_threads(train_config.threads)
+    kernels.set_threads(train_config.threads or ranks.threads())
     if not isinstance(train_data, TokenData):
         kind = train_config.tokenizer
         if kind == "bpe" and model.config.vocab_size == 50257:
             kind = "gpt2"
-        train_data = load_data(train_data, tokenizer or kind, model.config.vocab_size,
-                               model.config.block_size, train_config.text_field)
+        with ranks.one_first():
+            train_data = load_data(train_data, tokenizer or kind, model.config.vocab_size,
+                                   model.config.block_size, train_config.text_field)
     try:
         if train_config.auto_batch_size and not train_config.eval_only:
+            if ranks.size > 1:
+                raise ValueError("--batch_size auto is for one process: say a number under mpirun")
             train_config = fit_batch_size(model, train_config, train_data)
-        run = Run(model, train_config, train_data)
-        return run.evaluate_only() if train_config.eval_only else run.train()
+        run = Run(model, train_config, train_data, ranks)
+        try:
+            return run.evaluate_only() if train_config.eval_only else run.train()
+        finally:
+            run.devices.collect(model)
     except MemoryError as error:
         raise out_of_memory(error) from error
 
@@ -91,7 +100,7 @@ def fit_batch_size(model: GPT, config: TrainConfig, data: TokenData) -> TrainCon
     def trial(n: int) -> Run:
         with tempfile.TemporaryDirectory() as folder:
             run = Run(model, split(n, out_dir=folder, resume=False, curriculum=False), data)
-        run.steps.evaluate(*run.batches.batch(0))
+        run.steps.evaluate([run.batches.batch(0)])
         for _ in range(2):  # compiled by the first
             run._step(0.0)  # which leaves the weights as they are
         return run
@@ -106,11 +115,15 @@ class Run:
     """One training run: its data, its compiled steps and where it stands.
 
     Batches, dropout and learning rate are pure functions of the step, so that weights, optimizer
-    and step are all that a resumed run needs.
+    and step are all that a resumed run needs. Of several ranks all hold the same at every step,
+    and the first alone tells and saves.
     """
 
-    def __init__(self, model: GPT, config: TrainConfig, data: TokenData):
+    def __init__(self, model: GPT, config: TrainConfig, data: TokenData,
+                 ranks: Ranks | None = None):
         self.model, self.config, self.data = model, config, data
+        self.ranks = ranks or Ranks()
+        self._check_ranks()
         self.out_dir = Path(config.out_dir)
         self.iter_num, self.best_val_loss = 0, float("inf")
         self.stale = 0  # evaluations in a row without a new best
@@ -126,12 +139,20 @@ class Run:
             lora.attach(model, config.lora_rank, config.lora_alpha, config.lora_targets,
                         config.seed)
         self.params = lora.trainable(model.state_dict(), config.freeze)
-        self.optimizer = make_optimizer(self.params, config)
+        self.devices = Devices(config)
+        owned = self.devices.owned(self.params)
+        self.optimizer = make_optimizer(owned, config)
         self.ema = EMA(model.state_dict(), config.ema_decay) if config.ema else None
         self._claim_out_dir()
+        if self.ranks.size > 1:
+            self.ranks.check_same(step=self.iter_num, weights=checksum(model.state_dict()))
         model.tokenizer = data.tokenizer
 
-        self.steps = Steps(model, config, self.params, self.optimizer, self.ema)
+        averages = self.ema.state_dict() if self.ema else {}
+        self.devices.spread(model.state_dict() | {f"ema.{k}": t for k, t in averages.items()},
+                            self.params, owned, self.optimizer.state_dict())
+        self.steps = Steps(model, config, self.params, self.optimizer, owned, self.ema, self.ranks,
+                           self.devices)
         self.fresh = 0  # how many steps were taken since the last was compiled anew
 
     # ---- the run
@@ -140,10 +161,11 @@ class Run:
         config = self.config
         self.report = self._make_report(self.out_dir, make_loggers(
             config.tensorboard, config.wandb, self.out_dir,
-            asdict(self.model.config) | asdict(config)))
+            asdict(self.model.config) | asdict(config))) if self.ranks.first else (
+            self._make_report(None))
         self._greet()
         try:
-            with _signals() as pending:
+            with pending_signals() as pending:
                 return self._loop(pending)
         finally:
             self.report.close()
@@ -158,8 +180,14 @@ class Run:
 
     def _make_report(self, out_dir: Path | None, loggers=()) -> Report:
         return Report(out_dir, self.iter_num, self.config.max_iters, self.config.log_interval,
-                      self._tokens_per_step(), self._flops_per_step(), device.peak_flops(),
-                      loggers)
+                      self._tokens_per_step(), self._flops_per_step(),
+                      self._peak_flops(), loggers, silent=not self.ranks.first)
+
+    def _peak_flops(self) -> float:
+        """Of all ranks together; those of a machine share its CPU."""
+        on_cpu = device.default().startswith("CPU")
+        return (device.peak_flops() / self.ranks.local_size if on_cpu else
+                device.peak_flops() * self.config.devices) * self.ranks.size
 
     def _flops_per_step(self) -> int:
         return self.model.estimate_flops(self.steps.length) * self._tokens_per_step()
@@ -197,16 +225,18 @@ class Run:
             if self.iter_num - first == 1:
                 self.report.remark(f"compiled in {time.perf_counter() - began:.1f} s; "
                                    "the steps from here on are fast")
-            ended = self._ended(time.perf_counter() - began)
+            signum, seconds = self.ranks.largest(pending[0] if pending else 0,
+                                                 time.perf_counter() - began)
+            ended = self._ended(seconds)
             if ended or self.iter_num % config.eval_interval == 0:
                 losses = self._evaluate()
                 saved = self._save(losses[1])
                 ended = ended or self._ended()
             if config.sample_interval and self.iter_num % config.sample_interval == 0 and not ended:
                 self._sample()
-            if pending and not ended:
+            if signum and not ended:
                 self._save(None)
-                raise Interrupted(pending[0], self._checkpoint_path())
+                raise Interrupted(signum, self._checkpoint_path())
         saved = saved or checkpoint.newest(self.out_dir)
         if self.iter_num < config.max_iters:
             self.report.remark(f"stopped after step {self.iter_num}: {self._why_early()}")
@@ -248,8 +278,7 @@ class Run:
         means = []
         with self._averaged():
             for batches in (self.batches, self.val_batches):
-                losses = [self.steps.evaluate(*xy) for xy in batches.spread(self.config.eval_iters)]
-                means.append(float(np.mean(losses)))
+                means.append(self.steps.evaluate(list(batches.spread(self.config.eval_iters))))
         self.report.evaluation(self.iter_num, *means, learning_rate(self.iter_num, self.config),
                                bits_per_byte(means[1], self.data.bytes_per_token()),
                                self.config.ema)
@@ -268,7 +297,7 @@ class Run:
 
     def _sample(self) -> None:
         """A piece of text that the model writes now, on stdout."""
-        if self.model.tokenizer is None:
+        if self.model.tokenizer is None or not self.ranks.first:
             return
         tokenizer = self.model.tokenizer
         try:
@@ -276,7 +305,7 @@ class Run:
         except ValueError:  # a tokenizer of characters that knows no line break
             prompt = [int(self.data.val[0])]
         ids = self.model.stream([prompt], SampleConfig(max_new_tokens=200, seed=self.config.seed))
-        with self._averaged():
+        with self._averaged(), self.devices.on_the_first(self.model):
             text = tokenizer.decode(list(ids))
         self.report.line(f"sample {self.iter_num}:\n{text}\n")
 
@@ -289,6 +318,8 @@ class Run:
             self.best_val_loss = val_loss
         if val_loss is not None:
             self.stale = 0 if best else self.stale + 1
+        if not self.ranks.first:
+            return self._checkpoint_path()
         config = self.config
         path = self.model.save_checkpoint(self.iter_num, self.optimizer, self.out_dir, {
             "train_config": asdict(config), "best_val_loss": self.best_val_loss,
@@ -313,8 +344,10 @@ class Run:
         except OSError as error:
             raise ValueError(f"out_dir {self.out_dir} cannot be made ({error.strerror})") from error
         if self.config.resume:
-            self._resume(checkpoint.newest(self.out_dir))
-        elif moved := checkpoint.set_aside(self.out_dir):
+            self._resume(self.ranks.from_first(checkpoint.newest(self.out_dir)))
+        if not self.ranks.first:
+            return
+        if not self.config.resume and (moved := checkpoint.set_aside(self.out_dir)):
             print(f"the run in {self.out_dir} is now in {moved}", file=sys.stderr)
         settings = to_json(self.model.config, replace(self.config, resume=False))
         checkpoint.write_atomically(self.out_dir / "config.json", settings.encode())
@@ -342,6 +375,16 @@ class Run:
     def _best_path(self) -> Path:
         return self.out_dir / checkpoint.BEST
 
+    def _check_ranks(self) -> None:
+        config, size = self.config, self.ranks.size
+        if config.gradient_accumulation_steps % size:
+            raise ValueError(f"gradient_accumulation_steps={config.gradient_accumulation_steps} "
+                             f"micro-batches cannot be shared by {size} processes: choose a "
+                             f"multiple of {size}, or another number of processes")
+        self.ranks.check_same(**asdict(self.model.config), **{
+            k: v for k, v in asdict(config).items() if k not in ("device", "threads")},
+            training_tokens=len(self.data.train), validation_tokens=len(self.data.val))
+
     def _check_vocabulary(self) -> None:
         tokenizer, size = self.data.tokenizer, self.model.config.vocab_size
         if tokenizer is not None and tokenizer.vocab_size > size:
@@ -351,6 +394,10 @@ class Run:
     def _greet(self) -> None:
         data, say = self.data, self.report.remark
         say(f"device {device.describe()}")
+        if self.config.devices > 1:
+            say(f"the rows of a micro-batch are split among {', '.join(self.devices.names)}")
+        if self.ranks.size > 1:
+            say(f"{self.ranks.size} processes, {self.ranks.local_size} of them on this machine")
         say(f"data {data.source}: {len(data.train):,} training and {len(data.val):,} validation "
             f"tokens")
         changed = sum(p.numel() for p in self.params.values())
@@ -367,62 +414,58 @@ class Run:
                 "most of all")
 
 
-@contextmanager
-def _signals():
-    """A list that Ctrl-C and SIGTERM put their number on; the second one acts at once."""
-    pending: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield pending
-        return
-
-    def note(signum, frame):
-        pending.append(signum)
-        signal.signal(signum, before[signum])
-        print("\nstopping after this step; again to stop at once", file=sys.stderr)
-
-    before = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield pending
-    finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)
-
-
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     warnings.formatwarning = lambda message, *_: f"{message}\n"
+    ranks = Ranks()
     try:
-        flags = _parse(argv)
-        config = flags["train"]
-        if config.resume or config.eval_only:  # what is not said again is as the run had it
-            saved = Path(config.out_dir) / "config.json"
-            if not saved.is_file():
-                what = "evaluate: leave out --eval_only" if config.eval_only else (
-                    "resume: leave out --resume")
-                raise ValueError(f"there is no run in {config.out_dir} to {what}, or name "
-                                 "another --out_dir")
-            flags = _parse(["--config", str(saved), *argv])
-            config = flags["train"]
-        device.choose(config.device)
-        shape = flags["model"]
-        if config.init_from == "scratch":
-            data = load_data(config.data, config.tokenizer, shape.vocab_size, shape.block_size,
-                             config.text_field)
-            size = data.tokenizer.vocab_size
-            model = (GPT(replace(shape, vocab_size=size), config.seed) if config.model == "gpt" else
-                     Bigram(BigramConfig(block_size=shape.block_size, vocab_size=size)))
-        else:
-            model, data = _pretrained(shape, config, given(GPTConfig, argv, PRESETS))
+        ranks = world()
+        with ranks.one_first():
+            shape, config = _settings(argv)
+        device.choose(config.device, ranks.local_rank * config.devices)
+        with ranks.one_first():
+            model, data = _model_and_data(shape, config, argv)
         train(model, config, data)
     except Interrupted as stop:
-        print(stop, file=sys.stderr)
+        if ranks.first:
+            print(stop, file=sys.stderr)
         return 128 + stop.signum
     except KeyboardInterrupt:
+        ranks.abort(130)
         return 130
+    except SystemExit as end:  # of the parser, which has said why
+        ranks.abort(end.code)
+        raise
     except ValueError as error:
-        print(f"train.py: {error}", file=sys.stderr)
+        ranks.abort(2, f"train.py: {error}")
         return 2
     return 0
+
+
+def _settings(argv: list[str]) -> tuple[GPTConfig, TrainConfig]:
+    """What argv asks for; of a run that is gone on with, all else is as that run had it."""
+    flags = _parse(argv)
+    config = flags["train"]
+    if config.resume or config.eval_only:
+        saved = Path(config.out_dir) / "config.json"
+        if not saved.is_file():
+            what = "evaluate: leave out --eval_only" if config.eval_only else (
+                "resume: leave out --resume")
+            raise ValueError(f"there is no run in {config.out_dir} to {what}, or name "
+                             "another --out_dir")
+        flags = _parse(["--config", str(saved), *argv])
+    return flags["model"], flags["train"]
+
+
+def _model_and_data(shape: GPTConfig, config: TrainConfig, argv: list[str]):
+    if config.init_from != "scratch":
+        return _pretrained(shape, config, given(GPTConfig, argv, PRESETS))
+    data = load_data(config.data, config.tokenizer, shape.vocab_size, shape.block_size,
+                     config.text_field)
+    size = data.tokenizer.vocab_size
+    if config.model == "bigram":
+        return Bigram(BigramConfig(block_size=shape.block_size, vocab_size=size)), data
+    return GPT(replace(shape, vocab_size=size), config.seed), data
 
 
 def _pretrained(shape: GPTConfig, config: TrainConfig, asked: list[str]) -> tuple[GPT, TokenData]:

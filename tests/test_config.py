@@ -81,7 +81,8 @@ OUT_OF_RANGE = {
         "lora_rank": [-1], "lora_alpha": [0.0, -1.0, NAN],
         "curriculum_start_block_size": [0, -1], "patience": [-1],
         "max_minutes": [0.0, -1.0, NAN], "skip_spikes": [-1.0, 0.5, NAN],
-        "tokenizer": ["word", "BPE"], "kernels": ["cuda", ""], "threads": [0, 65]},
+        "tokenizer": ["word", "BPE"], "kernels": ["cuda", ""], "threads": [0, 65],
+        "devices": [0, -1]},
     SampleConfig: {
         "max_new_tokens": [-1], "temperature": [-0.1, NAN, INF], "top_k": [0, -3],
         "top_p": [0.0, -0.1, 1.01, NAN], "min_p": [-0.1, 1.01], "repetition_penalty": [0.0, -1.0],
@@ -108,7 +109,7 @@ def test_every_field_with_a_range_is_tested_above():
     free = {"data", "text_field", "out_dir", "resume", "decay_lr", "device", "bias", "qk_norm",
             "parallel", "tie_weights", "ema", "eval_only", "curriculum", "grad_checkpoint",
             "auto_batch_size", "tensorboard", "wandb", "init_from", "offline", "freeze",
-            "lora_targets"}
+            "lora_targets", "shard_optimizer"}
     for cls, cases in OUT_OF_RANGE.items():
         assert {f.name for f in fields(cls)} - free == set(cases)
 

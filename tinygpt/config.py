@@ -139,6 +139,12 @@ class TrainConfig:
         "help": "of weights, batches, dropout and samples"})
     device: str = field(default="auto", metadata={
         "help": "auto, cpu, cuda, metal, or what else tinygrad knows"})
+    devices: int = field(default=1, metadata={
+        "help": "so many devices of that kind, cuda:0, cuda:1, ..., each with the weights and its "
+                "part of every micro-batch"})
+    shard_optimizer: bool = field(default=False, metadata={
+        "help": "each of several devices keeps its part of the optimizer's state instead of all "
+                "(ZeRO-1)"})
     kernels: str = field(default="auto", metadata={
         "help": "implementation of the operations: auto, cpu, portable, reference, or flash: "
                 "attention in kernels for GPUs, all else automatic"})
@@ -176,9 +182,27 @@ class TrainConfig:
         check_choice(self, "dtype", ("float32", "bfloat16"))
         check_choice(self, "kernels", ("auto", "cpu", "portable", "reference", "flash"))
         check_range(self, "threads", low=1, high=64)
+        check_range(self, "devices", low=1)
+        if self.devices > 1:
+            self._check_devices()
         if self.min_lr is not None and self.min_lr > self.learning_rate:
             raise ValueError(f"min_lr={self.min_lr} is above learning_rate={self.learning_rate}: "
                              "choose a lower one")
+
+
+    def _check_devices(self) -> None:
+        if self.batch_size % self.devices:
+            raise ValueError(f"batch_size={self.batch_size} cannot be split among devices="
+                             f"{self.devices}: choose a multiple of {self.devices}")
+        if self.auto_batch_size:
+            raise ValueError(f"--batch_size auto is for one device, not devices={self.devices}: "
+                             "choose a number")
+        if self.kernels in ("cpu", "flash"):
+            raise ValueError(f"kernels={self.kernels!r} run on one device, not devices="
+                             f"{self.devices}: choose auto, portable or reference")
+        if self.shard_optimizer and self.optimizer == "adamw8bit":
+            raise ValueError("the blocks of adamw8bit's state cannot be split among devices: "
+                             "choose another optimizer, or leave out --shard_optimizer")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -81,11 +81,23 @@ def _has_no_gpu() -> bool:
     return sys.platform == "linux" and not any(any(Path("/dev").glob(d)) for d in drivers)
 
 
-def choose(name: str) -> str:
+def launched() -> tuple[int, int]:
+    """Which of how many processes this is that `mpirun`, or another launcher of MPI, started."""
+    for name in ("OMPI_COMM_WORLD_", "PMI_", "MV2_COMM_WORLD_"):
+        rank, size = os.environ.get(name + "RANK", ""), os.environ.get(name + "SIZE", "")
+        if rank.isdigit() and size.isdigit():
+            return int(rank), int(size)
+    return 0, 1
+
+
+def choose(name: str, index: int = 0) -> str:
     """Makes `name` ("auto", "cpu", "cuda", "metal", "cuda:1", ...) the default device.
 
-    Returns its canonical name. Raises DeviceError where it cannot be opened.
+    Where a machine has several of the kind and the name says none, it is that of `index`; there is
+    one CPU. Returns its canonical name. Raises DeviceError where it cannot be opened.
     """
+    if index and ":" not in name and not (kind := choose(name)).startswith("CPU"):
+        return choose(f"{kind}:{index}")
     if name.lower() != "auto":
         try:
             canonical = Device.canonicalize(name.upper())
@@ -104,6 +116,30 @@ def choose(name: str) -> str:
         DEV.value = canonical
         default.cache_clear()
     return default()
+
+
+def several(count: int) -> tuple[str, ...]:
+    """The names of so many devices of the default one's kind, from that one on. Raises DeviceError
+    where there are fewer."""
+    if count == 1:
+        return (default(),)
+    kind, _, first = default().partition(":")
+    names = tuple(Device.canonicalize(f"{kind}:{int(first or 0) + i}") for i in range(count))
+    for i, name in enumerate(names):
+        try:
+            Device[name]
+        except Exception as error:  # whatever a driver raises: the device cannot be opened
+            raise DeviceError(f"devices={count}: {name} cannot be used here "
+                              f"({(str(error).strip() or type(error).__name__).splitlines()[0]}): "
+                              f"choose {i}") from error
+    return names
+
+
+def gathered(tensor: Tensor) -> Tensor:
+    """A tensor on several devices, whole on each of them; to be realized."""
+    if tensor.uop.axis is None:
+        return tensor
+    return Tensor(tensor.uop.copy_to_device(tensor.device))
 
 
 def _check_compiler() -> None:
@@ -156,26 +192,33 @@ def free_memory() -> None:
 def write(tensor: Tensor, data) -> None:
     """Puts data into a realized tensor's own memory, whatever compiled step reads it next.
 
-    On the CPU without a copy between, whatever the dtype and the strides of an array.
+    On the CPU without a copy between, whatever the dtype and the strides of an array. A tensor on
+    several devices gets each one's rows, or all of it.
     """
     from tinygrad.dtype import _to_np_dtype
 
     buffer, dtype = tensor.uop.base.realized, _to_np_dtype(tensor.dtype)
-    if tensor.device.startswith("CPU"):
-        Device[tensor.device].synchronize()
-        there = np.frombuffer(buffer.as_memoryview(force_zero_copy=True), dtype)
-        there.reshape(tensor.shape)[...] = np.asarray(data).reshape(tensor.shape)
-        return
-    array = np.ascontiguousarray(data, dtype=dtype).reshape(tensor.shape)
-    if hasattr(buffer, "copyin"):  # tinygrad 0.13
-        buffer.copyin(array.data)
+    array = np.asarray(data).reshape(tensor.shape)
+    names, buffers, parts = [tensor.device], [buffer], [array]
+    if isinstance(tensor.device, tuple):
+        names, buffers, axis = tensor.device, buffer.bufs, tensor.uop.axis
+        parts = [array] * len(names) if axis is None else np.split(array, len(names), axis)
+    if names[0].startswith("CPU"):
+        for name, buffer, part in zip(names, buffers, parts, strict=True):
+            Device[name].synchronize()
+            there = np.frombuffer(buffer.as_memoryview(force_zero_copy=True), dtype)
+            there.reshape(part.shape)[...] = part
+    elif hasattr(buffers[0], "copyin"):  # tinygrad 0.13
+        for buffer, part in zip(buffers, parts, strict=True):
+            buffer.copyin(np.ascontiguousarray(part, dtype).data)
     else:  # tinygrad 0.14
-        tensor.assign(Tensor(array, device=tensor.device)).realize()
+        whole = Tensor(np.ascontiguousarray(array, dtype))
+        tensor.assign(whole.shard_like(tensor)).realize()
 
 
 def read(tensor: Tensor) -> np.ndarray:
     """A copy of a realized tensor, on the CPU without the graph that Tensor.numpy() builds."""
-    if not tensor.device.startswith("CPU"):
+    if isinstance(tensor.device, tuple) or not tensor.device.startswith("CPU"):
         return tensor.numpy()
     from tinygrad.dtype import _to_np_dtype
 

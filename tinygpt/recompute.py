@@ -52,5 +52,5 @@ def _wait_for(grad: Tensor, x: Tensor) -> Tensor:
 
     Without it the graph of the second computation would be that of the first, and be the first.
     """
-    first = grad.detach().flatten()[:1].cast(x.dtype).reshape((1,) * x.ndim)
+    first = grad.detach()[(slice(None), *(slice(1) for _ in range(x.ndim - 1)))].cast(x.dtype)
     return (first != first).where(first, x).contiguous()  # where it is no number, nor is the result

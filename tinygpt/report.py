@@ -19,14 +19,15 @@ class Report:
 
     flops_per_iter and tokens_per_iter are those of a training step, peak_flops the device's.
     Records of steps after `start`, which a resumed run takes again, are dropped. The figures of
-    every record go to the loggers too (see loggers.py).
+    every record go to the loggers too (see loggers.py). A silent one says and keeps nothing.
     """
 
     def __init__(self, out_dir: Path | None, start: int, max_iters: int, log_interval: int,
-                 tokens_per_iter: int, flops_per_iter: float, peak_flops: float, loggers=()):
+                 tokens_per_iter: int, flops_per_iter: float, peak_flops: float, loggers=(),
+                 silent: bool = False):
         self.out_dir, self.max_iters, self.log_interval = out_dir, max_iters, log_interval
         self.tokens_per_iter, self.flops_per_iter = tokens_per_iter, flops_per_iter
-        self.peak_flops = peak_flops
+        self.peak_flops, self.silent = peak_flops, silent
         self.records, self.file, self.loggers = [], None, loggers
         if out_dir is not None:
             former = _read_records(out_dir / "metrics.jsonl") if start else []
@@ -48,12 +49,14 @@ class Report:
 
     def line(self, text: str) -> None:
         """One line on stdout, above the bar where there is one."""
-        tqdm.write(text, file=sys.stdout)
-        sys.stdout.flush()
+        if not self.silent:
+            tqdm.write(text, file=sys.stdout)
+            sys.stdout.flush()
 
     def remark(self, text: str) -> None:
         """One line for a person, on stderr."""
-        tqdm.write(text, file=sys.stderr)
+        if not self.silent:
+            tqdm.write(text, file=sys.stderr)
 
     def step(self, iter_num: int, loss: float, norm: float, lr: float, seconds: float,
              compiled: bool) -> None:

@@ -5,30 +5,35 @@ from tinygrad import Tensor, dtypes
 
 from tinygpt import device
 from tinygpt.config import TrainConfig
+from tinygpt.devices import Devices
 from tinygpt.kernels.jit import compiled
 from tinygpt.kernels.random import make_key
 from tinygpt.optim import EMA, clip_scale, global_norm
+from tinygpt.ranks import Buckets, Ranks
 
 
 class Steps:
     """Trains the weights `params` of a model with an optimizer, and keeps the EMA where there is
     one. Whatever changes from step to step is written into tensors, so that each step is compiled
-    once.
+    once. Of several ranks each takes its own share of a step's micro-batches; of several devices
+    each its own rows of a micro-batch. owned is what the optimizer updates of params.
     """
 
     def __init__(self, model, config: TrainConfig, params: dict[str, Tensor], optimizer,
-                 ema: EMA | None):
-        self.model, self.config, self.params = model, config, params
-        self.optimizer, self.ema = optimizer, ema
+                 owned: dict[str, Tensor], ema: EMA | None, ranks: Ranks, devices: Devices):
+        self.model, self.config, self.params, self.owned = model, config, params, owned
+        self.devices = devices
+        self.optimizer, self.ema, self.ranks = optimizer, ema, ranks
         shape = config.batch_size, model.config.block_size
-        self.x, self.y = (_buffer(*shape, dtype=dtypes.int32) for _ in range(2))
-        self.lr, self.norm_limit = _buffer(1), _buffer(1)
-        self.key = _buffer(1, dtype=dtypes.uint32)
+        self.x, self.y = self._rows(*shape), self._rows(*shape)
+        self.lr, self.norm_limit = self._buffer(1), self._buffer(1)
+        self.key = self._buffer(1, dtype=dtypes.uint32)
         self._evaluate = compiled(self._eval_step)
         if config.gradient_accumulation_steps > 1:
-            self.share = _buffer(1)  # of a micro-batch in the step
-            self.sums = [_buffer(*p.shape) for p in params.values()]
-            self.loss_sum = _buffer(1)
+            self.share = self._buffer(1)  # of a micro-batch in the step
+            self.sums = [self._buffer(*p.shape) for p in params.values()]
+            self.loss_sum = self._buffer(1)
+            self.buckets = Buckets(ranks, [self.loss_sum, *self.sums])
             self._apply = compiled(self._apply_step)
         self.use_length(model.config.block_size)
 
@@ -41,7 +46,7 @@ class Steps:
         self.length = length
         rows, block = self.x.shape
         self.inputs = (self.x, self.y) if length == block else tuple(
-            _buffer(rows * block // length, length, dtype=dtypes.int32) for _ in range(2))
+            self._rows(rows * block // length, length) for _ in range(2))
         if self.config.gradient_accumulation_steps == 1:
             self._train = compiled(self._train_step)
         else:
@@ -56,7 +61,7 @@ class Steps:
         micro = self.config.gradient_accumulation_steps
         device.write(self.lr, [lr])
         device.write(self.norm_limit, [norm_limit])
-        for n in range(number * micro, (number + 1) * micro):
+        for n in self.ranks.share(range(number * micro, (number + 1) * micro)):
             self._load(*batch(n), *self.inputs)
             device.write(self.key, make_key(self.config.seed, n))
             if micro == 1:
@@ -65,14 +70,20 @@ class Steps:
                 device.write(self.share, [1 / micro])
                 self._accumulate(*self.inputs, self.key, self.share)
         if micro > 1:
+            if self.ranks.size > 1:
+                self.buckets.sum()
             stats = self._apply(self.lr)
         loss, norm = stats.tolist()
         return loss, norm
 
-    def evaluate(self, x: np.ndarray, y: np.ndarray) -> float:
-        """The loss of a micro-batch (B, T) of ids and targets."""
-        self._load(x, y, self.x, self.y)
-        return self._evaluate(self.x, self.y).item()
+    def evaluate(self, batches: list[tuple[np.ndarray, np.ndarray]]) -> float:
+        """The mean loss of micro-batches (B, T) of ids and targets, to which each rank computes
+        its share."""
+        losses = np.zeros(len(batches))
+        for n in self.ranks.share(range(len(batches))):
+            self._load(*batches[n], self.x, self.y)
+            losses[n] = self._evaluate(self.x, self.y).item()
+        return float(np.mean(self.ranks.sum(losses)))
 
     def _load(self, x: np.ndarray, y: np.ndarray, to_x: Tensor, to_y: Tensor) -> None:
         if (largest := max(x.max(), y.max())) >= self.model.config.vocab_size:
@@ -103,6 +114,7 @@ class Steps:
             sound = sound & (norm <= self.norm_limit.reshape(()))
         sound = sound.contiguous()
         updates = self.optimizer.update(grads, lr, scale, sound)
+        updates += self.devices.gather(self.owned, self.params)
         if self.ema:
             updates += self.ema.update(self.optimizer.step, sound)
         return Tensor.stack(loss.reshape(()), norm).realize(*updates)
@@ -125,6 +137,12 @@ class Steps:
     def _eval_step(self, x: Tensor, y: Tensor) -> Tensor:
         return self.model(x, y)[1].realize()
 
+    # ---- what is written into
 
-def _buffer(*shape: int, dtype=dtypes.float32) -> Tensor:
-    return Tensor.zeros(*shape, dtype=dtype).contiguous().realize()
+    def _buffer(self, *shape: int, dtype=dtypes.float32) -> Tensor:
+        """Zeros, on every device."""
+        return self.devices.copies(Tensor.zeros(*shape, dtype=dtype).contiguous().realize())
+
+    def _rows(self, *shape: int) -> Tensor:
+        """Tokens, some rows on each device."""
+        return self.devices.rows(Tensor.zeros(*shape, dtype=dtypes.int32).contiguous().realize())

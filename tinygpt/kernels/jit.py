@@ -19,7 +19,8 @@ def compiled(step: Callable) -> TinyJit:
     return jit
 
 
-def constant(array: np.ndarray, device: str) -> Tensor:
-    """A realized tensor of array, made at once even where a step that asks for it is captured."""
+def constant(array: np.ndarray, device: str | tuple[str, ...]) -> Tensor:
+    """A realized tensor of array, on several devices a copy on each, made at once even where a step
+    that asks for it is captured."""
     with Context(CAPTURING=0):
-        return Tensor(array, device=device).realize()
+        return Tensor(array).to(device).realize()

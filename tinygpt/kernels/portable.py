@@ -5,11 +5,14 @@ a matrix product with what surrounds it (and then computing it again for every o
 column sums in two stages, which it can spread over cores and vector lanes.
 """
 
+import functools
 import math
+import operator
 
 from tinygrad import Tensor, dtypes
 
 from tinygpt.kernels import reference
+from tinygpt.kernels.random import counter
 from tinygpt.kernels.reference import (
     adamw,
     adamw8bit,
@@ -34,7 +37,7 @@ def linear(x, weight, bias=None, residual=None):
 
 def embedding(idx, weight):
     # a sum over a one-hot matrix: its gradient is a matrix product instead of a scatter
-    one_hot = Tensor.arange(weight.shape[0]) == idx.unsqueeze(-1)
+    one_hot = counter(weight.shape[0], idx.device) == idx.unsqueeze(-1)
     return _barrier(one_hot.cast(weight.dtype).contiguous() @ weight)
 
 
@@ -87,7 +90,7 @@ def attention(q, k, v, offset=0, window=None, dropout_p=0.0, dropout_key=None):
     q = _barrier(q.reshape(B, G, H // G, T, D))
     k, v = _barrier(k.unsqueeze(2)), _barrier(v.unsqueeze(2))  # (B, G, 1, S, D)
     scores = _barrier(q @ k.transpose(-1, -2)).cast(dtypes.float32)  # (B, G, H/G, T, S)
-    mask = attention_mask(T, S, offset, window)
+    mask = attention_mask(T, S, offset, window, q.device)
     scores = mask.where(scores * (1 / math.sqrt(D)), -float("inf"))
     weights = _barrier((scores - scores.max(-1, keepdim=True).detach().contiguous()).exp())
     weights = _barrier(weights / _barrier(weights.sum(-1, keepdim=True))).cast(q.dtype)
@@ -105,7 +108,7 @@ def cross_entropy(logits, targets, label_smoothing=0.0, z_loss=0.0, ignore_index
     V = logits.shape[-1]
     top = logits.max(-1, keepdim=True).detach().contiguous()
     log_z = _barrier((logits - top).exp().sum(-1).log()) + top.squeeze(-1)
-    target = (Tensor.arange(V) == targets.unsqueeze(-1)).where(logits, 0)
+    target = (counter(V, targets.device) == targets.unsqueeze(-1)).where(logits, 0)
     loss = log_z - (1 - label_smoothing) * _barrier(target.sum(-1))
     if label_smoothing:
         loss = loss - label_smoothing * _barrier(logits.mean(-1))
@@ -114,7 +117,7 @@ def cross_entropy(logits, targets, label_smoothing=0.0, z_loss=0.0, ignore_index
 
 
 def square_sum(*tensors):
-    return sum((x.square().sum().contiguous() for x in tensors), start=Tensor.zeros(()))
+    return functools.reduce(operator.add, (x.square().sum().contiguous() for x in tensors))
 
 
 def orthogonalize(x):
@@ -123,7 +126,8 @@ def orthogonalize(x):
     x = (x / (x.square().sum().sqrt() + 1e-7).contiguous()).contiguous()
     wide = x.shape[0] <= x.shape[1]
     A = _product(x, x.T) if wide else _product(x.T, x)  # (N, N)
-    eye, product = Tensor.eye(A.shape[0]) * a, None
+    i, product = counter(A.shape[0], A.device), None
+    eye = (i.unsqueeze(1) == i) * a
     for i in range(5):
         step = (eye + b * A + c * _product(A, A)).contiguous()
         product = step if product is None else _product(product, step)

@@ -7,6 +7,8 @@ resumed run, by another device. The mixer is Wellons' `lowbias32`, a bijection o
 import numpy as np
 from tinygrad import Tensor, dtypes
 
+from tinygpt.kernels.cpu.launch import IS_014
+
 
 def make_key(*words: int) -> np.ndarray:
     """A key (1,) uint32 from any non-negative integers, e.g. seed and step."""
@@ -18,9 +20,14 @@ def next_key(key: Tensor) -> Tensor:
     return mix(key + 0x9E3779B9).contiguous()
 
 
+def counter(count: int, device: str | tuple[str, ...]) -> Tensor:
+    """0, 1, ..., count - 1 (count,) int32 on a device, or on each of several."""
+    return Tensor.arange(count, **({} if IS_014 else {"device": device}))  # 0.14's are anywhere
+
+
 def random_bits(key: Tensor, shape: tuple[int, ...]) -> Tensor:
     """Independent uniform uint32 words of the given shape."""
-    index = Tensor.arange(int(np.prod(shape))).cast(dtypes.uint32)
+    index = counter(int(np.prod(shape)), key.device).cast(dtypes.uint32)
     return mix(mix(index) + key).reshape(shape)
 
 

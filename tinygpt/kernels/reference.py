@@ -5,12 +5,14 @@ gradients, and tests and benchmarks measure against it alone. The docstrings of 
 are in `tinygpt/kernels/__init__.py`.
 """
 
+import functools
 import math
+import operator
 
-from tinygrad import Tensor, dtypes
+from tinygrad import dtypes
 
 from tinygpt.kernels.blockwise import dequantize, in_blocks, quantize
-from tinygpt.kernels.random import random_bits, uniform
+from tinygpt.kernels.random import counter, random_bits, uniform
 
 
 def linear(x, weight, bias=None, residual=None):
@@ -72,10 +74,10 @@ def dropout(x, p, key):
     return keep.where(x / (1 - p), 0)
 
 
-def attention_mask(T, S, offset, window):
+def attention_mask(T, S, offset, window, device):
     """(T, S) bool: query i stands at offset + i and sees itself and what lies before it."""
-    i = Tensor.arange(T).reshape(T, 1) + offset
-    j = Tensor.arange(S).reshape(1, S)
+    i = counter(T, device).reshape(T, 1) + offset
+    j = counter(S, device).reshape(1, S)
     mask = i >= j
     return mask if window is None else mask & (i < j + window)
 
@@ -86,7 +88,7 @@ def attention(q, k, v, offset=0, window=None, dropout_p=0.0, dropout_key=None):
     q = q.reshape(B, G, H // G, T, D)
     k, v = k.unsqueeze(2), v.unsqueeze(2)  # (B, G, 1, S, D)
     scores = (q @ k.transpose(-1, -2)).cast(dtypes.float32) / math.sqrt(D)  # (B, G, H/G, T, S)
-    mask = attention_mask(T, S, offset, window)
+    mask = attention_mask(T, S, offset, window, q.device)
     weights = mask.where(scores, -float("inf")).softmax(-1).cast(q.dtype)
     return (dropout(weights, dropout_p, dropout_key) @ v).reshape(B, H, T, D)
 
@@ -106,7 +108,7 @@ def cross_entropy(logits, targets, label_smoothing=0.0, z_loss=0.0, ignore_index
     logits = logits.cast(dtypes.float32)
     V = logits.shape[-1]
     log_z = logits.logsumexp(-1)
-    target = (Tensor.arange(V) == targets.unsqueeze(-1)).where(logits, 0)
+    target = (counter(V, targets.device) == targets.unsqueeze(-1)).where(logits, 0)
     loss = log_z - (1 - label_smoothing) * target.sum(-1) - label_smoothing * logits.mean(-1)
     counted = targets != ignore_index
     return counted.where(loss + z_loss * log_z.square(), 0).sum() / counted.sum()
@@ -121,7 +123,7 @@ def draw(logits, key=None, temperature=None):
 
 
 def square_sum(*tensors):
-    return sum((x.square().sum() for x in tensors), start=Tensor.zeros(()))
+    return functools.reduce(operator.add, (x.square().sum() for x in tensors))
 
 
 NEWTON_SCHULZ = 3.4445, -4.7750, 2.0315  # a + b A + c A^2

@@ -131,9 +131,15 @@ class Pool:
             worker.join(1)
 
 
+def cpus() -> frozenset[int]:
+    """The CPUs that this process may use, by number."""
+    known = hasattr(os, "sched_getaffinity")
+    return frozenset(os.sched_getaffinity(0) if known else range(os.cpu_count()))
+
+
 def cpu_count() -> int:
-    """CPUs that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    """How many CPUs this process may use."""
+    return len(cpus())
 
 
 @functools.cache
