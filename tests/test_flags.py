@@ -59,6 +59,7 @@ EXERCISED = {
             "init_from",
         "test_pretrained.py::test_a_fine_tune_that_cannot_be_gets_one_line_and_status_2":
             "offline",
+        "test_devices.py::test_what_each_device_keeps": "devices shard_optimizer",
         "test_lora.py::test_frozen_weights_stay": "freeze",
         "test_batch_size.py::test_a_run_takes_the_same_tokens_in_what_fits": "auto_batch_size",
         "test_recompute.py::test_a_step_takes_less_memory": "grad_checkpoint",
@@ -190,7 +191,8 @@ def test_the_intervals_of_a_run(config, data, no_steps, tmp_path):
 def test_an_evaluation_is_of_so_many_batches(config, data, monkeypatch):
     run = Run(GPT(TINY), replace(config, eval_iters=7, batch_size=3), data)
     shapes = []
-    monkeypatch.setattr(run.steps, "evaluate", lambda x, y: (shapes.append(x.shape), 1.0)[1])
+    monkeypatch.setattr(run.steps, "evaluate", lambda batches: (
+        shapes.extend(x.shape for x, _ in batches), 1.0)[1])
     run.report = Report(None, 0, 1, 1, 1, 1, 1)
     run._evaluate()
     assert shapes == 2 * 7 * [(3, 8)]
