@@ -1,11 +1,15 @@
-"""How C kernels read the views of each other's outputs."""
+"""How C kernels read the views of each other's outputs, and the thread that runs them."""
+
+import subprocess
+import sys
 
 import numpy as np
 import pytest
+from conftest import ROOT
 from tinygrad import Tensor
 
-from tinygpt import kernels
-from tinygpt.kernels.cpu.launch import memory, plain
+from tinygpt import device, kernels
+from tinygpt.kernels.cpu.launch import IS_014, memory, plain
 
 VIEWS = {
     "reshaped": lambda x: x.reshape(6, 20),
@@ -38,3 +42,46 @@ def test_only_what_lies_there_whole_and_in_order_is_read_without_a_copy():
     x = kernels.gelu(Tensor.ones(2, 3, 4, 5).contiguous().realize(), implementation="cpu")
     whole = {name for name, view in VIEWS.items() if plain(view(x)).uop is x.uop}
     assert whole == {"reshaped", "swapped twice"}
+
+
+# Garbage that the collector finds on the device's thread while more work waits for that thread: a
+# compiled step in flight, or memory that is not kept for later.
+GARBAGE = """
+import gc, sys, threading
+from tinygrad import Device, Tensor, TinyJit, dtypes
+from tinygrad.device import Buffer, BufferSpec
+import tinygpt.kernels
+gc.disable()
+step = TinyJit(lambda x: ((x + 1).contiguous() * 2).realize())
+x = Tensor.ones(4).contiguous().realize()
+for _ in range(4):
+    step(x)
+Device["CPU"].synchronize()
+submitted = threading.Event()
+Device["CPU"].tasks.put([lambda thread: (submitted.wait(), gc.collect()), 1, 0])
+if sys.argv[1] == "a step":
+    step(x)
+    cycle = [step]
+    del step
+else:
+    memory = Buffer("CPU", 4, dtypes.float32, options=BufferSpec(nolru=True)).allocate()
+    Device["CPU"].allocator.map(memory._buf)
+    cycle = [memory]
+    del memory
+cycle.append(cycle)
+del cycle
+y = (x + 3).realize()
+submitted.set()
+reader = threading.Thread(target=lambda: print(y.tolist()), daemon=True)
+reader.start()
+reader.join(10)
+"""
+
+
+@pytest.mark.skipif(IS_014, reason="that thread runs no Python there")
+@pytest.mark.parametrize("garbage", ["a step", "memory"])
+def test_garbage_that_the_devices_own_thread_collects_does_not_stop_it(garbage):
+    device.export_compiler()
+    done = subprocess.run([sys.executable, "-c", GARBAGE, garbage], cwd=ROOT, capture_output=True,
+                          text=True, timeout=40)
+    assert done.stdout == "[4.0, 4.0, 4.0, 4.0]\n", done.stderr

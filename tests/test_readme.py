@@ -11,7 +11,8 @@ import train
 from gpt import GPTConfig
 from tinygpt.config import PRESETS, SampleConfig, TrainConfig, parse_flags
 
-BLOCKS = re.findall(r"```(\w+)\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S)
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.S)
 LINES = [line for kind, code in BLOCKS if kind == "sh" for line in code.splitlines()]
 COMMANDS = [words for line in LINES for part in line.split("&&")
             if (words := shlex.split(part))[0] == "python" and words[1] != "-m"]
@@ -25,6 +26,13 @@ def test_the_set_up_commands_name_files_that_exist():
         assert (ROOT / name).is_file()
     test_command = next(line for line in LINES if "pytest" in line).split("&& ")[-1]
     assert test_command in (ROOT / ".ci" / "run").read_text()
+
+
+def test_the_files_are_those_that_there_are():
+    tree = next(code for kind, code in re.findall(r"```(\w*)\n(.*?)```", README, re.S)
+                if code.startswith("gpt.py "))
+    named = re.findall(r"^  (\w+\.py) ", tree, re.M)
+    assert sorted(named) == sorted(p.name for p in (ROOT / "tinygpt").glob("[!_]*.py"))
 
 
 @pytest.mark.parametrize("words", COMMANDS, ids=" ".join)

@@ -16,6 +16,7 @@ import platform
 import re
 import sys
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -135,6 +136,30 @@ def cpus() -> frozenset[int]:
     """The CPUs that this process may use, by number."""
     known = hasattr(os, "sched_getaffinity")
     return frozenset(os.sched_getaffinity(0) if known else range(os.cpu_count()))
+
+
+def off_the_worker(finalizer: Callable[..., None]) -> Callable[..., None]:
+    """A finalizer that waits for the CPU's thread of kernels, put off where that very thread runs
+    it, which would wait for itself for ever: until another thread calls one.
+
+    tinygrad 0.13's thread is Python's too, so that the garbage collector may run on it.
+    """
+    put_off: list[tuple] = []
+
+    def finalize(*args) -> None:
+        put_off.append(args)
+        while put_off and not isinstance(threading.current_thread(), CPUWorker):
+            finalizer(*put_off.pop())
+    return finalize
+
+
+if not IS_014:
+    from tinygrad.runtime.graph.hcq import HCQGraph
+    from tinygrad.runtime.ops_cpu import CPUWorker
+    from tinygrad.runtime.support.hcq import HCQAllocatorBase
+
+    HCQGraph.__del__ = off_the_worker(HCQGraph.__del__)
+    HCQAllocatorBase._free = off_the_worker(HCQAllocatorBase._free)
 
 
 def cpu_count() -> int:
