@@ -266,6 +266,7 @@ def go_on_exactly(model: callable, config: TrainConfig) -> None:
         assert changed == (".lora." in name if config.lora_rank else not name.startswith(frozen))
 
     expected, _ = checkpoint.load(result.last)
+    assert any(name.startswith("ema.") for name in expected) == config.ema
     result.last.unlink()
     rest = train(model(6), replace(config, resume=True), data)
     again, facts = checkpoint.load(rest.last)
