@@ -2,7 +2,7 @@
 an all-reduce take, and measured on this machine. Then the projection for machines that are joined
 by a network of so many GB/s.
 
-    python bench/scaling.py [--ranks 1 2 4] [--project 2 4 8] [--network 10]
+    python bench/scaling.py [--ranks 1 2 4] [--project 2 4] [--network 10]
 """
 
 import argparse
@@ -25,14 +25,14 @@ from tinygpt.kernels.cpu.launch import cpu_count
 from tinygpt.ranks import Ranks, world
 from train import Run
 
-SHAPE = GPTConfig(n_layer=4, n_head=4, n_embd=192, block_size=64, vocab_size=2048)
-MICRO = 8  # micro-batches of 4 sequences in a step, whatever the number of processes
-STEPS = 40
+SHAPE = GPTConfig(n_layer=4, n_head=4, n_embd=192, block_size=64, vocab_size=1024)
+MICRO = 4  # micro-batches of 2 sequences in a step, whatever the number of processes
+STEPS = 150
 
 
 def make_run(ranks: Ranks) -> Run:
     data = np.random.default_rng(0).integers(0, SHAPE.vocab_size, 100_000).astype(np.uint16)
-    config = TrainConfig(batch_size=4, gradient_accumulation_steps=MICRO,
+    config = TrainConfig(batch_size=2, gradient_accumulation_steps=MICRO,
                          out_dir=ranks.from_first(tempfile.mkdtemp()))
     run = Run(GPT(SHAPE), config, TokenData(data, data, None, "random"), ranks)
     for _ in range(3):  # plainly, while compiling, and compiled
@@ -83,7 +83,7 @@ def measured(ranks: int, mode: str) -> list[float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--ranks", type=int, nargs="*", default=[1, 2, 4])
-    parser.add_argument("--project", type=int, nargs="*", default=[2, 4, 8],
+    parser.add_argument("--project", type=int, nargs="*", default=[2, 4],
                         help="numbers that divide the micro-batches of a step")
     parser.add_argument("--network", type=float, default=1.25, help="GB/s; 1.25 is 10 Gb/s")
     parser.add_argument("--mode", choices=["pieces", "sums", "step"],
