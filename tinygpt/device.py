@@ -197,15 +197,12 @@ def write(tensor: Tensor, data) -> None:
     """
     from tinygrad.dtype import _to_np_dtype
 
-    buffer, dtype = tensor.uop.base.realized, _to_np_dtype(tensor.dtype)
+    buffers, dtype, axis = buffers_of(tensor), _to_np_dtype(tensor.dtype), tensor.uop.axis
     array = np.asarray(data).reshape(tensor.shape)
-    names, buffers, parts = [tensor.device], [buffer], [array]
-    if isinstance(tensor.device, tuple):
-        names, buffers, axis = tensor.device, buffer.bufs, tensor.uop.axis
-        parts = [array] * len(names) if axis is None else np.split(array, len(names), axis)
-    if names[0].startswith("CPU"):
-        for name, buffer, part in zip(names, buffers, parts, strict=True):
-            Device[name].synchronize()
+    parts = [array] * len(buffers) if axis is None else np.split(array, len(buffers), axis)
+    if buffers[0].device.startswith("CPU"):
+        for buffer, part in zip(buffers, parts, strict=True):
+            Device[buffer.device].synchronize()
             there = np.frombuffer(buffer.as_memoryview(force_zero_copy=True), dtype)
             there.reshape(part.shape)[...] = part
     elif hasattr(buffers[0], "copyin"):  # tinygrad 0.13
@@ -214,6 +211,14 @@ def write(tensor: Tensor, data) -> None:
     else:  # tinygrad 0.14
         whole = Tensor(np.ascontiguousarray(array, dtype))
         tensor.assign(whole.shard_like(tensor)).realize()
+
+
+def buffers_of(tensor: Tensor) -> list:
+    """The memory of a realized tensor, on each of its devices."""
+    uop = tensor.uop.base
+    if uop.axis is not None:  # 0.14's base is above what is sharded
+        uop = uop.src[0].base
+    return getattr(uop.realized, "bufs", [uop.realized])
 
 
 def read(tensor: Tensor) -> np.ndarray:

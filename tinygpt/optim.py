@@ -104,7 +104,7 @@ class AdamW(Optimizer):
             return 1 / (1 - (self.step * math.log(beta)).exp()) if beta else self.step.ones_like()
         known = [debias(self.beta1), debias(self.beta2), scale.reshape(1),
                  apply.where(1.0, 0.0).reshape(1)]
-        return {is_matrix: Tensor.cat(learning_rate, *(scale.full_like(x).reshape(1) for x in (
+        return {is_matrix: Tensor.cat(learning_rate, *(learning_rate.const_like(x) for x in (
             self.beta1, self.beta2, self.eps, self.weight_decay if is_matrix else 0.0)),
             *known).contiguous() for is_matrix in (False, True)}
 
