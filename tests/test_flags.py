@@ -2,6 +2,7 @@
 
 import ast
 import json
+from collections.abc import Callable
 from dataclasses import fields, replace
 from functools import cache
 
@@ -248,7 +249,7 @@ OF_BLOCKS = dict(grad_checkpoint=[False, True], lora_rank=[0, 2], freeze=[None, 
 SHAPES = MODEL | dict(dropout=[0.0, 0.2], activation=["gelu", "swiglu"], n_kv_head=[None, 2])
 
 
-def go_on_exactly(model: callable, config: TrainConfig) -> None:
+def go_on_exactly(model: Callable, config: TrainConfig) -> None:
     """Three steps: finite losses at the scheduled rates, and what is to change does, nothing else.
     The third one again from the checkpoint of the second is the same, bit for bit."""
     ids = np.random.default_rng(4).integers(0, 32, 600)

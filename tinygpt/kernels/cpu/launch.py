@@ -147,8 +147,9 @@ def off_the_worker(finalizer: Callable[..., None]) -> Callable[..., None]:
     put_off: list[tuple] = []
 
     def finalize(*args) -> None:
+        on_the_worker = isinstance(threading.current_thread(), CPUWorker)
         put_off.append(args)
-        while put_off and not isinstance(threading.current_thread(), CPUWorker):
+        while put_off and not on_the_worker:
             finalizer(*put_off.pop())
     return finalize
 
