@@ -18,6 +18,7 @@ from tinygpt.bigram import Bigram, BigramConfig
 from tinygpt.config import PRESETS, SampleConfig, TrainConfig, given, parse_flags, to_json
 from tinygpt.data import Batches, TokenData, load_data
 from tinygpt.devices import Devices
+from tinygpt.kernels.cpu.launch import cpu_count
 from tinygpt.loggers import check_loggers, make_loggers
 from tinygpt.optim import EMA, make_optimizer
 from tinygpt.ranks import Ranks, checksum, world
@@ -186,8 +187,8 @@ class Run:
     def _peak_flops(self) -> float:
         """Of all ranks together; those of a machine share its CPU."""
         on_cpu = device.default().startswith("CPU")
-        return (device.peak_flops() / self.ranks.local_size if on_cpu else
-                device.peak_flops() * self.config.devices) * self.ranks.size
+        each = self.ranks.threads() / cpu_count() if on_cpu else self.config.devices
+        return device.peak_flops() * each * self.ranks.size
 
     def _flops_per_step(self) -> int:
         return self.model.estimate_flops(self.steps.length) * self._tokens_per_step()
