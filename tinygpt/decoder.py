@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 
 import numpy as np
-from tinygrad import Tensor, TinyJit, UOp, dtypes
+from tinygrad import Tensor, UOp, dtypes
 
 from tinygpt import device
 from tinygpt.config import SampleConfig
@@ -33,7 +33,7 @@ class Decoder:
         self.seen = buffer(batch_size, vocab_size, dtype=dtypes.bool)
         self.tokens = {T: buffer(batch_size, T, dtype=dtypes.int32) for T in {1, self.chunk}}
         self.key = buffer(1, dtype=dtypes.uint32)
-        self.steps = {T: TinyJit(self._step) for T in self.tokens}
+        self.steps = {T: device.compiled(self._step) for T in self.tokens}
 
     def run(self, ids: np.ndarray, config: SampleConfig) -> Iterator[np.ndarray]:
         """Yields the tokens (B,) int32 that follow ids (B, T), max_new_tokens times."""

@@ -12,10 +12,12 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import weakref
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from tinygrad import Device, Tensor
+from tinygrad import Device, Tensor, TinyJit
 from tinygrad.helpers import DEV
 
 from tinygpt.kernels.cpu.launch import cpu_count
@@ -179,6 +181,15 @@ def peak_flops() -> float:
     lanes = 16 if "avx512f" in info else 8 if "avx2" in info else lanes
     speeds = [float(line.split(":")[1]) for line in info.splitlines() if line.startswith("cpu MHz")]
     return cpu_count() * (max(speeds) * 1e6 if speeds else clock) * 2 * lanes * 2
+
+
+def compiled(method: Callable) -> TinyJit:
+    """A method that is compiled when it is first called, and freed with the object that has it.
+
+    It does not own that object: the garbage collector would have to find the two, in whatever
+    thread it runs, and in tinygrad's CPU worker what is freed waits for that worker, for ever.
+    """
+    return TinyJit(functools.partial(method.__func__, weakref.proxy(method.__self__)))
 
 
 def free_memory() -> None:

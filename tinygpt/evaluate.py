@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import simple_parsing
-from tinygrad import Tensor, TinyJit
+from tinygrad import Tensor
 
 from gpt import GPT
 from tinygpt import device
@@ -58,7 +58,7 @@ class Scorer:
         self.model, self.block_size = model, model.config.block_size
         self.x, self.y = (Tensor.zeros(1, self.block_size, dtype="int32").contiguous().realize()
                           for _ in "xy")
-        self.step = TinyJit(self._step)
+        self.step = device.compiled(self._step)
 
     def _step(self, x: Tensor, y: Tensor) -> Tensor:
         """(2, T): the nats that each target cost, and whether it was the likeliest."""

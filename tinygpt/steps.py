@@ -1,10 +1,7 @@
 """The compiled steps of training a model: gradients, accumulation, update, evaluation."""
 
-import functools
-import weakref
-
 import numpy as np
-from tinygrad import Tensor, TinyJit, dtypes
+from tinygrad import Tensor, dtypes
 
 from tinygpt import device
 from tinygpt.config import TrainConfig
@@ -30,13 +27,13 @@ class Steps:
         self.x, self.y = self._rows(*shape), self._rows(*shape)
         self.lr, self.norm_limit = self._buffer(1), self._buffer(1)
         self.key = self._buffer(1, dtype=dtypes.uint32)
-        self._evaluate = self._compiled(Steps._eval_step)
+        self._evaluate = device.compiled(self._eval_step)
         if config.gradient_accumulation_steps > 1:
             self.share = self._buffer(1)  # of a micro-batch in the step
             self.sums = [self._buffer(*p.shape) for p in params.values()]
             self.loss_sum = self._buffer(1)
             self.buckets = Buckets(ranks, [self.loss_sum, *self.sums])
-            self._apply = self._compiled(Steps._apply_step)
+            self._apply = device.compiled(self._apply_step)
         self.use_length(model.config.block_size)
 
     def use_length(self, length: int) -> None:
@@ -50,9 +47,9 @@ class Steps:
         self.inputs = (self.x, self.y) if length == block else tuple(
             self._rows(rows * block // length, length) for _ in range(2))
         if self.config.gradient_accumulation_steps == 1:
-            self._train = self._compiled(Steps._train_step)
+            self._train = device.compiled(self._train_step)
         else:
-            self._accumulate = self._compiled(Steps._accumulate_step)
+            self._accumulate = device.compiled(self._accumulate_step)
 
     def train(self, number: int, batch, lr: float, norm_limit: float) -> tuple[float, float]:
         """Training step `number`: its loss, and the norm of its gradient before clipping.
@@ -95,11 +92,6 @@ class Steps:
         device.write(to_y, y)
 
     # ---- what is compiled
-
-    def _compiled(self, step) -> TinyJit:
-        # without a cycle of references: the garbage collector would free what is compiled in
-        # whatever thread it runs, and in tinygrad's CPU worker that waits for itself, for ever
-        return TinyJit(functools.partial(step, weakref.proxy(self)))
 
     def _gradients(self, x: Tensor, y: Tensor, key: Tensor) -> tuple[Tensor, list[Tensor]]:
         config, model = self.config, self.model
