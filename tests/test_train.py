@@ -1,11 +1,13 @@
 """Training: resumed runs, accumulation, non-finite losses, signals, refusals."""
 
+import gc
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+import weakref
 from dataclasses import replace
 
 import numpy as np
@@ -65,6 +67,21 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(config, text, tmp_pa
     ends = [checkpoint.load(tmp_path / out / "ckpt_6.safetensors")[0] for out in ("out", "parts")]
     assert set(ends[0]) == set(ends[1])
     assert all(np.array_equal(array, ends[1][name]) for name, array in ends[0].items())
+
+
+def test_compiled_steps_go_when_their_run_goes(config, text):
+    """Not when the garbage collector finds them, in a thread that they would wait for."""
+    run = Run(GPT(TINY), config, load_data(text, "byte", 256))
+    for _ in range(3):
+        run._step(1e-3)
+    steps = weakref.ref(run.steps)
+    gc.collect()
+    gc.disable()
+    try:
+        del run
+        assert steps() is None
+    finally:
+        gc.enable()
 
 
 def test_ema_is_evaluated_sampled_and_saved_beside_the_weights(config, text, tmp_path, capsys):

@@ -12,6 +12,7 @@ from tinygpt import checkpoint, device, lora
 from tinygpt.config import SampleConfig, TrainConfig, to_json
 from tinygpt.data import Batches, TokenData
 from tinygpt.devices import Devices
+from tinygpt.kernels.cpu.launch import cpu_count
 from tinygpt.language_model import LanguageModel
 from tinygpt.loggers import check_loggers, make_loggers
 from tinygpt.optim import EMA, make_optimizer
@@ -121,8 +122,8 @@ class Run:
     def _peak_flops(self) -> float:
         """Of all ranks together; those of a machine share its CPU."""
         on_cpu = device.default().startswith("CPU")
-        return (device.peak_flops() / self.ranks.local_size if on_cpu else
-                device.peak_flops() * self.config.devices) * self.ranks.size
+        each = self.ranks.threads() / cpu_count() if on_cpu else self.config.devices
+        return device.peak_flops() * each * self.ranks.size
 
     def _flops_per_step(self) -> int:
         return self.model.estimate_flops(self.steps.length) * self._tokens_per_step()

@@ -1,5 +1,7 @@
 """Steps that tinygrad compiles at their first call, and constants that are no part of a step."""
 
+import functools
+import weakref
 from collections.abc import Callable
 
 import numpy as np
@@ -7,14 +9,15 @@ from tinygrad import Tensor, TinyJit
 from tinygrad.helpers import Context
 
 
-def compiled(step: Callable) -> TinyJit:
-    """A TinyJit of step that captures at its first call.
+def compiled(method: Callable) -> TinyJit:
+    """A TinyJit of a method that captures at its first call, and is freed with its object.
 
-    tinygrad would call step once without capturing, so that what it makes on the way is made by
+    tinygrad would call it once without capturing, so that what it makes on the way is made by
     then, and that takes as long again to schedule. Here nothing is made on the way: weights,
-    states and buffers are realized before, and constants are made by `constant`.
+    states and buffers are realized before, and constants are made by `constant`. It does not own
+    the object, whose memory would else wait for the garbage collector.
     """
-    jit = TinyJit(step)
+    jit = TinyJit(functools.partial(method.__func__, weakref.proxy(method.__self__)))
     jit.cnt = 1
     return jit
 
