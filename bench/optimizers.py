@@ -24,8 +24,8 @@ def run(data: str, steps: int, **flags) -> list[tuple[int, float]]:
     """Bits per byte at each evaluation of a run."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, str(BENCH.parent / "train.py"), "--data", data,
-                   "--max_iters", str(steps), "--eval_interval", str(steps // 10),
-                   "--eval_iters", "100", "--out_dir", folder]
+                   "--max_iters", str(steps), "--eval_interval", str(steps // 5),
+                   "--eval_iters", "50", "--out_dir", folder]
         subprocess.run(command + [f"--{k}={v}" for k, v in flags.items()], check=True,
                        stdout=subprocess.DEVNULL)
         lines = (Path(folder) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
