@@ -48,7 +48,7 @@ def main() -> None:
         print(measure(*case[:4], bool(case[4])))
         return
     case = case or [6, 384, 256, 12]
-    print("layers {} width {} block {} batch {}".format(*case))
+    print("layers {} width {} block {} batch {}".format(*case), flush=True)
     for on in "01":
         subprocess.run([sys.executable, __file__, *map(str, case), on], check=True)
 
