@@ -130,7 +130,7 @@ class Lion(Optimizer):
     def update(self, grads: list[Tensor], learning_rate: Tensor, scale: Tensor,
                apply: Tensor) -> list[Tensor]:
         updated = [self.step.assign(self.step + apply.where(1.0, 0.0))]
-        options = {decays: Tensor.cat(learning_rate, *(Tensor.full((1,), x) for x in (
+        options = {decays: Tensor.cat(learning_rate, *(learning_rate.const_like(x) for x in (
             self.beta1, self.beta2, self.weight_decay if decays else 0.0)), scale.reshape(1),
             apply.where(1.0, 0.0).reshape(1)).contiguous() for decays in (False, True)}
         for (name, p), g in zip(self.params.items(), grads, strict=True):
