@@ -241,7 +241,7 @@ PRESETS: dict[str, dict] = {
     "shakespeare": dict(
         block_size=64, vocab_size=1024, n_layer=4, n_head=4, n_embd=128, bias=False,
         position="rope", norm="rmsnorm", data="shakespeare", tokenizer="bpe", batch_size=16,
-        optimizer="muon", learning_rate=1e-2, max_iters=2000, warmup_iters=100, eval_interval=250,
+        optimizer="muon", learning_rate=1e-2, max_iters=1800, warmup_iters=100, eval_interval=200,
         beta2=0.99),
     # nanoGPT's config/train_shakespeare_char.py
     "shakespeare_char": dict(
