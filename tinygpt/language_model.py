@@ -145,7 +145,11 @@ class LanguageModel:
         Raises ValueError, with nothing changed, where the file is missing, damaged or of another
         architecture, or has no optimizer though one is given.
         """
-        tensors, facts = checkpoint.load(path)
+        return self._take(*checkpoint.load(path), path, optimizer, ema)
+
+    def _take(self, tensors: dict[str, np.ndarray], facts: dict, path: str | Path, optimizer=None,
+              ema=None) -> dict:
+        """What `load_checkpoint` does with a file's tensors and metadata."""
         theirs = self._config_of(facts, path)
         checkpoint.check_same(path, asdict(theirs), asdict(self.config), ignore=("dropout",))
         weights = checkpoint.part(tensors, "model.")
@@ -190,7 +194,7 @@ class LanguageModel:
             raise checkpoint.CheckpointError(f"{path} has no moving average of the weights: leave "
                                              "out --ema, or train with it")
         model = cls._for_tensors(config, checkpoint.part(tensors, "model."), facts, path)
-        model.load_checkpoint(path)
+        model._take(tensors, facts, path)
         if ema:
             model.load_state_dict(averages)
         return model
