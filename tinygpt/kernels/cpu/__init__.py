@@ -15,7 +15,7 @@ FLOAT_IN, FLOAT_OUT, ACT_IN, ACT_OUT = "const float*", "float*", "const act*", "
 WEIGHT_IN = "const void*"  # of as many bits as the define WEIGHT says
 GEMV_ROWS = 4  # as many rows at most are cheaper as dot products than packed
 MOST_INPUTS = 32  # of a kernel; tinygrad 0.14 allows 63 arguments
-GEMM_STRIP, GEMM_SLICE = 512, 512  # NC and the least KC of gemm.h
+GEMM_STRIP, GEMM_SLICE = 1536, 512  # the greatest NC and the least KC of gemm.h
 
 
 def fits(*tensors: Tensor | None) -> bool:
@@ -84,7 +84,7 @@ def _gemm(shape, a, b, sizes, bias=None, residual=None, ta=0, tb=0, sums=None, g
         arguments.append((FLOAT_OUT, "sums"))
         defines["SUMS"] = "sums"
     if defines["C_BF16"] and K > GEMM_SLICE:
-        outputs.append(Tensor.empty(M, GEMM_STRIP))
+        outputs.append(Tensor.empty(M, min(N, GEMM_STRIP)))
         arguments.append((FLOAT_OUT, "partial"))
         defines["PARTIAL"] = "partial"
     arguments += [("const a_t*", "a"), ("const b_t*", "b")]

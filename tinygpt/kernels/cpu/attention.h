@@ -6,8 +6,13 @@
 #include "pool.h"
 #include "vector.h"
 
+#if ROWS == 6
+#define BQ 96                  /* multiples of ROWS and of COLS */
+#define BK 96
+#else
 #define BQ 64
 #define BK 64
+#endif
 #define TILE(rows, cols) \
   ((float*)__builtin_alloca_with_align((rows) * (cols) * sizeof(float), 512))
 
@@ -75,7 +80,7 @@ HOT int all_visible(const attention_t* a, long i0, long ni, long j0, long nj) {
 DEFINE_TILES(act, load_tile, store_tile)
 DEFINE_TILES(float, load_floats, store_floats)
 
-/* dst (D x cols) = the transpose of n rows of D times factor, the rest zero */
+/* dst (D x cols) = the transpose of n rows of D times factor, zero up to the next of COLS */
 HOT void load_transposed(float* dst, const act* src, long stride, long n, long cols, long D,
                          float factor) {
   long r = 0;
@@ -85,7 +90,7 @@ HOT void load_transposed(float* dst, const act* src, long stride, long n, long c
     for (; c < D; c++)
       for (long x = r; x < r + 4; x++) dst[c * cols + x] = GET(src + x * stride + c);
   }
-  for (; r < cols; r++)
+  for (; r < ROUND_UP(n, COLS); r++)
     for (long c = 0; c < D; c++) dst[c * cols + r] = r < n ? GET(src + r * stride + c) : 0.f;
   if (factor != 1.0f)
     for (long x = 0; x < D * cols; x += LANES) STORE(dst + x, LOAD(dst + x) * factor);

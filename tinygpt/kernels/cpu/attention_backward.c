@@ -54,12 +54,12 @@ HOT void load_keys(const attention_t* a, tiles_t t, long b, long group, long j0,
   const act *k = AT(a->k, a->ks, b, group, j0), *v = AT(a->v, a->vs, b, group, j0);
   load_transposed(t.kt, k, a->ks.row, nj, BK, a->D, 1.0f);
   load_transposed(t.vt, v, a->vs.row, nj, BK, a->D, 1.0f);
-  load_tile(t.keys, k, a->ks.row, nj, BK, a->D, a->DP);
+  load_tile(t.keys, k, a->ks.row, nj, nj, a->D, a->DP);
 }
 
 HOT void load_queries(const attention_t* a, tiles_t t, long b, long h, long i0, long n) {
-  load_tile(t.q, AT(a->q, a->qs, b, h, i0), a->qs.row, n, BQ, a->D, a->DP);
-  load_tile(t.dout, AT(a->dout, a->os, b, h, i0), a->os.row, n, BQ, a->D, a->DP);
+  load_tile(t.q, AT(a->q, a->qs, b, h, i0), a->qs.row, n, ROUND_UP(n, ROWS), a->D, a->DP);
+  load_tile(t.dout, AT(a->dout, a->os, b, h, i0), a->os.row, n, ROUND_UP(n, ROWS), a->D, a->DP);
 }
 
 /* p and ds of a tile of queries and keys */
@@ -67,8 +67,8 @@ HOT void weights(const attention_t* a, tiles_t t, long head, long i0, long n, lo
   const vint iota = IOTA;
   const int masked = !all_visible(a, i0, n, j0, nj) || nj < BK;
   for (long i = 0; i < n; i += ROWS)
-    for (long j = 0; j < BK; j += COLS) {
-      if (j >= nj || j0 + j > a->offset + i0 + i + ROWS - 1) {
+    for (long j = 0; j < nj; j += COLS) {
+      if (j0 + j > a->offset + i0 + i + ROWS - 1) {
         for (long r = i; r < i + ROWS; r++) {
           fill(t.p + r * BK + j, COLS, 0.f);
           fill(t.ds + r * BK + j, COLS, 0.f);
@@ -138,7 +138,7 @@ HOT void key_tile(const attention_t* a, tiles_t t, long b, long group, long j0, 
       add_key_gradients(a, t, n, nj);
       if (!with_queries) continue;
       float* dq = AT(a->dq, a->qs, b, h, i0);
-      load_floats(t.dq, dq, a->qs.row, n, BQ, a->D, a->DP);
+      load_floats(t.dq, dq, a->qs.row, n, ROUND_UP(n, ROWS), a->D, a->DP);
       add_query_gradients(a, t, i0, n, j0, nj);
       store_floats(dq, a->qs.row, t.dq, n, a->D, a->DP);
     }

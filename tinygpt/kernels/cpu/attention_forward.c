@@ -59,7 +59,7 @@ KERNEL static void query_tile(void* args, int index) {
   load_transposed(qt, AT(a->q, a->qs, b, h, i0), a->qs.row, n, BQ, D, a->scale * LOG2E);
   fill(sm.m, BQ, -1e30f);
   fill(sm.s, BQ, 0.f);
-  fill(out, BQ * DP, 0.f);
+  fill(out, ROUND_UP(n, ROWS) * DP, 0.f);
   long first, last;
   visible_keys(a, i0, n, &first, &last);
   for (long j0 = first / BK * BK; j0 < last; j0 += BK) {

@@ -10,7 +10,8 @@
  * ta, tb: 1 where A (K x M) or B (N x K) is stored transposed. A_BF16, B_BF16, C_BF16: 1 where that
  * matrix is bfloat16; bias is float32, the residual of C's type. With ta the column sums of A's
  * storage, the gradient of a bias, are written to `sums` where there is one. A C in bfloat16 is
- * summed up in `partial` (M x NC) where the depth has several slices.
+ * summed up in `partial` (M x MIN(N, NC)) where the depth has several slices. A C that is
+ * `symmetric` is computed above its diagonal and copied below.
  */
 #include "pool.h"
 #include "vector.h"
@@ -29,14 +30,19 @@
 #elif defined(__AVX__)
 #define GM 6
 #define GV 2
+#define MC 96                  /* MC x KC of A are half of an L2 of 512 KB */
+#define NC 1536
+#define KC 768
 #else
 #define GM 8
 #define GV 3
 #endif
 #define GN (GV * LANES)
-#define MC (GM * (192 / GM))
+#ifndef KC
+#define MC 192
 #define NC (GN * (512 / GN))
 #define KC 512
+#endif
 #endif
 
 #if A_BF16
@@ -64,7 +70,7 @@ typedef struct {
   float *partial, *sums;
   void* packed_b;
   long M, N, K;
-  int ta, tb;
+  int ta, tb, symmetric;
   long jc, nc, pc, kc;          /* the strip of columns and the slice of depth at hand */
   long rows;                    /* of C in a task, a multiple of GM */
   long panels;                  /* of B that a task packs */
@@ -78,21 +84,25 @@ HOT void product(pool_t* pool, gemm_t* g) {
   /* two tasks a thread, so that a late thread costs little */
   const long share = (g->M + 2 * pool->threads - 1) / (2 * pool->threads);
   g->rows = MIN(ROUND_UP(share, GM), MC);
+  /* slices of about one depth */
+  const long slices = (g->K + KC - 1) / KC, depth = ROUND_UP((g->K + slices - 1) / slices, 32);
   for (g->jc = 0; g->jc < g->N; g->jc += NC) {
     g->nc = MIN(g->N - g->jc, NC);
-    for (g->pc = 0; g->pc < g->K; g->pc += KC) {
-      g->kc = MIN(g->K - g->pc, KC);
+    for (g->pc = 0; g->pc < g->K; g->pc += depth) {
+      g->kc = MIN(g->K - g->pc, depth);
       g->panels = g->nc >= 4 * GN * (long)pool->threads ? 4 : 1;
       parallel_for(pool, pack_b, g, (g->nc + g->panels * GN - 1) / (g->panels * GN));
       parallel_for(pool, multiply, g, (g->M + g->rows - 1) / g->rows);
     }
   }
+  for (long i = 0; g->symmetric && i < g->M; i++)
+    for (long j = 0; j < i; j++) g->c[i * g->N + j] = g->c[j * g->N + i];
 }
 
 /* where sums of earlier slices stand for C[i][jc + j ...] */
 HOT float* partial_sums(const gemm_t* g, long i, long j) {
 #if C_BF16
-  return g->partial + i * NC + j;
+  return g->partial + i * MIN(g->N, NC) + j;
 #else
   return g->c + i * g->N + g->jc + j;
 #endif

@@ -38,22 +38,24 @@ HOT void pack_a(const gemm_t* g, long i0, long n, float* panel) {
   const a_t* src = g->a + i0 * g->K + g->pc;
   const long quads = n == GM ? g->kc / 4 * 4 : 0;
   for (long k = 0; k < quads; k += 4) {
-    UNROLL for (int r = 0; r + 4 <= GM; r += 4)
+    UNROLL for (int x = 0; x < GM; x += 4) {
+      const int r = MIN(x, GM - 4);
       TRANSPOSE4(src + r * g->K + k, g->K, panel + k * GM + r, GM);
-    UNROLL for (int r = GM / 4 * 4; r < GM; r++)
-      UNROLL for (int x = 0; x < 4; x++) panel[(k + x) * GM + r] = GET(src + r * g->K + k + x);
+    }
   }
   for (long k = quads; k < g->kc; k++)
     for (long r = 0; r < GM; r++) panel[k * GM + r] = r < n ? GET(src + r * g->K + k) : 0.f;
 }
 
-HOT void block_kernel(const float* a, const float* b, long kc, vfloat sum[GM][GV]) {
+/* sum = A (GM x kc) times a panel of B: A(i,k) = a[i * ai + k * ak] */
+HOT void block_kernel(const float* a, long ai, long ak, const float* b, long kc,
+                      vfloat sum[GM][GV]) {
   UNROLL for (int i = 0; i < GM; i++) UNROLL for (int j = 0; j < GV; j++) sum[i][j] = (vfloat)0.f;
   for (long k = 0; k < kc; k++) {
     vfloat row[GV];
     UNROLL for (int j = 0; j < GV; j++) row[j] = LOAD(b + k * GN + j * LANES);
     UNROLL for (int i = 0; i < GM; i++) {
-      vfloat x = (vfloat)a[k * GM + i];
+      vfloat x = (vfloat)a[i * ai + k * ak];
       UNROLL for (int j = 0; j < GV; j++) sum[i][j] += x * row[j];
     }
   }
@@ -63,11 +65,13 @@ KERNEL static void multiply(void* args, int index) {
   const gemm_t* g = args;
   const long first = index * g->rows, last = MIN(first + g->rows, g->M);
   const long stride = g->kc * GM + 16;              /* + 16: panels must not share a cache set */
+  /* where C is narrow, packing A costs more than it saves */
+  const int packs = sizeof(a_t) < sizeof(float) || g->ta || g->N > 256;
   float packed_a[MC / GM * (KC * GM + 16)] __attribute__((aligned(64)));
   for (long i = first; i < last; i += GM) {
     float* panel = packed_a + (i - first) / GM * stride;
     const long rows = MIN(last - i, GM);
-    pack_a(g, i, rows, panel);
+    if (packs || rows < GM) pack_a(g, i, rows, panel);
     if (g->sums && !g->jc)
       for (long r = 0; r < rows; r++) {
         float s = g->pc ? g->sums[i + r] : 0.f;
@@ -78,9 +82,14 @@ KERNEL static void multiply(void* args, int index) {
   for (long j = 0; j < g->nc; j += GN)
     for (long i = first; i < last; i += GM) {
       const long rows = MIN(last - i, GM), cols = MIN(g->nc - j, GN);
+      const float* b = (const float*)g->packed_b + j * g->kc;
       vfloat sum[GM][GV];
-      block_kernel(packed_a + (i - first) / GM * stride, (float*)g->packed_b + j * g->kc, g->kc,
-                   sum);
+      if (g->symmetric && g->jc + j + cols <= i) continue;
+      UNROLL for (int r = 0; r < GM; r++) __builtin_prefetch(partial_sums(g, i + r, j), 1);
+      if (packs || rows < GM)
+        block_kernel(packed_a + (i - first) / GM * stride, 1, GM, b, g->kc, sum);
+      else
+        block_kernel((const float*)g->a + i * g->K + g->pc, g->K, 1, b, g->kc, sum);
       if (rows == GM && cols == GN) {
         UNROLL for (int r = 0; r < GM; r++)
           UNROLL for (int x = 0; x < GV; x++) store_sums(g, i + r, j + x * LANES, sum[r][x]);

@@ -12,7 +12,7 @@
 #define IOTA {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}
 #elif defined(__AVX__)
 #define LANES 8
-#define ROWS 4
+#define ROWS 6
 #define KERNEL
 #define HOT static inline __attribute__((always_inline))
 #define IOTA {0, 1, 2, 3, 4, 5, 6, 7}
