@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from test_kernels import np_attention
+from operations import np_attention
 from tinygrad import Tensor, TinyJit, UOp
 
 from tinygpt import kernels

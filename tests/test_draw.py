@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from test_kernels import np_bits
+from operations import np_bits
 from tinygrad import Tensor
 
 from tinygpt import kernels

@@ -241,10 +241,10 @@ def test_kernels_and_threads_are_those_asked_for(config, data, no_steps, monkeyp
 # ---- options together
 
 TRAINING = dict(
-    optimizer=["adamw", "lion", "muon", "adamw8bit"], schedule=["cosine", "wsd"], ema=[False, True],
-    curriculum=[False, True], gradient_accumulation_steps=[1, 2], dtype=["float32", "bfloat16"],
-    label_smoothing=[0.0, 0.1], z_loss=[0.0, 1e-3], skip_spikes=[0.0, 2.0], grad_clip=[1.0, 0.0],
-    weight_decay=[0.1, 0.0])
+    optimizer=["adamw", "lion", "muon", "adamw8bit"],
+    schedule=["cosine", "linear", "wsd", "constant"], ema=[False, True], curriculum=[False, True],
+    gradient_accumulation_steps=[1, 2], dtype=["float32", "bfloat16"], label_smoothing=[0.0, 0.1],
+    z_loss=[0.0, 1e-3], skip_spikes=[0.0, 2.0], grad_clip=[1.0, 0.0], weight_decay=[0.1, 0.0])
 OF_BLOCKS = dict(grad_checkpoint=[False, True], lora_rank=[0, 2], freeze=[None, "wte*,ln_f*"])
 SHAPES = MODEL | dict(dropout=[0.0, 0.2], activation=["gelu", "swiglu"], n_kv_head=[None, 2])
 

@@ -1,4 +1,5 @@
-"""How C kernels read the views of each other's outputs, and the thread that runs them."""
+"""How C kernels are compiled, read the views of each other's outputs, and the thread that runs
+them."""
 
 import subprocess
 import sys
@@ -6,10 +7,10 @@ import sys
 import numpy as np
 import pytest
 from conftest import ROOT
-from tinygrad import Tensor
+from tinygrad import Device, Tensor
 
 from tinygpt import device, kernels
-from tinygpt.kernels.cpu.launch import IS_014, memory, plain
+from tinygpt.kernels.cpu.launch import IS_014, Compilations, memory, plain
 
 VIEWS = {
     "reshaped": lambda x: x.reshape(6, 20),
@@ -42,6 +43,31 @@ def test_only_what_lies_there_whole_and_in_order_is_read_without_a_copy():
     x = kernels.gelu(Tensor.ones(2, 3, 4, 5).contiguous().realize(), implementation="cpu")
     whole = {name for name, view in VIEWS.items() if plain(view(x)).uop is x.uop}
     assert whole == {"reshaped", "swapped twice"}
+
+
+@pytest.fixture
+def ahead(monkeypatch):
+    compiler = Device["CPU"].renderer.compiler
+    monkeypatch.setattr(compiler, "compile", compiler.compile)  # put back at the end
+    return Compilations()
+
+
+def test_a_source_is_compiled_ahead_and_once(ahead, monkeypatch):
+    asked = []
+    monkeypatch.setattr(ahead, "compile_now", lambda code: asked.append(code) or code.encode())
+    for _ in range(2):
+        ahead.begin(f"/* {id(asked)} */")
+    ahead.threads.shutdown()
+    assert len(asked) == 1
+    for times in (1, 2):  # what was begun is handed out once: tinygrad keeps it in its cache
+        assert ahead.compiler.compile(asked[0]) == asked[0].encode()
+        assert len(asked) == times
+
+
+def test_a_source_that_does_not_compile_fails_where_it_is_asked_for(ahead):
+    ahead.begin("no C")
+    with pytest.raises(subprocess.CalledProcessError):
+        ahead.compiler.compile("no C")
 
 
 # Garbage that the collector finds on the device's thread while more work waits for that thread: a

@@ -4,7 +4,7 @@ import itertools
 
 import numpy as np
 import pytest
-from test_kernels import np_orthogonalize
+from operations import np_orthogonalize
 from tinygrad import Tensor, TinyJit
 
 from tinygpt.config import TrainConfig

@@ -102,11 +102,10 @@ class AdamW(Optimizer):
         """What `kernels.adamw` is told, (9,) float32, of vectors (False) and matrices (True)."""
         def debias(beta: float) -> Tensor:
             return 1 / (1 - (self.step * math.log(beta)).exp()) if beta else self.step.ones_like()
-        known = [debias(self.beta1), debias(self.beta2), scale.reshape(1),
-                 apply.where(1.0, 0.0).reshape(1)]
-        return {is_matrix: Tensor.cat(learning_rate, *(learning_rate.const_like(x) for x in (
-            self.beta1, self.beta2, self.eps, self.weight_decay if is_matrix else 0.0)),
-            *known).contiguous() for is_matrix in (False, True)}
+        return {is_matrix: _packed(
+            learning_rate, self.beta1, self.beta2, self.eps, self.weight_decay * is_matrix,
+            debias(self.beta1), debias(self.beta2), scale, apply.where(1.0, 0.0))
+            for is_matrix in (False, True)}
 
     def state_dict(self) -> dict[str, Tensor]:
         """The state beside the parameters: step, m.<name>, v.<name>."""
@@ -130,9 +129,9 @@ class Lion(Optimizer):
     def update(self, grads: list[Tensor], learning_rate: Tensor, scale: Tensor,
                apply: Tensor) -> list[Tensor]:
         updated = [self.step.assign(self.step + apply.where(1.0, 0.0))]
-        options = {decays: Tensor.cat(learning_rate, *(learning_rate.const_like(x) for x in (
-            self.beta1, self.beta2, self.weight_decay if decays else 0.0)), scale.reshape(1),
-            apply.where(1.0, 0.0).reshape(1)).contiguous() for decays in (False, True)}
+        options = {is_matrix: _packed(learning_rate, self.beta1, self.beta2,
+                                      self.weight_decay * is_matrix, scale, apply.where(1.0, 0.0))
+                   for is_matrix in (False, True)}
         for (name, p), g in zip(self.params.items(), grads, strict=True):
             updated += kernels.lion(p, self.m[name], g, options[p.ndim >= 2])
         return updated
@@ -268,3 +267,9 @@ class AdamW8bit(Optimizer):
 
 def _zeros(shape: tuple[int, ...], dtype=np.float32) -> Tensor:
     return Tensor(np.zeros(shape, dtype)).realize()
+
+
+def _packed(learning_rate: Tensor, *values: float | Tensor) -> Tensor:
+    """The learning rate and the values, numbers or tensors of one, in one float32 tensor."""
+    ones = [v.reshape(1) if isinstance(v, Tensor) else learning_rate.const_like(v) for v in values]
+    return Tensor.cat(learning_rate, *ones).contiguous()

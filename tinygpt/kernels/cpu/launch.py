@@ -17,6 +17,7 @@ import re
 import sys
 import threading
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from tinygrad import Device, Tensor, dtypes
 from tinygrad.codegen import to_program
 from tinygrad.dtype import _to_np_dtype
 from tinygrad.engine.realize import get_runtime
+from tinygrad.helpers import diskcache_get
 from tinygrad.renderer import Estimates
 from tinygrad.uop.ops import KernelInfo, Ops, ProgramInfo, UOp
 
@@ -79,6 +81,33 @@ def function(name: str, code: str):
                                             Device["CPU"].renderer))
     runtime.fxn.keep_alive = runtime
     return runtime.fxn
+
+
+class Compilations:
+    """Compiles sources in threads of its own while Python makes the graph that will ask for them.
+
+    tinygrad's compiler, which is asked for what its cache lacks, then waits for them instead.
+    """
+
+    def __init__(self):
+        self.compiler = Device["CPU"].renderer.compiler
+        self.compile_now, self.compiler.compile = self.compiler.compile, self.compile
+        self.seen: set[str] = set()
+        self.begun: dict[str, Future] = {}
+        self.threads = ThreadPoolExecutor(cpu_count())
+
+    def begin(self, code: str) -> None:
+        key = self.compiler.cachekey
+        if code not in self.seen and (key is None or diskcache_get(key, code) is None):
+            self.begun[code] = self.threads.submit(self.compile_now, code)
+        self.seen.add(code)
+
+    def compile(self, code: str) -> bytes:
+        begun = self.begun.pop(code, None)
+        return begun.result() if begun else self.compile_now(code)
+
+
+compilations = functools.cache(Compilations)
 
 
 class Pool:
@@ -224,6 +253,7 @@ class Kernel:
         if self.arguments:
             defines["ARGUMENTS"] = " ".join(f"{kind} {name}," for kind, name in self.arguments)
         name, code = source(self.file, **defines)
+        compilations().begin(code)
         count = len(outputs)
 
         def build(*buffers) -> UOp:

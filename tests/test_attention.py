@@ -1,0 +1,119 @@
+"""What attention has to be beside equal to the reference."""
+
+import numpy as np
+import pytest
+from operations import (
+    CACHED,
+    GROUPED,
+    KEY,
+    SQUARE,
+    call,
+    check,
+    cotangent,
+    draw,
+    implementations,
+    np_attention,
+    result,
+    run,
+    tensors,
+)
+from tinygrad import Tensor, TinyJit, UOp
+
+from tinygpt.kernels.random import make_key
+
+for_each = pytest.mark.parametrize("implementation", implementations("attention"))
+
+
+@for_each
+def test_a_future_key_changes_nothing(implementation):
+    arrays = draw(GROUPED)
+    changed = {name: a.copy() for name, a in arrays.items()}
+    changed["k"][:, :, 3], changed["v"][:, :, 3] = 50, 1e4
+    dy = cotangent(arrays["q"].shape)
+    dy[:, :, 3:] = 0
+    before = run("attention", implementation, arrays, {}, dy=dy)
+    after = run("attention", implementation, changed, {}, dy=dy)
+    np.testing.assert_array_equal(after["y"][:, :, :3], before["y"][:, :, :3])
+    assert (after["y"][:, :, 3:] != before["y"][:, :, 3:]).any(axis=-1).all()
+    for name in ("q", "k", "v"):
+        np.testing.assert_array_equal(after[name], before[name])
+        assert not after[name][:, :, 3:].any()
+
+
+@for_each
+def test_keys_outside_the_window_or_behind_the_last_query_change_nothing(implementation):
+    options = dict(offset=7, window=4)  # queries at 7, 8, 9 see keys 4 to 9
+    arrays = draw(CACHED)
+    before = run("attention", implementation, arrays, options)
+    for unseen in (slice(0, 4), slice(10, 13)):
+        arrays["k"][:, :, unseen], arrays["v"][:, :, unseen] = 50, 1e4
+        after = run("attention", implementation, arrays, options)
+        for name in ("y", "q", "k", "v"):
+            np.testing.assert_array_equal(after[name], before[name])
+        assert not after["k"][:, :, unseen].any() and not after["v"][:, :, unseen].any()
+    arrays["v"][:, :, 4] += 1  # the oldest key that query 7 sees, and only that one
+    after = run("attention", implementation, arrays, options)
+    assert (after["y"] != before["y"]).any(axis=(0, 1, 3)).tolist() == [True, False, False]
+
+
+@for_each
+def test_dropout_in_attention_is_the_same_forward_and_backward(implementation):
+    arrays = draw(SQUARE)
+    arrays["v"][:] = np.eye(7)  # y is then the weights, and v's gradient their transpose
+    dy = np.broadcast_to(np.eye(7, dtype=np.float32), arrays["q"].shape)
+    options = dict(dropout_p=0.3, dropout_key=KEY)
+    got = run("attention", implementation, arrays, options, dy=dy)
+    sum_of_heads = got["y"].reshape(2, 2, 7, 7).sum(axis=1)
+    np.testing.assert_allclose(got["v"][0], sum_of_heads.transpose(0, 2, 1), rtol=1e-6)
+    again = run("attention", implementation, arrays, options, dy=dy)
+    np.testing.assert_array_equal(again["y"], got["y"])
+    other = run("attention", implementation, arrays, options | dict(dropout_key=make_key(3)), dy=dy)
+    assert ((other["y"] == 0) != (got["y"] == 0)).any()
+    below = np.tril(np.ones((7, 7), bool))
+    assert 0.1 < (got["y"][..., below] == 0).mean() < 0.5
+
+
+@for_each
+def test_symbolic_offset(implementation):
+    arrays = draw(CACHED)
+    inputs = tensors(arrays)
+    variable = UOp.variable("offset", 0, 10)
+    attend = TinyJit(lambda q, k, v, offset: call(
+        "attention", implementation, q, k, v, offset=offset, window=4).realize())
+    for offset in (1, 10, 0, 7):
+        y = attend(*inputs.values(), variable.bind(offset)).numpy()
+        check({"y": y}, {"y": np_attention(**arrays, offset=offset, window=4)})
+
+
+@for_each
+def test_attention_takes_views(implementation):
+    """As the model hands them over: slices of one matrix, heads and positions swapped."""
+    arrays = draw(GROUPED)
+    whole = np.concatenate([a.transpose(0, 2, 1, 3).reshape(2, 5, -1) for a in arrays.values()], -1)
+    x = Tensor(whole).realize()
+    q, k, v = (part.reshape(2, 5, -1, 8).transpose(1, 2) for part in x.split([32, 16, 16], -1))
+    y = call("attention", implementation, q, k, v)
+    dx = (y * Tensor(cotangent(y.shape))).sum().gradient(x)[0]
+    Tensor.realize(y, dx)
+    right = result("attention", 0, "reference")
+    right_dx = [right[name].transpose(0, 2, 1, 3).reshape(2, 5, -1) for name in ("q", "k", "v")]
+    check({"y": y.numpy(), "x": dx.numpy()}, {"y": right["y"], "x": np.concatenate(right_dx, -1)})
+
+
+@for_each
+def test_attention_is_stable(implementation):
+    arrays = draw(GROUPED)
+    arrays["q"] *= 1e3
+    arrays["k"] *= 1e3
+    got = run("attention", implementation, arrays, {})
+    check(got, {"y": np_attention(**{n: a.astype(np.float64) for n, a in arrays.items()})})
+    assert all(np.isfinite(a).all() for a in got.values())
+
+
+def test_attention_equals_pytorch():
+    torch = pytest.importorskip("torch")
+    q, k, v = (torch.tensor(a, requires_grad=True) for a in draw(GROUPED).values())
+    y = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    (y * torch.tensor(cotangent(tuple(y.shape)))).sum().backward()
+    right = {"y": y.detach(), "q": q.grad, "k": k.grad, "v": v.grad}
+    check(result("attention", 0, "reference"), {name: t.numpy() for name, t in right.items()})

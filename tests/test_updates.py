@@ -1,0 +1,104 @@
+"""The operations that optimizers use, which have no gradient."""
+
+import numpy as np
+import pytest
+from operations import check, draw, implementations, np_orthogonalize, tensors
+from tinygrad import Tensor
+
+from tinygpt import kernels
+
+
+@pytest.mark.parametrize("implementation", implementations("orthogonalize"))
+@pytest.mark.parametrize("shape", [(16, 16), (16, 48), (64, 16), (1, 7), (7, 1), (67, 530),
+                                   (301, 270)])
+@pytest.mark.parametrize("size", [1e-3, 1e6])
+def test_orthogonalize_brings_singular_values_near_one(implementation, shape, size):
+    x = draw(dict(x=shape))["x"]
+    u, s, v = np.linalg.svd(x, full_matrices=False)
+    x = ((u * np.geomspace(1, 0.02, len(s))) @ v * size).astype(np.float32)
+    y = kernels.orthogonalize(Tensor(x), implementation=implementation).numpy()
+    inside = u.T @ y @ v.T  # y has the singular vectors of x
+    np.testing.assert_allclose(inside, np.diag(np.diag(inside)), atol=2e-4)
+    assert np.diag(inside).min() > 0.6 and np.diag(inside).max() < 1.25
+    np.testing.assert_allclose(y, np_orthogonalize(x.astype(np.float64)), atol=2e-4)
+
+
+@pytest.mark.parametrize("implementation", implementations("orthogonalize"))
+@pytest.mark.parametrize("rank", [0, 1, 3])
+def test_orthogonalize_leaves_what_a_matrix_lacks_at_zero(implementation, rank):
+    arrays = draw(dict(a=(20, rank), b=(rank, 30)))
+    x = arrays["a"] @ arrays["b"]
+    y = kernels.orthogonalize(Tensor(x), implementation=implementation).numpy()
+    np.testing.assert_allclose(y, np_orthogonalize(x.astype(np.float64)), atol=2e-4)
+
+
+@pytest.mark.parametrize("implementation", implementations("square_sum"))
+def test_square_sum(implementation):
+    shapes = [(17, 31), (1,), (3, 5, 7), (5000,), *[(n,) for n in range(1, 40)]]
+    arrays = draw({str(i): shape for i, shape in enumerate(shapes)})
+    total = kernels.square_sum(*map(Tensor, arrays.values()), implementation=implementation)
+    assert total.shape == ()
+    right = sum((a.astype(np.float64) ** 2).sum() for a in arrays.values())
+    np.testing.assert_allclose(total.numpy(), right, rtol=1e-5)
+
+
+@pytest.mark.parametrize("implementation", implementations("adamw"))
+@pytest.mark.parametrize("shape", [(17, 31), (1,), (509,)])
+def test_adamw_updates_in_place_or_not_at_all(implementation, shape):
+    arrays = draw(dict(p=shape, m=shape, v=shape, grad=shape))
+    arrays["v"] = np.abs(arrays["v"])
+    lr, b1, b2, eps, decay, debias1, debias2, scale = 0.1, 0.9, 0.95, 1e-3, 0.2, 3.0, 5.0, 0.5
+    p, m, v, g = arrays["p"], arrays["m"], arrays["v"], scale * arrays["grad"]
+    m, v = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * g**2
+    p = p * (1 - lr * decay) - lr * (m * debias1) / (np.sqrt(v * debias2) + eps)
+    for apply, right in ((1.0, {"p": p, "m": m, "v": v}), (0.0, arrays)):
+        state = tensors(arrays | ({} if apply else dict(grad=arrays["grad"] * np.float32("nan"))))
+        options = [lr, b1, b2, eps, decay, debias1, debias2, scale, apply]
+        try:
+            Tensor.realize(*kernels.adamw(*state.values(), Tensor(options, dtype="float32"),
+                                          implementation=implementation))
+        except ValueError as error:
+            pytest.skip(f"not offered: {error}")
+        check({n: state[n].numpy() for n in "pmv"}, {n: right[n] for n in "pmv"})
+
+
+@pytest.mark.parametrize("implementation", ["cpu", "reference"])
+@pytest.mark.parametrize("shape", [(17, 31), (1,), (509,)])
+def test_lion_updates_in_place_or_not_at_all(implementation, shape):
+    arrays = draw(dict(p=shape, m=shape, grad=shape))
+    arrays["grad"].flat[0] = arrays["m"].flat[0] = 0.0  # whose sign is 0
+    lr, b1, b2, decay, scale = 0.1, 0.9, 0.95, 0.2, 0.5
+    p, m, g = arrays["p"], arrays["m"], scale * arrays["grad"]
+    p = p * (1 - lr * decay) - lr * np.sign(b1 * m + (1 - b1) * g)
+    m = b2 * m + (1 - b2) * g
+    for apply, right in ((1.0, {"p": p, "m": m}), (0.0, arrays)):
+        state = tensors(arrays | ({} if apply else dict(grad=arrays["grad"] * np.float32("nan"))))
+        options = Tensor([lr, b1, b2, decay, scale, apply], dtype="float32")
+        Tensor.realize(*kernels.lion(*state.values(), options, implementation=implementation))
+        check({n: state[n].numpy() for n in "pm"}, {n: right[n] for n in "pm"})
+
+
+@pytest.mark.parametrize("n", [1, 300, 20_000])
+@pytest.mark.parametrize("apply", [1.0, 0.0])
+def test_adamw8bit_is_the_reference(rng, n, apply):
+    """But for a code here and there whose neighbour is as near."""
+    blocks = -(-n // 256)
+    arrays = dict(p=rng.standard_normal(n), m=rng.integers(0, 256, (blocks, 256)),
+                  m_tops=rng.uniform(0, 2, (blocks, 1)), v=rng.integers(0, 256, (blocks, 256)),
+                  v_tops=rng.uniform(0, 2, (blocks, 1)), grad=rng.standard_normal(n))
+    for name in "mv":  # the last block's end is of no weight
+        arrays[name].reshape(-1)[n:] = 0
+    arrays["m_tops"][-1] = 0.0
+    options = [0.1, 0.9, 0.95, 1e-3, 0.2, 3.0, 5.0, 0.5, apply]
+    found = []
+    for implementation in ("cpu", "reference"):
+        state = {k: Tensor(a.astype(np.uint8 if k in "mv" else np.float32)).realize()
+                 for k, a in arrays.items()}
+        Tensor.realize(*kernels.adamw8bit(*state.values(), Tensor(options, dtype="float32"),
+                                          implementation=implementation))
+        found.append({k: t.numpy() for k, t in state.items()})
+    for name in ("p", "m_tops", "v_tops"):
+        np.testing.assert_allclose(found[0][name], found[1][name], rtol=1e-5, atol=1e-6)
+    for name in "mv":
+        assert (found[0][name] != found[1][name]).mean() < 1e-3
+        assert apply or np.array_equal(found[0][name], arrays[name])
