@@ -1,5 +1,5 @@
-"""The default run with each optimizer, at several learning rates, and with each schedule, all for
-as many steps: bits per byte of the validation split, in optimizers.csv and optimizers.png.
+"""The default model with each optimizer, at several learning rates, and with each schedule, all for
+as many steps of 16 rows: bits per byte of the validation split, in optimizers.csv and optimizers.png.
 
     python bench/optimizers.py mytext.txt [--steps 1000]
 """
@@ -25,7 +25,7 @@ def run(data: str, steps: int, **flags) -> list[tuple[int, float]]:
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, str(BENCH.parent / "train.py"), "--data", data,
                    "--max_iters", str(steps), "--eval_interval", str(steps // 5),
-                   "--eval_iters", "50", "--out_dir", folder]
+                   "--eval_iters", "50", "--batch_size", "16", "--out_dir", folder]
         subprocess.run(command + [f"--{k}={v}" for k, v in flags.items()], check=True,
                        stdout=subprocess.DEVNULL)
         lines = (Path(folder) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()

@@ -240,9 +240,9 @@ FINETUNE = "finetune_shakespeare"  # the recipe where --init_from is given and n
 PRESETS: dict[str, dict] = {
     "shakespeare": dict(
         block_size=64, vocab_size=1024, n_layer=4, n_head=4, n_embd=128, bias=False,
-        position="rope", norm="rmsnorm", data="shakespeare", tokenizer="bpe", batch_size=16,
-        optimizer="muon", learning_rate=1e-2, max_iters=1800, warmup_iters=100, eval_interval=200,
-        beta2=0.99),
+        position="rope", norm="rmsnorm", data="shakespeare", tokenizer="bpe", batch_size=8,
+        optimizer="muon", learning_rate=8e-3, max_iters=3300, warmup_iters=100, eval_interval=300,
+        eval_iters=40, beta2=0.99),
     # nanoGPT's config/train_shakespeare_char.py
     "shakespeare_char": dict(
         block_size=256, n_layer=6, n_head=6, n_embd=384, dropout=0.2, bias=False,
