@@ -1,5 +1,5 @@
 """The default model with each optimizer, at several learning rates, and with each schedule, all for
-as many steps of 16 rows: bits per byte of the validation split, in optimizers.csv and optimizers.png.
+as many steps of 16 rows: bits per byte of the validation split, to optimizers.csv and .png.
 
     python bench/optimizers.py mytext.txt [--steps 1000]
 """

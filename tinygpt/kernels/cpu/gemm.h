@@ -81,9 +81,9 @@ static void multiply(void* args, int index);
 
 /* C = op(A) op(B) + bias + residual */
 HOT void product(pool_t* pool, gemm_t* g) {
-  /* two tasks a thread, so that a late thread costs little */
-  const long share = (g->M + 2 * pool->threads - 1) / (2 * pool->threads);
-  g->rows = MIN(ROUND_UP(share, GM), MC);
+  /* as many tasks for each thread, and two at least, so that a late one costs little */
+  const long round = 2 * (long)pool->threads, tasks = ROUND_UP((g->M + MC - 1) / MC, round);
+  g->rows = ROUND_UP((g->M + tasks - 1) / tasks, GM);
   /* slices of about one depth */
   const long slices = (g->K + KC - 1) / KC, depth = ROUND_UP((g->K + slices - 1) / slices, 32);
   for (g->jc = 0; g->jc < g->N; g->jc += NC) {
