@@ -7,6 +7,7 @@ import os
 import subprocess
 
 import numpy as np
+import operations
 import pytest
 from operations import (
     CASES,
@@ -50,7 +51,7 @@ def restore():
 @pytest.mark.parametrize("operation, number", NUMBERED)
 def test_reference_equals_numpy(operation, number):
     shapes, options = CASES[operation][number]
-    in_numpy = functools.partial(globals()[f"np_{operation}"], **options)
+    in_numpy = functools.partial(getattr(operations, f"np_{operation}"), **options)
     arrays = {name: a.astype(np.float64) for name, a in draw(shapes).items()}
     ours, right = result(operation, number, "reference"), in_numpy(**arrays)
     check(ours, {"y": right})
