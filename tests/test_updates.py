@@ -16,7 +16,7 @@ def test_orthogonalize_brings_singular_values_near_one(implementation, shape, si
     x = draw(dict(x=shape))["x"]
     u, s, v = np.linalg.svd(x, full_matrices=False)
     x = ((u * np.geomspace(1, 0.02, len(s))) @ v * size).astype(np.float32)
-    y = kernels.orthogonalize(Tensor(x), implementation=implementation).numpy()
+    y = kernels.orthogonalize(Tensor(x), implementation=implementation)[0].numpy()
     inside = u.T @ y @ v.T  # y has the singular vectors of x
     np.testing.assert_allclose(inside, np.diag(np.diag(inside)), atol=2e-4)
     assert np.diag(inside).min() > 0.6 and np.diag(inside).max() < 1.25
@@ -28,8 +28,17 @@ def test_orthogonalize_brings_singular_values_near_one(implementation, shape, si
 def test_orthogonalize_leaves_what_a_matrix_lacks_at_zero(implementation, rank):
     arrays = draw(dict(a=(20, rank), b=(rank, 30)))
     x = arrays["a"] @ arrays["b"]
-    y = kernels.orthogonalize(Tensor(x), implementation=implementation).numpy()
+    y = kernels.orthogonalize(Tensor(x), implementation=implementation)[0].numpy()
     np.testing.assert_allclose(y, np_orthogonalize(x.astype(np.float64)), atol=2e-4)
+
+
+@pytest.mark.parametrize("implementation", implementations("orthogonalize"))
+def test_orthogonalize_of_many_is_that_of_each(implementation):
+    shapes = [(5, 9), (40, 40), (33, 7), (1, 3)] * 5
+    arrays = draw({str(i): shape for i, shape in enumerate(shapes)})
+    made = kernels.orthogonalize(*map(Tensor, arrays.values()), implementation=implementation)
+    for y, x in zip(made, arrays.values(), strict=True):
+        np.testing.assert_allclose(y.numpy(), np_orthogonalize(x.astype(np.float64)), atol=2e-4)
 
 
 @pytest.mark.parametrize("implementation", implementations("square_sum"))

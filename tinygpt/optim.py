@@ -165,9 +165,12 @@ class Muon(Optimizer):
         updated = self.rest.update([named[name] for name in self.rest.params], learning_rate,
                                    scale, apply)
         for name, m in self.m.items():
-            p, grad = self.params[name], named[name] * scale
-            m.assign(apply.where(self.momentum * m + grad, m))
-            step = kernels.orthogonalize(grad + self.momentum * m) * (0.2 * math.sqrt(max(p.shape)))
+            m.assign(apply.where(self.momentum * m + named[name] * scale, m))
+        steps = kernels.orthogonalize(*(named[name] * scale + self.momentum * m
+                                        for name, m in self.m.items()))
+        for (name, m), step in zip(self.m.items(), steps, strict=True):
+            p = self.params[name]
+            step = step * (0.2 * math.sqrt(max(p.shape)))
             moved = p * (1 - learning_rate * self.weight_decay) - learning_rate * step
             updated += [m, p.assign(apply.where(moved, p))]
         return updated

@@ -199,13 +199,13 @@ def square_sum(*tensors: Tensor, implementation: str = "auto") -> Tensor:
     return _run("square_sum", implementation, tensors)
 
 
-def orthogonalize(x: Tensor, implementation: str = "auto") -> Tensor:
-    """The orthogonal matrix nearest to x, roughly: u f(s) v^T for x = u s v^T, f(s) in 0.7..1.2.
+def orthogonalize(*xs: Tensor, implementation: str = "auto") -> list[Tensor]:
+    """The orthogonal matrix nearest to each x, roughly.
 
-    x (R, C) float32 -> the same. Five Newton-Schulz steps x <- (a + b A + c A^2) x, A = x x^T,
-    from x of norm 1 (arXiv:2502.16982); no gradient.
+    x (R, C) float32 -> the same: u f(s) v^T for x = u s v^T, f(s) in 0.7..1.2. Five Newton-Schulz
+    steps x <- (a + b A + c A^2) x, A = x x^T, from x of norm 1 (arXiv:2502.16982); no gradient.
     """
-    return _run("orthogonalize", implementation, (x,))
+    return _run("orthogonalize", implementation, xs)
 
 
 def _run(operation: str, implementation: str, tensors: tuple, *options):

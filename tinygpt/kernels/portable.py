@@ -120,7 +120,11 @@ def square_sum(*tensors):
     return functools.reduce(operator.add, (x.square().sum().contiguous() for x in tensors))
 
 
-def orthogonalize(x):
+def orthogonalize(*xs):
+    return [_orthogonalize(x) for x in xs]
+
+
+def _orthogonalize(x):
     # A and its polynomials commute: the steps are taken on A, the product applied to x once
     a, b, c = reference.NEWTON_SCHULZ
     x = (x / (x.square().sum().sqrt() + 1e-7).contiguous()).contiguous()

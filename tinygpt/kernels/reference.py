@@ -129,7 +129,11 @@ def square_sum(*tensors):
 NEWTON_SCHULZ = 3.4445, -4.7750, 2.0315  # a + b A + c A^2
 
 
-def orthogonalize(x):
+def orthogonalize(*xs):
+    return [_orthogonalize(x) for x in xs]
+
+
+def _orthogonalize(x):
     a, b, c = NEWTON_SCHULZ
     x = x / (x.square().sum().sqrt() + 1e-7)
     for _ in range(5):

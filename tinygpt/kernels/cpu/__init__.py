@@ -9,7 +9,14 @@ functions can take.
 from tinygrad import Tensor, UOp, dtypes
 
 from tinygpt.kernels import reference
-from tinygpt.kernels.cpu.launch import Kernel, amx, constants, memory, untransposed
+from tinygpt.kernels.cpu.launch import (
+    Kernel,
+    amx,
+    constants,
+    memory,
+    thread_count,
+    untransposed,
+)
 
 FLOAT_IN, FLOAT_OUT, ACT_IN, ACT_OUT = "const float*", "float*", "const act*", "act*"
 WEIGHT_IN = "const void*"  # of as many bits as the define WEIGHT says
@@ -323,10 +330,20 @@ def _square_sum(tensors):
     return kernel([Tensor.empty(1)], list(tensors), sizes)[0].reshape(())
 
 
-def orthogonalize(x):
-    R, C = x.shape
-    outputs = [Tensor.empty(R, C), Tensor.empty(4, min(R, C), min(R, C))]
-    return Kernel("orthogonalize.c")(outputs, [x.contiguous()], (R, C))[0]
+def orthogonalize(*xs):
+    parts = [xs[i:i + MOST_INPUTS // 2] for i in range(0, len(xs), MOST_INPUTS // 2)]
+    return [made for part in parts for made in _orthogonalize(part)]
+
+
+def _orthogonalize(xs):
+    outs, ins = ([f"{kind}{i}" for i in range(len(xs))] for kind in ("out", "x"))
+    kernel = Kernel("orthogonalize.c", (
+        *((FLOAT_OUT, name) for name in (*outs, "scratch")), *((FLOAT_IN, name) for name in ins)), (
+        ("COUNT", len(xs)), ("OUTPUTS", ", ".join(outs)), ("INPUTS", ", ".join(ins))))
+    N = max(min(x.shape) for x in xs)
+    outputs = [*(Tensor.empty(*x.shape) for x in xs),
+               Tensor.empty(min(thread_count(), len(xs)), 4, N, N)]
+    return kernel(outputs, [x.contiguous() for x in xs], sum((x.shape for x in xs), ()))[:-1]
 
 
 def adamw(p, m, v, grad, options):

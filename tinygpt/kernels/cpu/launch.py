@@ -221,6 +221,11 @@ def set_threads(threads: int) -> None:
     _threads = threads
 
 
+def thread_count() -> int:
+    """How many threads the kernels use."""
+    return _threads
+
+
 @functools.cache
 def table() -> Tensor:
     """(2,) uint64: the addresses of the pool and of its workspace."""

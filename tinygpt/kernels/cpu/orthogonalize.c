@@ -1,20 +1,51 @@
-/* The orthogonal matrix nearest to x (R x C), roughly, by five Newton-Schulz steps
+/* The orthogonal matrix nearest to each of COUNT matrices x (R x C), roughly, by five Newton-Schulz
+ * steps
  *   x <- p(A) x,  A = x x^T,  p(A) = 3.4445 - 4.7750 A + 2.0315 A^2    (arXiv:2502.16982)
  * from x of norm 1. A and its polynomials commute, so the steps are taken on A (N x N), N the lesser
  * of R and C, and their product is applied to x once. All of them are symmetric, which halves the
- * work, and made so to the bit: what is not grows at every step. scratch (4 x N x N). */
+ * work, and made so to the bit: what is not grows at every step.
+ *
+ * Each thread takes a matrix at a time; where there are more threads than matrices, all of them work
+ * on each product. dims has R and C of every matrix; scratch is 4 x N x N, of the largest N, for each
+ * thread that takes a matrix. */
 #include "gemm.h"
 #include "square_sum.h"
 
-static void some_squares(void* args, int index);
+#define PACKED (KC * NC)                        /* floats of B that a product packs */
+#define WORKSPACE ((64l << 20) / sizeof(float)) /* there are for all, as launch.py has it */
 
 typedef struct {
-  const float* x;
-  double* sums;
-  long n;
-} squares_t;
+  float** outputs;
+  const float** inputs;
+  const long* dims;
+  float *scratch, *packed;
+  long largest;                 /* N */
+  int next;                     /* the matrix to be taken */
+} matrices_t;
 
-#define TASKS 16
+static void some_matrices(void* args, int index);
+static void orthogonalize(pool_t* pool, const matrices_t* m, int which, int slot);
+
+KERNEL void NAME(ARGUMENTS const long* dims, const u64* table) {
+  pool_t* pool = (pool_t*)table[0];
+  float* outputs[COUNT] = {OUTPUTS};
+  const float* inputs[COUNT] = {INPUTS};
+  matrices_t m = {outputs, inputs, dims, scratch, (float*)table[1], 0, 0};
+  for (int i = 0; i < COUNT; i++) m.largest = MAX(m.largest, MIN(dims[2 * i], dims[2 * i + 1]));
+  if (COUNT < pool->threads)
+    for (int i = 0; i < COUNT; i++) orthogonalize(pool, &m, i, 0);
+  else
+    parallel_for(pool, some_matrices, &m, MIN((long)pool->threads, WORKSPACE / PACKED));
+}
+
+KERNEL static void some_matrices(void* args, int index) {
+  matrices_t* m = args;
+  pool_t alone;                 /* of which a pool of one needs no more */
+  alone.threads = 1;
+  int i;
+  while ((i = __atomic_fetch_add(&m->next, 1, __ATOMIC_RELAXED)) < COUNT)
+    orthogonalize(&alone, m, i, index);
+}
 
 /* c = op(a) op(b), c of m x n */
 HOT void multiply_matrices(pool_t* pool, void* packed, float* c, const float* a, const float* b,
@@ -30,16 +61,14 @@ HOT void multiply_symmetric(pool_t* pool, void* packed, float* c, const float* a
   multiply_matrices(pool, packed, c, a, b, n, n, n, 0, 0, 1);
 }
 
-KERNEL void NAME(float* out, float* scratch, const float* x, const long* dims, const u64* table) {
-  pool_t* pool = (pool_t*)table[0];
-  void* packed = (void*)table[1];
-  const long R = dims[0], C = dims[1], N = MIN(R, C), wide = R <= C;
-  float *A = scratch, *step = A + N * N, *all = step + N * N, *next = all + N * N;
-  double sums[TASKS], total = 0;
-  squares_t squares = {x, sums, R * C};
-  parallel_for(pool, some_squares, &squares, TASKS);
-  for (int i = 0; i < TASKS; i++) total += sums[i];
-  const float norm = __builtin_sqrtf((float)total) + 1e-7f, shrink = 1.0f / (norm * norm);
+KERNEL static void orthogonalize(pool_t* pool, const matrices_t* m, int which, int slot) {
+  const float* x = m->inputs[which];
+  const long R = m->dims[2 * which], C = m->dims[2 * which + 1], N = MIN(R, C), wide = R <= C;
+  float *packed = m->packed + slot * PACKED, *out = m->outputs[which];
+  float *A = m->scratch + slot * 4 * m->largest * m->largest;
+  float *step = A + N * N, *all = step + N * N, *next = all + N * N;
+  const float norm = __builtin_sqrtf((float)square_sum(x, 0, R * C)) + 1e-7f;
+  const float shrink = 1.0f / (norm * norm);
   multiply_matrices(pool, packed, A, x, x, N, N, MAX(R, C), !wide, wide, 1);
   for (long i = 0; i < N * N; i++) A[i] *= shrink;
   for (int round = 0; round < 5; round++) {
@@ -60,11 +89,6 @@ KERNEL void NAME(float* out, float* scratch, const float* x, const long* dims, c
   for (long i = 0; i < N * N; i++) all[i] /= norm;
   if (wide) multiply_matrices(pool, packed, out, all, x, R, C, N, 0, 0, 0);
   else multiply_matrices(pool, packed, out, x, all, R, C, N, 0, 0, 0);
-}
-
-KERNEL static void some_squares(void* args, int index) {
-  const squares_t* s = args;
-  s->sums[index] = square_sum(s->x, s->n * index / TASKS, s->n * (index + 1) / TASKS);
 }
 
 #include "gemm_float.h"
