@@ -241,7 +241,7 @@ PRESETS: dict[str, dict] = {
     "shakespeare": dict(
         block_size=64, vocab_size=1024, n_layer=4, n_head=4, n_embd=128, bias=False,
         position="rope", norm="rmsnorm", data="shakespeare", tokenizer="bpe", batch_size=8,
-        optimizer="muon", learning_rate=8e-3, max_iters=3300, warmup_iters=100, eval_interval=300,
+        optimizer="muon", learning_rate=8e-3, max_iters=3000, warmup_iters=100, eval_interval=300,
         eval_iters=40, beta2=0.99),
     # nanoGPT's config/train_shakespeare_char.py
     "shakespeare_char": dict(
