@@ -6,6 +6,7 @@ from operations import check, draw, implementations, np_orthogonalize, tensors
 from tinygrad import Tensor
 
 from tinygpt import kernels
+from tinygpt.kernels.cpu import launch
 
 
 @pytest.mark.parametrize("implementation", implementations("orthogonalize"))
@@ -39,6 +40,15 @@ def test_orthogonalize_of_many_is_that_of_each(implementation):
     made = kernels.orthogonalize(*map(Tensor, arrays.values()), implementation=implementation)
     for y, x in zip(made, arrays.values(), strict=True):
         np.testing.assert_allclose(y.numpy(), np_orthogonalize(x.astype(np.float64)), atol=2e-4)
+
+
+def test_orthogonalize_has_room_for_every_thread_that_there_is(monkeypatch):
+    """Also where fewer were asked for when the threads had begun."""
+    made, empty, threads = [], Tensor.empty, launch.pool().threads
+    monkeypatch.setattr(launch, "_threads", 1)
+    monkeypatch.setattr(Tensor, "empty", lambda *shape: made.append(shape) or empty(*shape))
+    kernels.orthogonalize(*[Tensor.ones(5, 7)] * 16, implementation="cpu")
+    assert made[-1] == (min(threads, 16), 4, 5, 5)
 
 
 @pytest.mark.parametrize("implementation", implementations("square_sum"))

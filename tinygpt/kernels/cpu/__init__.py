@@ -14,7 +14,7 @@ from tinygpt.kernels.cpu.launch import (
     amx,
     constants,
     memory,
-    thread_count,
+    pool,
     untransposed,
 )
 
@@ -342,7 +342,7 @@ def _orthogonalize(xs):
         ("COUNT", len(xs)), ("OUTPUTS", ", ".join(outs)), ("INPUTS", ", ".join(ins))))
     N = max(min(x.shape) for x in xs)
     outputs = [*(Tensor.empty(*x.shape) for x in xs),
-               Tensor.empty(min(thread_count(), len(xs)), 4, N, N)]
+               Tensor.empty(min(pool().threads, len(xs)), 4, N, N)]
     return kernel(outputs, [x.contiguous() for x in xs], sum((x.shape for x in xs), ()))[:-1]
 
 

@@ -118,6 +118,7 @@ class Pool:
     WORDS = JOBS + 16 * 8
 
     def __init__(self, threads: int):
+        self.threads = threads
         self._memory = mmap.mmap(-1, self.WORDS * 8 + WORKSPACE_BYTES)
         self.address = ctypes.addressof(ctypes.c_char.from_buffer(self._memory))
         self.workspace = self.address + self.WORDS * 8
@@ -221,16 +222,16 @@ def set_threads(threads: int) -> None:
     _threads = threads
 
 
-def thread_count() -> int:
-    """How many threads the kernels use."""
-    return _threads
+@functools.cache
+def pool() -> Pool:
+    """The pool that all kernels share."""
+    return Pool(_threads)
 
 
 @functools.cache
 def table() -> Tensor:
     """(2,) uint64: the addresses of the pool and of its workspace."""
-    pool = Pool(_threads)
-    return constant(np.array([pool.address, pool.workspace], np.uint64), "CPU")
+    return constant(np.array([pool().address, pool().workspace], np.uint64), "CPU")
 
 
 @functools.cache
