@@ -1,4 +1,4 @@
-"""How C kernels are compiled, read the views of each other's outputs, and the thread that runs
+"""How C kernels are compiled and read the views of each other's outputs, and the thread that runs
 them."""
 
 import subprocess

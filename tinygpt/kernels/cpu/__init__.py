@@ -9,14 +9,7 @@ functions can take.
 from tinygrad import Tensor, UOp, dtypes
 
 from tinygpt.kernels import reference
-from tinygpt.kernels.cpu.launch import (
-    Kernel,
-    amx,
-    constants,
-    memory,
-    pool,
-    untransposed,
-)
+from tinygpt.kernels.cpu.launch import Kernel, amx, constants, memory, pool, untransposed
 
 FLOAT_IN, FLOAT_OUT, ACT_IN, ACT_OUT = "const float*", "float*", "const act*", "act*"
 WEIGHT_IN = "const void*"  # of as many bits as the define WEIGHT says
@@ -318,8 +311,11 @@ def draw(logits, key=None, temperature=None):
 
 
 def square_sum(*tensors):
-    parts = [tensors[i:i + MOST_INPUTS] for i in range(0, len(tensors), MOST_INPUTS)]
-    return sum((_square_sum(part) for part in parts), start=Tensor.zeros(()))
+    return sum(map(_square_sum, _parts(tensors, MOST_INPUTS)), start=Tensor.zeros(()))
+
+
+def _parts(tensors, most):
+    return [tensors[i:i + most] for i in range(0, len(tensors), most)]
 
 
 def _square_sum(tensors):
@@ -331,8 +327,8 @@ def _square_sum(tensors):
 
 
 def orthogonalize(*xs):
-    parts = [xs[i:i + MOST_INPUTS // 2] for i in range(0, len(xs), MOST_INPUTS // 2)]
-    return [made for part in parts for made in _orthogonalize(part)]
+    # a half, since there is an output for each input
+    return [made for part in _parts(xs, MOST_INPUTS // 2) for made in _orthogonalize(part)]
 
 
 def _orthogonalize(xs):
