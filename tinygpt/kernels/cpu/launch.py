@@ -230,8 +230,8 @@ def pool() -> Pool:
 
 @functools.cache
 def table() -> Tensor:
-    """(2,) uint64: the addresses of the pool and of its workspace."""
-    return constant(np.array([pool().address, pool().workspace], np.uint64), "CPU")
+    """(3,) uint64: the addresses of the pool and of its workspace, and the workspace's bytes."""
+    return constant(np.array([pool().address, pool().workspace, WORKSPACE_BYTES], np.uint64), "CPU")
 
 
 @functools.cache

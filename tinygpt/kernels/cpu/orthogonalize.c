@@ -11,8 +11,7 @@
 #include "gemm.h"
 #include "square_sum.h"
 
-#define PACKED (KC * NC)                        /* floats of B that a product packs */
-#define WORKSPACE ((64l << 20) / sizeof(float)) /* there are for all, as launch.py has it */
+#define PACKED (KC * NC)        /* floats of B that a product packs */
 
 typedef struct {
   float** outputs;
@@ -30,12 +29,13 @@ KERNEL void NAME(ARGUMENTS const long* dims, const u64* table) {
   pool_t* pool = (pool_t*)table[0];
   float* outputs[COUNT] = {OUTPUTS};
   const float* inputs[COUNT] = {INPUTS};
+  const long room = table[2] / sizeof(float) / PACKED;
   matrices_t m = {outputs, inputs, dims, scratch, (float*)table[1], 0, 0};
   for (int i = 0; i < COUNT; i++) m.largest = MAX(m.largest, MIN(dims[2 * i], dims[2 * i + 1]));
   if (COUNT < pool->threads)
     for (int i = 0; i < COUNT; i++) orthogonalize(pool, &m, i, 0);
   else
-    parallel_for(pool, some_matrices, &m, MIN((long)pool->threads, WORKSPACE / PACKED));
+    parallel_for(pool, some_matrices, &m, MIN((long)pool->threads, room));
 }
 
 KERNEL static void some_matrices(void* args, int index) {
