@@ -127,13 +127,13 @@ def test_which_tensors_it_takes():
     def some(device="PYTHON", dtype=dtypes.float32, D=8):
         return Tensor.empty(1, 1, 3, D, device=device, dtype=dtype)
 
-    assert flash.fits(some(), some(), some())
-    assert flash.fits(*[some(dtype=dtypes.bfloat16, D=128)] * 3)
-    assert flash.fits(*[some(D=160)] * 3)
-    assert not flash.fits(*[some(D=4096)] * 3)  # more than a workgroup may share
-    assert not flash.fits(some(), some(dtype=dtypes.bfloat16), some())
-    assert not flash.fits(*[some(dtype=dtypes.int32)] * 3)
-    assert not flash.fits(*[some("CPU")] * 3)
+    assert flash.fits("attention", some(), some(), some())
+    assert flash.fits("attention", *[some(dtype=dtypes.bfloat16, D=128)] * 3)
+    assert flash.fits("attention", *[some(D=160)] * 3)
+    assert not flash.fits("attention", *[some(D=4096)] * 3)  # more than a workgroup may share
+    assert not flash.fits("attention", some(), some(dtype=dtypes.bfloat16), some())
+    assert not flash.fits("attention", *[some(dtype=dtypes.int32)] * 3)
+    assert not flash.fits("attention", *[some("CPU")] * 3)
     with pytest.raises(ValueError, match=r"'flash' have no attention for .* on CPU"):
         kernels.attention(*[some("CPU")] * 3, implementation="flash")
 

@@ -121,22 +121,84 @@ def test_use_decides_what_auto_means(restore, monkeypatch):
             if hasattr(module, operation):
                 monkeypatch.setattr(module, operation, lambda *_, name=name: name)
     monkeypatch.setattr(kernels.flash, "fits", lambda *_: True)
-    before = kernels.gelu(None), kernels.attention(None, None, None)
+    q, k, v = (Tensor.zeros(1, 2, 3, 4) for _ in range(3))
+    before = kernels.gelu(q), kernels.attention(q, k, v)
     for name in kernels.IMPLEMENTATIONS:
         kernels.use(name)
-        assert kernels.attention(None, None, None) == name
+        assert kernels.attention(q, k, v) == name
     kernels.use("tinygrad")
-    assert kernels.gelu(None) == "portable"  # tinygrad's has none
+    assert kernels.gelu(q) == "portable"  # tinygrad's has none
     kernels.use("flash")
-    assert kernels.gelu(None) == before[0]  # flash has attention alone
+    assert kernels.gelu(q) == before[0]  # flash has attention alone
     kernels.use("reference")
-    assert kernels.gelu(None) == kernels.gelu(None, implementation="auto") == "reference"
-    assert kernels.gelu(None, implementation="portable") == "portable"
+    assert kernels.gelu(q) == kernels.gelu(q, implementation="auto") == "reference"
+    assert kernels.gelu(q, implementation="portable") == "portable"
     with pytest.raises(ValueError, match="nonsense"):
         kernels.use("nonsense")
-    assert kernels.gelu(None) == "reference"
+    assert kernels.gelu(q) == "reference"
     kernels.use("auto")
-    assert (kernels.gelu(None), kernels.attention(None, None, None)) == before
+    assert (kernels.gelu(q), kernels.attention(q, k, v)) == before
+
+
+def test_what_is_asked_for_by_use_runs_or_raises(restore):
+    half = Tensor.ones(3, 4, dtype=dtypes.half).contiguous().realize()
+    with pytest.warns(UserWarning, match="no C kernel for swiglu of dtypes.half, dtypes.half"):
+        kernels.swiglu(half, half)
+    kernels.use("cpu")
+    with pytest.raises(ValueError, match=r"'cpu' have no gelu for .*half"):
+        kernels.gelu(half)
+
+
+def filled(*shape: int, dtype=dtypes.float32) -> Tensor:
+    return Tensor.ones(*shape, dtype=dtype).contiguous().realize()
+
+
+MISFITS = {
+    "linear": [lambda: (filled(4, 10), filled(6, 12)),
+               lambda: (filled(4, 12), filled(6, 12), filled(12)),
+               lambda: (filled(4, 12), filled(6, 12), None, filled(6))],
+    "quantized_linear": [lambda: (filled(4, 10), filled(6, 12, dtype=dtypes.int8), filled(6))],
+    "attention": [lambda: (filled(1, 4, 5, 8), filled(1, 3, 5, 8), filled(1, 3, 5, 8)),
+                  lambda: (filled(1, 4, 5, 8), filled(1, 4, 5, 6), filled(1, 4, 5, 6)),
+                  lambda: (filled(1, 4, 5, 8), filled(1, 4, 5, 8), filled(1, 4, 3, 8))],
+    "layer_norm": [lambda: (filled(4, 10), filled(8)),
+                   lambda: (filled(4, 10), filled(10), filled(1))],
+    "rms_norm": [lambda: (filled(4, 10), filled(20))],
+    "swiglu": [lambda: (filled(4, 10), filled(10))],
+    "rope": [lambda: (filled(1, 2, 5, 8), filled(4, 4), filled(4, 4))],
+    "cross_entropy": [lambda: (filled(4, 10), filled(3, dtype=dtypes.int32))],
+}
+
+
+@pytest.mark.parametrize("operation", MISFITS)
+def test_shapes_that_do_not_fit_one_another_are_refused(operation):
+    for make in MISFITS[operation]:
+        with pytest.raises(ValueError, match="cannot take tensors of the shapes"):
+            getattr(kernels, operation)(*make())
+
+
+@pytest.mark.parametrize("operation, make", [
+    ("gelu", lambda: (filled(4, 4, dtype=dtypes.int32),)),
+    ("embedding", lambda: (filled(4, dtype=dtypes.int32), filled(5, 4, dtype=dtypes.bfloat16))),
+    ("square_sum", lambda: (filled(4, 4, dtype=dtypes.bfloat16),)),
+    ("attention", lambda: [filled(1, 1, 2, 4096)] * 3)])
+def test_the_c_kernels_are_not_given_what_they_would_misread(operation, make):
+    with pytest.raises(ValueError, match=f"'cpu' have no {operation}"):
+        getattr(kernels, operation)(*make(), implementation="cpu")
+
+
+@pytest.mark.parametrize("implementation", ["reference", "portable", "cpu"])
+def test_nan_is_not_swallowed(implementation):
+    logits = draw(dict(logits=(5, 70)))["logits"]
+    logits[2, 7] = logits[3, 69] = np.nan
+    for row, lost in enumerate([False, False, True, True, False]):
+        got = run("cross_entropy", implementation, dict(logits=logits[row:row + 1]),
+                  dict(targets=np.zeros(1, np.int32)))
+        assert np.isnan(got["y"]) == lost == np.isnan(got["logits"]).any()
+    arrays = draw(dict(q=(1, 2, 5, 16), k=(1, 2, 5, 16), v=(1, 2, 5, 16)))
+    arrays["q"][0, 1, 3, 2] = np.nan
+    out = run("attention", implementation, arrays, {})["y"]
+    assert np.isnan(out[0, 1, 3]).all() and np.isfinite(np.delete(out[0, 1], 3, axis=0)).all()
 
 
 # ---- matrix products deeper than a slice and wider than a strip, with edges on every side
@@ -167,7 +229,7 @@ PROCESSORS = {"avx512": ["x86_64", "-march=sapphirerapids"], "sse": ["x86_64", "
 
 @pytest.fixture(scope="module")
 def c_sources():
-    """The source of every C kernel that the operations use, with and without AMX."""
+    """The source of every C kernel that CASES use, with and without AMX."""
     sources, build = {}, launch.program
 
     def program(name, code, *rest):
@@ -213,6 +275,26 @@ def test_cross_entropy_is_stable(implementation):
     right[np.arange(17), logits.argmax(-1)] += 1
     right[np.arange(17), targets] -= 1
     check(got, {"logits": right / 17 * cotangent(())})
+
+
+@for_each_cross_entropy
+def test_a_target_outside_of_the_vocabulary_is_no_logit(implementation):
+    logits = draw(dict(logits=(6, 37)))
+    for ignored in (-1, 16777217):  # the second is no float32
+        options = dict(targets=np.array([1, 36, 37, -100, 2**31 - 1, ignored], np.int32),
+                       label_smoothing=0.1, ignore_index=ignored)
+        check(run("cross_entropy", implementation, logits, options),
+              run("cross_entropy", "reference", logits, options))
+
+
+def test_an_id_outside_of_the_vocabulary_touches_no_foreign_memory():
+    idx = dict(idx=np.array([2, 10**9, -10**9, 0], np.int32))
+    weight = draw(dict(weight=(5, 12)))
+    got = run("embedding", "cpu", weight, idx)
+    assert np.array_equal(got["y"][[0, 3]], weight["weight"][[2, 0]]) and not got["y"][1:3].any()
+    right = np.zeros((5, 12), np.float32)
+    right[[2, 0]] = cotangent((4, 12))[[0, 3]]
+    assert np.array_equal(got["weight"], right)
 
 
 @for_each_cross_entropy

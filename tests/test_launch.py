@@ -1,6 +1,7 @@
 """How C kernels are compiled and read the views of each other's outputs, and the thread that runs
 them."""
 
+import signal
 import subprocess
 import sys
 
@@ -111,3 +112,57 @@ def test_garbage_that_the_devices_own_thread_collects_does_not_stop_it(garbage):
     done = subprocess.run([sys.executable, "-c", GARBAGE, garbage], cwd=ROOT, capture_output=True,
                           text=True, timeout=40)
     assert done.stdout == "[4.0, 4.0, 4.0, 4.0]\n", done.stderr
+
+
+ENDS = {
+    "with a kernel in flight": """
+for _ in range(6):
+    y = kernels.linear(x, w, implementation="cpu").realize()
+""",
+    "after a fork that ended": """
+import os
+if os.fork() == 0:
+    sys.exit(0)
+os.wait()
+assert not pool().words[pool().STOP]
+for _ in range(20):
+    if os.fork() == 0:
+        sys.exit(0)
+    kernels.linear(x, w, implementation="cpu").realize()
+    Device["CPU"].synchronize()
+"""}
+
+
+@pytest.mark.parametrize("threads", [2, 7, 1000])
+@pytest.mark.parametrize("name", ENDS)
+def test_a_program_ends_by_itself(name, threads):
+    device.export_compiler()
+    code = f"""
+import sys
+from tinygrad import Device, Tensor
+from tinygpt import kernels
+from tinygpt.kernels.cpu.launch import pool
+kernels.set_threads({threads})
+x, w = (Tensor.ones(700, 512).contiguous().realize() for _ in range(2))
+kernels.linear(x, w, implementation="cpu").realize()
+Device["CPU"].synchronize()
+{ENDS[name]}
+print("ends")
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True,
+                          timeout=60)
+    assert (done.returncode, done.stdout) == (0, "ends\n"), done.stderr
+
+
+def test_ctrl_c_does_not_reach_the_compiler(ahead, monkeypatch):
+    masks = []
+    monkeypatch.setattr(ahead, "tinygrads", lambda code: masks.append(
+        signal.pthread_sigmask(signal.SIG_BLOCK, ())) or b"")
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    ahead.compiler.compile("int x;")
+    assert signal.SIGINT in masks[0] and signal.pthread_sigmask(signal.SIG_BLOCK, ()) == before
+
+
+def test_no_fewer_than_one_thread():
+    with pytest.raises(ValueError, match="threads=0"):
+        kernels.set_threads(0)

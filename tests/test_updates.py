@@ -46,7 +46,8 @@ def test_orthogonalize_has_room_for_every_thread_that_there_is(monkeypatch):
     """Also where fewer were asked for when the threads had begun."""
     made, empty, threads = [], Tensor.empty, launch.pool().threads
     monkeypatch.setattr(launch, "_threads", 1)
-    monkeypatch.setattr(Tensor, "empty", lambda *shape: made.append(shape) or empty(*shape))
+    monkeypatch.setattr(Tensor, "empty", lambda *shape, **options: made.append(shape)
+                        or empty(*shape, **options))
     kernels.orthogonalize(*[Tensor.ones(5, 7)] * 16, implementation="cpu")
     assert made[-1] == (min(threads, 16), 4, 5, 5)
 

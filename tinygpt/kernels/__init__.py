@@ -8,8 +8,8 @@
 
 `implementation="auto"` takes the fastest one that can run: `cpu` where it can, `flash` on the
 devices of FLASH_WINS, else `portable`. `use()` narrows that for the whole process. An
-implementation asked for by name runs or raises ValueError. Activations are float32 or, but for
-`cpu`, bfloat16; weights are float32 and are cast to the activations' dtype.
+implementation asked for by name runs or raises ValueError, and so do shapes that do not fit one
+another. Activations are float32 or bfloat16; weights are float32 and are cast to their dtype.
 """
 
 import functools
@@ -36,7 +36,8 @@ _in_use = "auto"
 def use(implementation: str) -> None:
     """Makes `implementation` what "auto" means from now on; "auto" itself undoes that.
 
-    What `implementation` does not have at all is `portable`'s; beside "flash" it stays automatic.
+    An operation that `implementation` does not have at all is `portable`'s, beside "flash" the
+    automatic one; tensors that it cannot take raise ValueError where they meet it.
     """
     global _in_use
     _in_use = _check_name(implementation)
@@ -48,11 +49,13 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tens
 
     x (..., C), weight (N, C), bias (N,), residual (..., N) -> (..., N) in x's dtype.
     """
+    _check_linear("linear", x, weight, bias, residual)
     return _run("linear", implementation, (x, weight, bias, residual))
 
 
 def embedding(idx: Tensor, weight: Tensor, implementation: str = "auto") -> Tensor:
-    """Rows of weight (V, C) at idx (...,) int32 -> (..., C). Ids outside 0..V-1 are undefined."""
+    """Rows of weight (V, C) at idx (...,) int32 -> (..., C). The rows of ids outside 0..V-1 are
+    undefined."""
     return _run("embedding", implementation, (idx, weight))
 
 
@@ -64,6 +67,7 @@ def quantized_linear(x: Tensor, weight: Tensor, scale: Tensor | None = None,
     x (..., C), weight (N, C) int8 with scale (N,) float32, a row's, or float16 without one,
     bias (N,), residual (..., N) -> (..., N) in x's dtype.
     """
+    _check_linear("quantized_linear", x, weight, bias, residual)
     return _run("quantized_linear", implementation, (x, scale, bias, residual), weight)
 
 
@@ -79,12 +83,15 @@ def quantized_embedding(idx: Tensor, weight: Tensor, scale: Tensor | None = None
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-5,
                implementation: str = "auto") -> Tensor:
     """LayerNorm over the last axis, in float32 inside (arXiv:1607.06450). x (..., C) -> same."""
+    _check("layer_norm", all(t is None or t.shape == x.shape[-1:] for t in (weight, bias)),
+           x, weight, bias)
     return _run("layer_norm", implementation, (x, weight, bias), eps)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5,
              implementation: str = "auto") -> Tensor:
     """RMSNorm over the last axis, in float32 inside (arXiv:1910.07467). x (..., C) -> same."""
+    _check("rms_norm", weight.shape == x.shape[-1:], x, weight)
     return _run("rms_norm", implementation, (x, weight), eps)
 
 
@@ -95,6 +102,7 @@ def gelu(x: Tensor, tanh: bool = False, implementation: str = "auto") -> Tensor:
 
 def swiglu(gate: Tensor, up: Tensor, implementation: str = "auto") -> Tensor:
     """silu(gate) * up (arXiv:2002.05202), elementwise."""
+    _check("swiglu", gate.shape == up.shape, gate, up)
     return _run("swiglu", implementation, (gate, up))
 
 
@@ -103,6 +111,8 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, implementation: str = "auto") -> T
 
     x (B, H, T, D), cos and sin (T, D/2) float32 -> (B, H, T, D).
     """
+    T, D = x.shape[2:]
+    _check("rope", cos.shape == sin.shape == (T, D // 2) and D % 2 == 0, x, cos, sin)
     return _run("rope", implementation, (x, cos, sin))
 
 
@@ -123,8 +133,12 @@ def attention(q: Tensor, k: Tensor, v: Tensor, offset: int | UOp = 0, window: in
     q (B, H, T, D), k and v (B, G, S, D), H a multiple of G -> (B, H, T, D) in q's dtype.
     Query i stands at position offset + i (a symbolic offset is fine) and sees the keys at
     positions up to its own, with `window` only the last `window` of them. Keys behind the last
-    query are never looked at. dropout_p acts on the softmax's weights where there is a key.
+    query do not matter while they are finite. dropout_p, below 1, acts on the softmax's weights
+    where there is a key.
     """
+    _check_attention(q, k, v, window)
+    if not 0 <= dropout_p < 1:
+        raise ValueError(f"dropout_p={dropout_p} is out of range: choose at least 0 and below 1")
     return _run("attention", implementation, (q, k, v), offset, window, dropout_p, dropout_key)
 
 
@@ -136,6 +150,9 @@ def cached_attention(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tens
 
     keys and values have to be realized, and hold what is written when the result is realized.
     """
+    _check_attention(q, keys, values, window)
+    _check("cached_attention", k.shape == v.shape == (*keys.shape[:2], q.shape[2], q.shape[3]),
+           q, k, v, keys)
     return _run("cached_attention", implementation, (q, k, v, keys, values), offset, window)
 
 
@@ -148,6 +165,7 @@ def cross_entropy(logits: Tensor, targets: Tensor, label_smoothing: float = 0.0,
     distribution (arXiv:1512.00567); z_loss adds z_loss * log(Z)^2 (arXiv:2204.02311). NaN where
     every target is ignored.
     """
+    _check("cross_entropy", targets.shape == logits.shape[:1], logits, targets)
     return _run("cross_entropy", implementation, (logits, targets), label_smoothing, z_loss,
                 ignore_index)
 
@@ -224,25 +242,49 @@ def _choose(operation: str, tensors: tuple) -> str:
     if _in_use == "flash" and hasattr(flash, operation):
         return "flash"  # even where it cannot run: it was asked for
     name = "cpu" if _in_use in ("auto", "flash") else _in_use
-    if _offers(name, operation, tensors):
+    asked = name == _in_use and hasattr(IMPLEMENTATIONS[name], operation)
+    if asked or _offers(name, operation, tensors):
         return name
     if _in_use == "auto" and hasattr(flash, operation):
         device = str(tensors[0].device).split(":")[0]
         if device in FLASH_WINS and _offers("flash", operation, tensors):
             return "flash"
     if hasattr(IMPLEMENTATIONS[name], operation) and str(tensors[0].device) == "CPU":
-        _say_fallback(operation, str(tensors[0].dtype))
+        _say_fallback(operation, ", ".join(str(t.dtype) for t in tensors if t is not None))
     return "portable"
 
 
 def _offers(name: str, operation: str, tensors: tuple) -> bool:
     module = IMPLEMENTATIONS[name]
-    return hasattr(module, operation) and (not hasattr(module, "fits") or module.fits(*tensors))
+    takes_all = not hasattr(module, "fits")
+    return hasattr(module, operation) and (takes_all or module.fits(operation, *tensors))
 
 
 @functools.cache
-def _say_fallback(operation: str, dtype: str) -> None:
-    warnings.warn(f"no C kernel for {operation} in {dtype}: the portable one runs", stacklevel=5)
+def _say_fallback(operation: str, kinds: str) -> None:
+    warnings.warn(f"no C kernel for {operation} of {kinds}: the portable one runs", stacklevel=5)
+
+
+def _check(operation: str, fits: bool, *tensors: Tensor | None) -> None:
+    if not fits:
+        shapes = ", ".join(str(t.shape) for t in tensors if t is not None)
+        raise ValueError(f"{operation} cannot take tensors of the shapes {shapes} together")
+
+
+def _check_linear(operation: str, x: Tensor, weight: Tensor, bias: Tensor | None,
+                  residual: Tensor | None) -> None:
+    N, C = weight.shape
+    _check(operation, x.shape[-1] == C and (bias is None or bias.shape == (N,))
+           and (residual is None or residual.shape == (*x.shape[:-1], N)),
+           x, weight, bias, residual)
+
+
+def _check_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> None:
+    _check("attention", q.ndim == k.ndim == 4 and k.shape == v.shape
+           and (q.shape[0], q.shape[3]) == (k.shape[0], k.shape[3])
+           and q.shape[1] % k.shape[1] == 0, q, k, v)
+    if window is not None and window < 1:
+        raise ValueError(f"window={window} is out of range: choose at least 1, or None")
 
 
 def _check_name(implementation: str) -> str:

@@ -25,7 +25,7 @@ DTYPES = (dtypes.float32, dtypes.bfloat16, dtypes.float16)
 HIDDEN = -1e30  # a score that weighs nothing; finite, for compilers that assume so
 
 
-def fits(q: Tensor, k: Tensor, v: Tensor) -> bool:
+def fits(operation: str, q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Are these of one float type, on one device with workgroups, with heads that fit there?"""
     if not all((x.device, x.dtype) == (q.device, q.dtype) for x in (k, v)):
         return False

@@ -18,10 +18,25 @@ MOST_INPUTS = 32  # of a kernel; tinygrad 0.14 allows 63 arguments
 GEMM_STRIP, GEMM_SLICE = 1536, 512  # the greatest NC and the least KC of gemm.h
 
 
-def fits(*tensors: Tensor | None) -> bool:
-    """Are these, but for what is None, integers, float32 or bfloat16 on the CPU?"""
-    return all(t is None or (str(t.device) == "CPU" and (
-        t.dtype in (dtypes.float32, dtypes.bfloat16) or dtypes.is_int(t.dtype))) for t in tensors)
+WIDEST_HEAD = 2048  # whose tiles fit on the stack of a thread
+WITH_INTEGERS = ("embedding", "quantized_embedding", "cross_entropy", "adamw8bit", "draw")
+WITH_BFLOAT16 = ("linear", "quantized_linear", "layer_norm", "rms_norm", "gelu", "swiglu", "rope",
+                 "attention", "cached_attention", "cross_entropy", "draw")
+
+
+def fits(operation: str, *tensors: Tensor | None) -> bool:
+    """Are these, but for what is None, on the CPU and of dtypes that the operation can take?"""
+    given = [t for t in tensors if t is not None]
+    if "attention" in operation and given[0].shape[-1] > WIDEST_HEAD:
+        return False
+    return all(str(t.device) == "CPU" and (
+        t.dtype == dtypes.float32
+        or (t.dtype == dtypes.bfloat16 and operation in WITH_BFLOAT16)
+        or (dtypes.is_int(t.dtype) and operation in WITH_INTEGERS)) for t in given)
+
+
+def _empty(*shape: int, dtype=dtypes.float32) -> Tensor:
+    return Tensor.empty(*shape, dtype=dtype, device="CPU")
 
 
 def linear(x, weight, bias=None, residual=None):
@@ -44,6 +59,7 @@ def linear(x, weight, bias=None, residual=None):
 
 
 def quantized_linear(x, scale, bias, residual, weight):
+    scale, bias = (t if t is None else t.float() for t in (scale, bias))
     residual = residual if residual is None else residual.cast(x.dtype)
     return _gemv(x, weight, scale, bias, residual)
 
@@ -60,7 +76,7 @@ def _gemv(x, weight, scale, bias, residual, gradient=None):
             inputs.append(tensor)
             arguments.append((kind, name))
     kernel = Kernel("gemv.c", tuple(arguments), tuple(defines.items()))
-    out = Tensor.empty(*x.shape[:-1], N, dtype=x.dtype)
+    out = _empty(*x.shape[:-1], N, dtype=x.dtype)
     return kernel([out], inputs, (M, N, K), gradient, 2 * M * N * K)[0]
 
 
@@ -72,7 +88,7 @@ def _gemm(shape, a, b, sizes, bias=None, residual=None, ta=0, tb=0, sums=None, g
     With `sums` not None a list of that and, if it is true, the column sums of a.
     """
     M, N, K = sizes
-    out = Tensor.empty(*shape, dtype=dtype or a.dtype)
+    out = _empty(*shape, dtype=dtype or a.dtype)
     outputs, inputs, arguments = [out], [a, b], [("c_t*", "c")]
     defines = {"BIAS": 0, "RESIDUAL": 0, "SUMS": 0, "PARTIAL": 0}
     kinds = zip(("A_BF16", "B_BF16", "C_BF16"), (a, b, out), strict=True)
@@ -80,11 +96,11 @@ def _gemm(shape, a, b, sizes, bias=None, residual=None, ta=0, tb=0, sums=None, g
     if defines["A_BF16"] and (kind := amx()):
         defines |= {"AMX": 1, "AMX_EMULATED": int(kind == "emulated")}
     if sums:
-        outputs.append(Tensor.empty(M))
+        outputs.append(_empty(M))
         arguments.append((FLOAT_OUT, "sums"))
         defines["SUMS"] = "sums"
     if defines["C_BF16"] and K > GEMM_SLICE:
-        outputs.append(Tensor.empty(M, min(N, GEMM_STRIP)))
+        outputs.append(_empty(M, min(N, GEMM_STRIP)))
         arguments.append((FLOAT_OUT, "partial"))
         defines["PARTIAL"] = "partial"
     arguments += [("const a_t*", "a"), ("const b_t*", "b")]
@@ -103,7 +119,7 @@ def embedding(idx, weight):
     idx = idx.cast(dtypes.int32)
 
     def gradient(dy: Tensor, _) -> list[Tensor | None]:
-        return [None, *Kernel("embedding_backward.c")([Tensor.empty(V, C)], [dy, idx], (N, V, C))]
+        return [None, *Kernel("embedding_backward.c")([_empty(V, C)], [dy, idx], (N, V, C))]
 
     return _rows(idx, weight, None, gradient)
 
@@ -113,13 +129,13 @@ def quantized_embedding(idx, scale, weight):
 
 
 def _rows(idx, weight, scale, gradient=None):
-    C = weight.shape[1]
+    V, C = weight.shape
     arguments = ((FLOAT_OUT, "out"), ("const int*", "idx"), (WEIGHT_IN, "weight"),
                  *([(FLOAT_IN, "scale")] if scale is not None else []))
     kernel = Kernel("embedding_forward.c", arguments, (
         ("WEIGHT", 8 * weight.dtype.itemsize), ("SCALE", 0 if scale is None else "scale")))
     inputs = [idx, weight, *([] if scale is None else [scale])]
-    return kernel([Tensor.empty(*idx.shape, C)], inputs, (idx.numel(), C), gradient)[0]
+    return kernel([_empty(*idx.shape, C)], inputs, (idx.numel(), C, V), gradient)[0]
 
 
 def layer_norm(x, weight, bias=None, eps=1e-5):
@@ -137,8 +153,8 @@ def _norm(x, weight, bias, eps, rms):
     weight, bias = weight.float(), bias if bias is None else bias.float()
 
     def gradient(dy: Tensor, made: list[Tensor]) -> list[Tensor | None]:
-        outputs = [Tensor.empty(*shape, dtype=x.dtype), Tensor.empty(C),
-                   *([Tensor.empty(C)] if with_bias else [])]
+        outputs = [_empty(*shape, dtype=x.dtype), _empty(C),
+                   *([_empty(C)] if with_bias else [])]
         names = [(ACT_OUT, "dx"), (FLOAT_OUT, "dweight"), (FLOAT_OUT, "dbias")][:len(outputs)]
         names += [(ACT_IN, "dy"), (ACT_IN, "x"), (FLOAT_IN, "weight"), (FLOAT_IN, "stats")]
         kernel = Kernel("norm_backward.c", tuple(names),
@@ -150,7 +166,7 @@ def _norm(x, weight, bias, eps, rms):
     kernel = Kernel("norm_forward.c", tuple(names),
                     (kind, ("RMS", rms), ("BIAS", "bias" if with_bias else 0)))
     inputs = [x, weight, *([bias] if with_bias else []), constants(dtypes.float32, eps)]
-    outputs = [Tensor.empty(*shape, dtype=x.dtype), Tensor.empty(N, 2)]
+    outputs = [_empty(*shape, dtype=x.dtype), _empty(N, 2)]
     return kernel(outputs, inputs, (N, C), gradient)[0]
 
 
@@ -172,21 +188,22 @@ def _activation(kind: str, *inputs: Tensor) -> Tensor:
         kernel = Kernel("activation.c", (*outputs, (ACT_IN, "dy"), *names),
                         (*shared, ("BACKWARD", 1), ("DY", "dy"),
                          ("OUT_UP", "out_up" if len(inputs) == 2 else 0)))
-        return kernel([Tensor.empty(*s, dtype=dtype) for s in shapes], [dy, *inputs], (n,))
+        return kernel([_empty(*s, dtype=dtype) for s in shapes], [dy, *inputs], (n,))
 
     kernel = Kernel("activation.c", ((ACT_OUT, "out"), *names),
                     (*shared, ("BACKWARD", 0), ("DY", 0), ("OUT_UP", 0)))
-    return kernel([Tensor.empty(*shapes[0], dtype=dtype)], list(inputs), (n,), gradient)[0]
+    return kernel([_empty(*shapes[0], dtype=dtype)], list(inputs), (n,), gradient)[0]
 
 
 def rope(x, cos, sin):
     B, H, T, D = x.shape
+    cos, sin = cos.float(), sin.float()
     memory, strides = _strided(x)
     shape = memory.shape
 
     def turn(x: Tensor, backward: int, gradient=None) -> Tensor:
         kernel = Kernel("rope.c", defines=(_bf16(x), ("BACKWARD", backward)))
-        return kernel([Tensor.empty(*shape, dtype=x.dtype)], [x, cos, sin],
+        return kernel([_empty(*shape, dtype=x.dtype)], [x, cos, sin],
                       (B, H, T, D, *strides), gradient)[0]
 
     out = turn(memory, 0, lambda dy, _: [turn(dy, 1), None, None])
@@ -208,19 +225,19 @@ def attention(q, k, v, offset=0, window=None, dropout_p=0.0, dropout_key=None):
     kind = (_bf16(q), *zip("QKV", names * (3 // len(names)), strict=True))
 
     def gradient(dy: Tensor, made: list[Tensor]) -> list[Tensor | None]:
-        outputs = [Tensor.empty(*x.shape, dtype=x.dtype if n else dtypes.float32)
+        outputs = [_empty(*x.shape, dtype=x.dtype if n else dtypes.float32)
                    for n, x in enumerate(inputs)]
         given = [(ACT_IN, "dout"), (ACT_IN, "out"), (FLOAT_IN, "lse"), *known]
         grads = [(ACT_OUT if n else FLOAT_OUT, f"d{name}") for n, name in enumerate(names)]
         into = tuple((f"D{name}", f"d{value}") for name, value in kind[1:])
         kernel = Kernel("attention_backward.c", (*grads, (FLOAT_OUT, "delta"), *given),
                         (*kind, *into))
-        made = kernel([*outputs, Tensor.empty(B, H, T)], [dy, *made, *inputs, offset, key], sizes,
+        made = kernel([*outputs, _empty(B, H, T)], [dy, *made, *inputs, offset, key], sizes,
                       flops=flops * 5 // 2)
         return [made[0].cast(q.dtype), *made[1:-1], None, None]
 
     kernel = Kernel("attention_forward.c", ((ACT_OUT, "out"), (FLOAT_OUT, "lse"), *known), kind)
-    out = kernel([Tensor.empty(B, T, H, D, dtype=q.dtype), Tensor.empty(B, H, T)],
+    out = kernel([_empty(B, T, H, D, dtype=q.dtype), _empty(B, H, T)],
                  [*inputs, offset, key], sizes, gradient, flops)[0]
     return out.transpose(1, 2)
 
@@ -235,7 +252,8 @@ def _projections(q, k, v) -> tuple[list[Tensor], list[tuple[int, ...]]]:
     views = [memory(x) for x in (q, k, v)]
     together = [(start, T * width, D, width) for start in (0, H * D, (H + G) * D)]
     source = views[0][0]
-    if (q.dtype == dtypes.float32 and source.numel() == B * T * width
+    if (q.dtype == dtypes.float32 and k.shape == v.shape == (B, G, T, D)
+            and source.numel() == B * T * width
             and all(other.uop is source.uop for other, _, _ in views)
             and [(start, *strides) for _, start, strides in views] == [(*p, 1) for p in together]):
         return [source], together
@@ -256,7 +274,7 @@ def cached_attention(q, k, v, keys, values, offset, window=None):
         sources.append(source)
         places += [start, *strides[:2]]
     return Kernel("attention_decode.c", defines=(_bf16(q),))(
-        [Tensor.empty(B, H, T, D, dtype=q.dtype), keys, values], [*sources, _number(offset)],
+        [_empty(B, H, T, D, dtype=q.dtype), keys, values], [*sources, _number(offset)],
         (B, H, *keys.shape[1:], window or 0, *places), flops=4 * B * H * D * keys.shape[2])[0]
 
 
@@ -284,17 +302,17 @@ def _bf16(x: Tensor) -> tuple[str, int]:
 def cross_entropy(logits, targets, label_smoothing=0.0, z_loss=0.0, ignore_index=-1):
     N, V = logits.shape
     targets = targets.cast(dtypes.int32)
-    options = constants(dtypes.float32, label_smoothing, z_loss, ignore_index)
-    kind = (_bf16(logits),)
+    options = constants(dtypes.float32, label_smoothing, z_loss)
+    kind, sizes = (_bf16(logits),), (N, V, ignore_index)
 
     def gradient(dloss: Tensor, made: list[Tensor]) -> list[Tensor | None]:
         dx = Kernel("cross_entropy_backward.c", defines=kind)(
-            [Tensor.empty(N, V, dtype=logits.dtype)],
-            [dloss, logits, targets, made[1], options], (N, V))
+            [_empty(N, V, dtype=logits.dtype)],
+            [dloss, logits, targets, made[1], options], sizes)
         return [*dx, None, None]
 
     loss = Kernel("cross_entropy_forward.c", defines=kind)(
-        [Tensor.empty(N), Tensor.empty(N)], [logits, targets, options], (N, V), gradient)[0]
+        [_empty(N), _empty(N)], [logits, targets, options], sizes, gradient)[0]
     return loss.sum() / (targets != ignore_index).sum()
 
 
@@ -307,11 +325,11 @@ def draw(logits, key=None, temperature=None):
     kernel = Kernel("draw.c", tuple(arguments), tuple(
         (name.upper(), 0 if tensor is None else name) for _, name, tensor in given))
     inputs = [logits, *(tensor for _, _, tensor in given if tensor is not None)]
-    return kernel([Tensor.empty(B, dtype=dtypes.int32)], inputs, (B, V))[0]
+    return kernel([_empty(B, dtype=dtypes.int32)], inputs, (B, V))[0]
 
 
 def square_sum(*tensors):
-    return sum(map(_square_sum, _parts(tensors, MOST_INPUTS)), start=Tensor.zeros(()))
+    return sum(map(_square_sum, _parts(tensors, MOST_INPUTS)), start=Tensor.zeros((), device="CPU"))
 
 
 def _parts(tensors, most):
@@ -323,7 +341,7 @@ def _square_sum(tensors):
     kernel = Kernel("square_sum.c", ((FLOAT_OUT, "out"), *((FLOAT_IN, name) for name in names)),
                     (("COUNT", len(names)), ("INPUTS", ", ".join(names))))
     sizes = tuple(x.numel() for x in tensors)
-    return kernel([Tensor.empty(1)], list(tensors), sizes)[0].reshape(())
+    return kernel([_empty(1)], list(tensors), sizes)[0].reshape(())
 
 
 def orthogonalize(*xs):
@@ -337,8 +355,8 @@ def _orthogonalize(xs):
         *((FLOAT_OUT, name) for name in (*outs, "scratch")), *((FLOAT_IN, name) for name in ins)), (
         ("COUNT", len(xs)), ("OUTPUTS", ", ".join(outs)), ("INPUTS", ", ".join(ins))))
     N = max(min(x.shape) for x in xs)
-    outputs = [*(Tensor.empty(*x.shape) for x in xs),
-               Tensor.empty(min(pool().threads, len(xs)), 4, N, N)]
+    outputs = [*(_empty(*x.shape) for x in xs),
+               _empty(min(pool().threads, len(xs)), 4, N, N)]
     return kernel(outputs, [x.contiguous() for x in xs], sum((x.shape for x in xs), ()))[:-1]
 
 

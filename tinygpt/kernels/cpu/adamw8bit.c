@@ -56,7 +56,7 @@ HOT float quantize(byte* codes, const float* x, const map_t* map, int with_sign,
       size = y >= map->least[d] ? map->n[d] : size;
       unit = y >= map->least[d] ? map->unit[d] : unit;
     }
-    const float j = __builtin_floorf((y / unit - 0.1f) / 0.9f * size);
+    const float j = (float)(int)((y / unit - 0.1f) / 0.9f * size);
     int code = (int)(size + MAX(0.f, MIN(j, size - 1.f)));
     code = size > 0.f ? code : 0;
     if (with_sign) {

@@ -27,6 +27,7 @@ KERNEL static void some_columns(void* args, int index) {
   for (long v = 0; v < g->V; v++)
     for (long c = first; c < last; c++) g->dweight[v * C + c] = 0.f;
   for (long i = 0; i < g->N; i++) {
+    if (g->idx[i] < 0 || g->idx[i] >= g->V) continue;
     float* dst = g->dweight + g->idx[i] * C;
     const float* src = g->dy + i * C;
     for (long c = first; c < last; c++) dst[c] += src[c];

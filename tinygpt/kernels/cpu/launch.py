@@ -9,15 +9,18 @@ is static.
 import atexit
 import ctypes
 import functools
+import hashlib
 import math
 import mmap
 import os
 import platform
 import re
+import signal
 import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,7 +59,19 @@ def source(file: str, **defines: str | int) -> tuple[str, str]:
     name = "_".join([file.removesuffix(".c"), *(f"{k}{v}" for k, v in defines.items()
                                                 if isinstance(v, int))]).lower()
     lines = [f"#define {k} {v}\n" for k, v in (defines | {"NAME": name}).items()]
-    return name, "".join(lines) + read(file)
+    return name, f"// for {processor()}\n" + "".join(lines) + read(file)
+
+
+@functools.cache
+def processor() -> str:
+    """A name for what this processor can do: what is compiled for it may not run on another, which
+    may share tinygrad's cache."""
+    facts = platform.machine()
+    with suppress(OSError):
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+        facts += "".join(sorted(set(re.findall(r"^(?:flags|Features|model name)\s*:.*$", text,
+                                               re.M))))
+    return hashlib.sha256(facts.encode()).hexdigest()[:12]
 
 
 def program(name: str, code: str, buffers, outputs: int, flops: int) -> UOp:
@@ -87,11 +102,12 @@ class Compilations:
     """Compiles sources in threads of its own while Python makes the graph that will ask for them.
 
     tinygrad's compiler, which is asked for what its cache lacks, then waits for them instead.
+    Ctrl-C, which a terminal sends to clang too, does not end it half-way.
     """
 
     def __init__(self):
         self.compiler = Device["CPU"].renderer.compiler
-        self.compile_now, self.compiler.compile = self.compiler.compile, self.compile
+        self.tinygrads, self.compiler.compile = self.compiler.compile, self.compile
         self.seen: set[str] = set()
         self.begun: dict[str, Future] = {}
         self.threads = ThreadPoolExecutor(cpu_count())
@@ -101,6 +117,13 @@ class Compilations:
         if code not in self.seen and (key is None or diskcache_get(key, code) is None):
             self.begun[code] = self.threads.submit(self.compile_now, code)
         self.seen.add(code)
+
+    def compile_now(self, code: str) -> bytes:
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # clang inherits it
+        try:
+            return self.tinygrads(code)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def compile(self, code: str) -> bytes:
         begun = self.begun.pop(code, None)
@@ -118,8 +141,9 @@ class Pool:
     WORDS = JOBS + 16 * 8
 
     def __init__(self, threads: int):
-        self.threads = threads
-        self._memory = mmap.mmap(-1, self.WORDS * 8 + WORKSPACE_BYTES)
+        self.threads, self.process = threads, os.getpid()
+        self._memory = mmap.mmap(-1, self.WORDS * 8 + WORKSPACE_BYTES,  # private: not a fork's too
+                                 mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         self.address = ctypes.addressof(ctypes.c_char.from_buffer(self._memory))
         self.workspace = self.address + self.WORDS * 8
         self.words = (ctypes.c_uint64 * self.WORDS).from_address(self.address)
@@ -152,6 +176,10 @@ class Pool:
 
     def stop(self) -> None:
         """Lets the workers return, which they must before their code is unmapped."""
+        if os.getpid() != self.process:  # a fork, which has no workers
+            return
+        with suppress(RuntimeError):  # of a kernel that failed, and has been told
+            Device["CPU"].synchronize()
         generation = (self.words[self.TICKET] >> 32) + 1
         self.words[self.JOBS + generation % 16 * 8 + 2] = 0  # a job of no tasks
         self.words[self.STOP] = 1
@@ -193,9 +221,14 @@ if not IS_014:
     HCQAllocatorBase._free = off_the_worker(HCQAllocatorBase._free)
 
 
+@functools.cache
 def cpu_count() -> int:
-    """How many CPUs this process may use."""
-    return len(cpus())
+    """How many CPUs this process may use: those it may run on, or fewer by a container's quota."""
+    allowed = len(cpus())
+    with suppress(OSError, ValueError):  # no such control group, or "max"
+        quota, period = map(int, Path("/sys/fs/cgroup/cpu.max").read_text().split())
+        allowed = min(allowed, max(1, math.ceil(quota / period)))
+    return allowed
 
 
 @functools.cache
@@ -213,13 +246,16 @@ def amx() -> str:
         arch_prctl, request_permission, tile_data) else ""
 
 
-_threads = min(cpu_count(), 64)
+MOST_THREADS = 64  # as many semaphores as pool_t has
+_threads = min(cpu_count(), MOST_THREADS)
 
 
 def set_threads(threads: int) -> None:
-    """How many threads the kernels use; has an effect before the first of them runs."""
+    """How many threads the kernels use, 64 at most; has an effect before the first of them runs."""
+    if threads < 1:
+        raise ValueError(f"threads={threads} is out of range: choose a value at least 1")
     global _threads
-    _threads = threads
+    _threads = min(threads, MOST_THREADS)
 
 
 @functools.cache

@@ -19,7 +19,8 @@ KERNEL void NAME(ARGUMENTS const long* dims, const u64* table) {
   pool_t* pool = (pool_t*)table[0];
   norm_t g = {.dy = dy, .x = x, .weight = weight, .stats = stats, .dx = dx,
               .partial = (float*)table[1], .N = dims[0], .C = dims[1]};
-  g.tasks = MAX(1, MIN(4 * (long)pool->threads, g.N / 16));
+  const long room = table[2] / (2 * g.C * sizeof(float));
+  g.tasks = MAX(1, MIN(MIN(4 * (long)pool->threads, g.N / 16), room));
   parallel_for(pool, some_rows, &g, g.tasks);
   for (long c = 0; c < g.C; c++) {
     float w = 0.f, b = 0.f;

@@ -76,7 +76,7 @@ HOT void put_bf16(bf16* p, float x) {
   *p = (bf16)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 
-/* the same work on all but the last n % LANES of n elements, and then on each of those */
+/* n rounded down to whole vectors */
 #define VECTOR_END(n) ((n) / LANES * LANES)
 
 HOT vfloat vmax(vfloat a, vfloat b) { return __builtin_elementwise_max(a, b); }
@@ -86,9 +86,10 @@ HOT vfloat select(vint mask, vfloat yes, vfloat no) {
   return (vfloat)(((vint)yes & mask) | ((vint)no & ~mask));
 }
 
-/* 2^x to 2e-7 of its value; x is clamped to [-126, 126] */
+/* 2^x to 2e-7 of its value; x is clamped to [-126, 126], and NaN stays */
 HOT vfloat vexp2(vfloat x) {
-  x = vmin(vmax(x, (vfloat)(-126.f)), (vfloat)126.f);
+  x = select(x < -126.f, (vfloat)(-126.f), x);
+  x = select(x > 126.f, (vfloat)126.f, x);
   vfloat shifted = x + 12582912.f;                   /* 1.5 * 2^23: rounds x to an integer */
   vfloat r = x - (shifted - 12582912.f);
   vfloat p = 1.5403530e-4f * r + 1.3333558e-3f;
@@ -102,7 +103,7 @@ HOT vfloat vexp2(vfloat x) {
 HOT vfloat vexp(vfloat x) { return vexp2(x * LOG2E); }
 HOT float sexp(float x) { return vexp((vfloat)x)[0]; }
 
-/* log2 of a positive normal float: 2 atanh((m-1)/(m+1)) with m in [sqrt(1/2), sqrt(2)) */
+/* log2 of a positive normal float: 2 atanh((m-1)/(m+1)) with m in [sqrt(1/2), sqrt(2)); NaN stays */
 HOT float slog2(float x) {
   int bits = __builtin_bit_cast(int, x);
   int exponent = (bits - 0x3f3504f3) >> 23;
@@ -113,7 +114,7 @@ HOT float slog2(float x) {
   p = p * z + 0.4f;
   p = p * z + 0.66666667f;
   p = p * z + 2.0f;
-  return s * p * LOG2E + (float)exponent;
+  return s * p * LOG2E + (float)exponent + (x - x);
 }
 
 HOT float vsum(vfloat v) {
