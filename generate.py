@@ -1,9 +1,9 @@
 """Writes text with a trained GPT: `python generate.py --prompt "ROMEO:"`."""
 
 import json
+import os
 import sys
 import time
-import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from gpt import GPT
-from tinygpt import checkpoint, device, kernels, lora
+from tinygpt import checkpoint, command, device, kernels, lora
 from tinygpt.bigram import Bigram
 from tinygpt.config import SampleConfig, check_choice, check_range, parse_flags
 from tinygpt.pretrained import is_pretrained
@@ -43,7 +43,7 @@ class GenerateConfig:
         "custom_args": {"action": "append", "nargs": None}})
     out_dir: str | None = field(default=None, metadata={
         "help": "write the samples to sample_1.txt, sample_2.txt, ... in this folder instead of "
-                "stdout"})
+                "stdout, after those that it has"})
     json: bool = field(default=False, metadata={
         "help": "write one JSON object a sample: prompt, text, tokens, seconds and seed"})
     interactive: bool = field(default=False, metadata={
@@ -123,14 +123,19 @@ def write_one(model: GPT, ids: list[int], config: SampleConfig, stop: Sequence[s
 
 
 def draw_many(model: GPT, ids: list[int], config: SampleConfig, stop: Sequence[str],
-              count: int) -> list[str]:
-    """`count` continuations, drawn as one batch."""
+              count: int) -> list[tuple[str, int]]:
+    """`count` continuations, drawn as one batch, and how many tokens of each are told."""
     rows = model.generate([ids] * count, **asdict(config)).numpy()
-    texts = []
-    for row in rows:
-        until = StopFilter(stop)
-        texts.append(until.push(model.tokenizer.decode(row[len(ids):].tolist())) + until.finish())
-    return texts
+    found = []
+    for row in rows[:, len(ids):].tolist():
+        text, until, parts, tokens = StreamDecoder(model.tokenizer), StopFilter(stop), [], 0
+        while tokens < len(row) and not until.stopped:
+            parts.append(until.push(text.push(row[tokens])))
+            tokens += 1
+        if not until.stopped:
+            parts += [until.push(text.finish()), until.finish()]
+        found.append(("".join(parts), tokens))
+    return found
 
 
 def write_many(model: GPT, prompt: str, ids: list[int], config: SampleConfig,
@@ -139,16 +144,18 @@ def write_many(model: GPT, prompt: str, ids: list[int], config: SampleConfig,
 
     The seconds in a JSON line are those of the whole batch.
     """
+    folder = _folder_for_samples(what.out_dir) if what.out_dir else None
     start, count = time.perf_counter(), what.num_samples
-    texts = draw_many(model, ids, config, what.stop, count)
+    drawn = draw_many(model, ids, config, what.stop, count)
     seconds, tokens = time.perf_counter() - start, count * config.max_new_tokens
-    for number, text in enumerate(texts, 1):
-        if what.out_dir:
-            path = _write_file(Path(what.out_dir) / f"sample_{number}.txt", f"{prompt}{text}\n")
+    for number, (text, told) in enumerate(drawn, 1):
+        if folder:
+            path = _unused(folder)
+            checkpoint.write_atomically(path, f"{prompt}{text}\n".encode())
             print(path, file=sys.stderr)
         if what.json:
             _put(json.dumps({"sample": number, "prompt": prompt, "text": text,
-                             "tokens": config.max_new_tokens, "seconds": round(seconds, 4),
+                             "tokens": told, "seconds": round(seconds, 4),
                              "seed": config.seed}) + "\n")
         elif not what.out_dir:
             _put(f"--- sample {number} of {count} ---\n{prompt}{text}\n")
@@ -156,13 +163,23 @@ def write_many(model: GPT, prompt: str, ids: list[int], config: SampleConfig,
           "compilation included)", file=sys.stderr)
 
 
-def _write_file(path: Path, text: str) -> Path:
+def _folder_for_samples(name: str) -> Path:
+    folder = Path(name)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(text.encode("utf-8"))
+        folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ValueError(f"{path} cannot be written ({error.strerror}): name another --out_dir"
+        raise ValueError(f"{folder} cannot be made ({error.strerror}): name another --out_dir"
                          ) from error
+    if not os.access(folder, os.W_OK):
+        raise ValueError(f"{folder} cannot be written: name another --out_dir")
+    return folder
+
+
+def _unused(folder: Path) -> Path:
+    """The first name for a sample that no file in a folder has."""
+    number = 1
+    while (path := folder / f"sample_{number}.txt").exists():
+        number += 1
     return path
 
 
@@ -232,7 +249,12 @@ def run(what: GenerateConfig, config: SampleConfig) -> None:
     if what.quantize != "none":
         model.quantize(what.quantize)
     prompt = read_prompt(what.prompt)
-    ids = model.tokenizer.encode(prompt)
+    try:
+        ids = model.tokenizer.encode(prompt)
+    except ValueError:  # a tokenizer of characters that knows no line break, which nobody asked for
+        if prompt != GenerateConfig.prompt:
+            raise
+        ids, prompt = [0], model.tokenizer.decode([0])
     if not ids:
         raise ValueError("the prompt is empty: give at least one character")
     print(f"{path}, {device.describe()}", file=sys.stderr)
@@ -248,19 +270,14 @@ def run(what: GenerateConfig, config: SampleConfig) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    warnings.formatwarning = lambda message, *_: f"{message}\n"
+    command.prepare()
     try:
         flags = parse_flags({"what": GenerateConfig, "sample": SampleConfig},
                             sys.argv[1:] if argv is None else argv, __doc__)
         run(flags["what"], flags["sample"])
-    except KeyboardInterrupt:
-        return 130
-    except BrokenPipeError:  # the reader of our output has left
-        sys.stderr.close()
-        return 141
-    except ValueError as error:
-        print(f"generate.py: {error}", file=sys.stderr)
-        return 2
+    except command.FAILURES as error:
+        return command.tell("generate.py", error, "ask for fewer --num_samples or "
+                            "--max_new_tokens, or take --quantize int8")
     return 0
 
 

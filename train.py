@@ -3,13 +3,12 @@
 import re
 import sys
 import tempfile
-import warnings
 from dataclasses import replace
 from pathlib import Path
 
 from gpt import GPT, GPTConfig
-from tinygpt import checkpoint, device, kernels
-from tinygpt.batch_size import available_memory, largest_micro_batch, out_of_memory
+from tinygpt import checkpoint, command, device, kernels
+from tinygpt.batch_size import ADVICE, available_memory, largest_micro_batch
 from tinygpt.bigram import Bigram, BigramConfig
 from tinygpt.config import PRESETS, TrainConfig, given, parse_flags
 from tinygpt.data import TokenData, load_data
@@ -26,12 +25,15 @@ def train(model: GPT, train_config: TrainConfig, train_data, tokenizer=None) -> 
     train_config.tokenizer says for the model's vocabulary; a model of GPT-2's vocabulary, 50257,
     gets GPT-2's. A run that out_dir already holds is continued with train_config.resume and moved
     into a folder of its own without. With train_config.eval_only its best checkpoint is evaluated
-    and nothing else happens. Raises ValueError where model, data and checkpoint do not fit, or
-    where the loss stays non-finite; Interrupted after a saved Ctrl-C or SIGTERM.
+    and nothing else happens. What to train is said by the arguments: data, init_from and offline of
+    train_config are for the command. Raises ValueError where model, data and checkpoint do not fit,
+    where the loss stays non-finite, or where memory does not suffice; Interrupted after a saved
+    Ctrl-C or SIGTERM.
 
     Under mpirun every process calls this, and all train one model (see `tinygpt.ranks`).
     """
     ranks = world()
+    _check_model(model, train_config)
     kernels.use(train_config.kernels)
     kernels.set_threads(train_config.threads or ranks.threads())
     if not isinstance(train_data, TokenData):
@@ -41,6 +43,9 @@ def train(model: GPT, train_config: TrainConfig, train_data, tokenizer=None) -> 
         with ranks.one_first():
             train_data = load_data(train_data, tokenizer or kind, model.config.vocab_size,
                                    model.config.block_size, train_config.text_field)
+        # what --resume would train on; of text and ids that a script holds it knows nothing
+        named = train_data.source if train_data.is_named else ""
+        train_config = replace(train_config, data=named)
     try:
         if train_config.auto_batch_size and not train_config.eval_only:
             if ranks.size > 1:
@@ -51,8 +56,19 @@ def train(model: GPT, train_config: TrainConfig, train_data, tokenizer=None) -> 
             return run.evaluate_only() if train_config.eval_only else run.train()
         finally:
             run.devices.collect(model)
-    except MemoryError as error:
-        raise out_of_memory(error) from error
+    except (MemoryError, OSError) as error:
+        if device.is_out_of_memory(error):
+            raise command.out_of_memory(error, ADVICE) from error
+        raise
+
+
+def _check_model(model: GPT, config: TrainConfig) -> None:
+    if config.model != model.kind:
+        raise ValueError(f"model={config.model!r}, but a {model.kind} model was given")
+    wanted, there = config.device.upper().partition(":")[0], device.default().partition(":")[0]
+    if wanted not in ("AUTO", there):
+        raise ValueError(f"device={config.device!r}, but the model is on {there}: set DEV={wanted} "
+                         "in the environment, before the model is made")
 
 
 def fit_batch_size(model: GPT, config: TrainConfig, data: TokenData) -> TrainConfig:
@@ -79,7 +95,7 @@ def fit_batch_size(model: GPT, config: TrainConfig, data: TokenData) -> TrainCon
 
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
-    warnings.formatwarning = lambda message, *_: f"{message}\n"
+    command.prepare()
     ranks = Ranks()
     try:
         ranks = world()
@@ -93,15 +109,13 @@ def main(argv: list[str] | None = None) -> int:
         if ranks.first:
             print(stop, file=sys.stderr)
         return 128 + stop.signum
-    except KeyboardInterrupt:
-        ranks.abort(130)
-        return 130
     except SystemExit as end:  # of the parser, which has said why
         ranks.abort(end.code)
         raise
-    except ValueError as error:
-        ranks.abort(2, f"train.py: {error}")
-        return 2
+    except command.FAILURES as error:
+        status, message = command.failure(error, ADVICE)
+        ranks.abort(status, message and f"train.py: {message}")
+        return status
     return 0
 
 

@@ -1,5 +1,6 @@
 """Out of memory, and the largest micro-batch that is not."""
 
+import errno
 import json
 from dataclasses import replace
 
@@ -83,13 +84,15 @@ def test_a_run_takes_the_same_tokens_in_what_fits(config, text, tmp_path, monkey
     assert saved["auto_batch_size"] is False  # which a resumed run keeps
 
 
-def test_out_of_memory_names_the_flags(config, text, monkeypatch):
+@pytest.mark.parametrize("error", [MemoryError("Allocation of 3.00 GB failed on CUDA"),
+                                   OSError(errno.ENOMEM, "Allocation of 3.00 GB failed")])
+def test_out_of_memory_names_the_flags(config, text, monkeypatch, error):
     def fails(self, lr):
-        raise MemoryError("Allocation of 3.00 GB failed on CUDA")
+        raise error
 
     monkeypatch.setattr(Run, "_step", fails)
     monkeypatch.setattr(Run, "_evaluate", lambda run: (1.0, 1.0))
-    says = r"out of memory \(Allocation of 3\.00 GB .*\): lower --batch_size.*--grad_checkpoint"
+    says = r"out of memory \(.*Allocation of 3\.00 GB .*\): lower --batch_size.*--grad_checkpoint"
     with pytest.raises(ValueError, match=says):
         train(GPT(TINY), replace(config, auto_batch_size=False), text)
 

@@ -229,7 +229,7 @@ def test_a_truncated_cache_is_refused(text_file, cache, name):
     os.truncate(path, path.stat().st_size - 2)
     with pytest.raises(DataError, match=name) as caught:
         load_data(text_file, "byte", 256)
-    assert "Delete" in str(caught.value)
+    assert "delete" in str(caught.value)
 
 
 def damaged(**changes):

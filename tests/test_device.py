@@ -80,6 +80,16 @@ def test_a_cache_that_cannot_be_made_is_not_needed(machine):
     assert done.stdout == "clang -v\n"
 
 
+def test_where_nothing_can_be_cached_it_runs_all_the_same(tmp_path):
+    (tmp_path / "cache").write_text("in the way")
+    program = ("import tinygpt; from tinygrad import Tensor;"
+               "print((Tensor([1.0]).contiguous() + 1).tolist())")
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, text=True, timeout=120,
+                          env=os.environ | {"XDG_CACHE_HOME": str(tmp_path / "cache")},
+                          capture_output=True)
+    assert (done.returncode, done.stdout) == (0, "[2.0]\n"), done.stderr
+
+
 def test_no_cache_is_made_in_the_repository(machine):
     assert not device.cache_dir().is_relative_to(ROOT)
 
@@ -123,7 +133,8 @@ def test_a_machine_where_tinygrad_finds_no_device_says_what_to_install(monkeypat
         device.default()
 
 
-@pytest.mark.parametrize("name", ["toaster", "", "cpuu", "no such\ndevice", "gpu:x", "cuda:99"])
+@pytest.mark.parametrize("name", ["toaster", "", "cpuu", "no such\ndevice", "gpu:x", "cuda:99",
+                                  "cpu:1"])
 def test_a_device_that_is_unknown_or_missing_is_told(name):
     before = device.default()
     with pytest.raises(DeviceError, match="device") as caught:

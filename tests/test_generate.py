@@ -90,6 +90,18 @@ def test_characters_that_the_tokenizer_lacks_are_named(command, tmp_path):
     assert "'d'" in done.stderr and "'\\xe9'" in done.stderr
 
 
+def test_only_ids_that_the_tokenizer_has_are_drawn(command, tmp_path):
+    model = GPT(GPTConfig(block_size=8, vocab_size=50, n_layer=1, n_head=2, n_embd=16))
+    model.tokenizer = CharTokenizer("abc")  # which lacks the line break that is the prompt, too
+    for penalty in (1.0, 1.2):
+        ids = model.generate([[0, 40]], 60, repetition_penalty=penalty).numpy()[0]
+        assert ids[1] == 40 and ids[2:].max() < 3
+    model.save_checkpoint(1, None, tmp_path / "checkpoints")
+    done = command("generate.py", "--max_new_tokens", 20)
+    assert done.returncode == 0 and set(done.stdout) <= set("abc\n"), done.stderr
+    assert len(done.stdout) == 22
+
+
 def test_without_a_checkpoint_it_says_what_to_do(command):
     done = command("generate.py")
     assert done.returncode == 2 and "run train.py first" in done.stderr
@@ -128,6 +140,12 @@ def test_samples_as_json_lines_and_in_files(command, saved, tmp_path):
         file = tmp_path / "some" / "where" / f"sample_{number}.txt"
         assert file.read_bytes().decode() == texts[number - 1] + "\n"
     assert plain.stdout.count("\ufffd") == "".join(texts).count("\ufffd")
+    again = command("generate.py", *flags, "--out-dir", "some/where")
+    assert again.returncode == 0 and "sample_4.txt" in again.stderr
+    assert len(list((tmp_path / "some" / "where").iterdir())) == 4
+    stopped = command("generate.py", *flags, "--json", "--stop", texts[0][2:4])
+    first = json.loads(stopped.stdout.splitlines()[0])
+    assert first["text"] == texts[0][1:2] and first["tokens"] <= 4
     (tmp_path / "taken").write_text("a file")
     refused = command("generate.py", *flags, "--out_dir", "taken")
     assert refused.returncode == 2 and "taken" in refused.stderr.splitlines()[-1]

@@ -2,11 +2,13 @@
 
 import json
 import math
+import os
 import re
 
 import numpy as np
 import pytest
 
+from tinygpt.checkpoint import CheckpointError
 from tinygpt.report import SPIKE, Report, bits_per_byte
 from tinygpt.tokenizer import ByteTokenizer
 
@@ -124,6 +126,33 @@ def test_no_record_of_another_run_is_kept_by_a_new_one(make, tmp_path, capsys):
     report = make(start=0)
     report.evaluation(0, 3.0, 3.5, 1e-5, None)
     assert [r["train_loss"] for r in records(tmp_path)] == [3.0]
+
+
+@pytest.mark.parametrize("damage", ["{", "[1]", '{"a": 1}', '{"iter": null}', "\udcff"])
+def test_a_damaged_line_loses_no_other(make, tmp_path, capsys, damage):
+    whole = [{"iter": 1, "loss": 3.0}, {"iter": 2, "loss": 2.0}]
+    lines = [json.dumps(whole[0]), damage, json.dumps(whole[1])]
+    (tmp_path / "metrics.jsonl").write_bytes("\n".join(lines).encode(errors="surrogateescape"))
+    make(start=2)
+    assert records(tmp_path) == whole
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full")
+def test_a_full_disk_is_told_in_one_line(make):
+    report = make()
+    report.file.close()
+    report.file = open("/dev/full", "w")  # noqa: SIM115
+    with pytest.raises(CheckpointError, match="No space left"):
+        report.evaluation(0, 4.0, 4.5, 1e-5, None)
+
+
+def test_lines_are_told_where_only_the_bar_has_a_terminal(make, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    make().step(1, 2.0, 0.5, 1e-3, 0.01, compiled=False)
+    assert ITER.fullmatch(lines(capsys)[0])
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    make().step(1, 2.0, 0.5, 1e-3, 0.01, compiled=False)
+    assert not lines(capsys)
 
 
 def test_a_spike_is_reported(make, capsys):

@@ -3,16 +3,11 @@
 import gc
 import json
 import os
-import signal
-import subprocess
-import sys
-import time
 import weakref
 from dataclasses import replace
 
 import numpy as np
 import pytest
-from conftest import ROOT
 
 from gpt import GPT, GPTConfig
 from tinygpt import checkpoint
@@ -223,46 +218,6 @@ def test_the_command_trains_tells_and_resumes(command, text_file, tmp_path):
     refused = command("train.py", "--resume", "--n_layer", 2)
     assert refused.returncode == 2
     assert "n_layer=1, but n_layer=2" in refused.stderr.splitlines()[-1]
-
-
-def start(tmp_path, text_file, *flags) -> subprocess.Popen:
-    env = os.environ | {"PYTHONPATH": str(ROOT)}
-    return subprocess.Popen(
-        [sys.executable, str(ROOT / "train.py"), "--data", str(text_file), "--max_iters", "100000",
-         "--eval_interval", "5", *map(str, FLAGS), *flags], cwd=tmp_path, env=env, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-
-
-def wait_for_a_checkpoint(folder, process) -> None:
-    for _ in range(1200):
-        if list(folder.glob("ckpt_*")) or process.poll() is not None:
-            return
-        time.sleep(0.1)
-
-
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_saves_and_says_how_to_go_on(tmp_path, text_file, command, signum):
-    process = start(tmp_path, text_file)
-    wait_for_a_checkpoint(tmp_path / "checkpoints", process)
-    process.send_signal(signum)
-    _, err = process.communicate(timeout=120)
-    assert process.returncode == 128 + signum, err
-    assert "python train.py --resume" in err.splitlines()[-1]
-    saved = checkpoint.newest(tmp_path / "checkpoints")
-    last = max(losses(tmp_path / "checkpoints"))
-    assert saved.name == f"ckpt_{last}.safetensors"
-
-
-def test_a_killed_run_goes_on_from_its_last_whole_checkpoint(tmp_path, text_file, command):
-    process = start(tmp_path, text_file)
-    wait_for_a_checkpoint(tmp_path / "checkpoints", process)
-    process.kill()
-    process.communicate()
-    last = checkpoint.load_metadata(checkpoint.newest(tmp_path / "checkpoints"))["iter_num"]
-    done = command("train.py", "--resume", "--max_iters", last + 2)
-    assert done.returncode == 0, done.stderr
-    assert f"resuming after step {last}" in done.stderr
-    assert sorted(losses(tmp_path / "checkpoints")) == list(range(1, last + 3))
 
 
 @pytest.mark.parametrize(("flags", "says"), [

@@ -14,12 +14,6 @@ ADVICE = ("lower --batch_size and raise --gradient_accumulation_steps as much, o
           "take less too")
 
 
-def out_of_memory(error: MemoryError) -> ValueError:
-    """What to say where memory did not suffice."""
-    what = (str(error).strip() or "a step does not fit").splitlines()[0]
-    return ValueError(f"{device.default()} is out of memory ({what}): {ADVICE}")
-
-
 def largest_micro_batch(sequences: int, trial: Callable[[int], object],
                         available: int | None) -> int:
     """The largest divisor of sequences that fits.
@@ -59,7 +53,12 @@ def _bytes_of(trial: Callable[[int], object], n: int) -> int:
     """What trial(n) takes on the device beside what was there before."""
     device.free_memory()
     before = GlobalCounters.mem_used
-    kept = trial(n)
+    try:
+        kept = trial(n)
+    except OSError as error:
+        if device.is_out_of_memory(error):
+            raise MemoryError(str(error)) from error
+        raise
     taken = GlobalCounters.mem_used - before
     del kept
     device.free_memory()

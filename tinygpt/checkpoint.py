@@ -5,11 +5,12 @@ validation loss. Tensors are named `model.*`, `optimizer.*`; the header's `__met
 JSON string per fact.
 """
 
+import fcntl
 import json
 import os
 import re
 import shutil
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from safetensors.numpy import save_file
 FORMAT = "tinygpt-1"
 BEST = "best.safetensors"
 RUN_FILES = ("ckpt_*.safetensors", BEST, "lora.safetensors", "metrics.jsonl", "loss.png",
-             "config.json")
+             "tensorboard", "config.json")
 
 
 class CheckpointError(ValueError):
@@ -181,17 +182,57 @@ def rotate(out_dir: Path, keep: int) -> None:
         path.unlink(missing_ok=True)
 
 
+def make_out_dir(out_dir: Path) -> None:
+    """Makes the folder of a run where it is not there. Raises CheckpointError where it cannot be
+    made, or has a config.json that is no run's."""
+    if out_dir.exists() and not out_dir.is_dir():
+        raise CheckpointError(f"out_dir {out_dir} is a file: name a folder")
+    try:
+        out_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(f"out_dir {out_dir} cannot be made ({error.strerror}): name another"
+                              ) from error
+    if (settings := out_dir / "config.json").exists():
+        try:
+            is_ours = "out_dir" in json.loads(settings.read_bytes())
+        except (OSError, ValueError, TypeError):
+            is_ours = False
+        if not is_ours:
+            raise CheckpointError(f"{settings} is not that of a run, which would write its own "
+                                  "there: name another --out_dir")
+
+
+@contextmanager
+def locked(out_dir: Path):
+    """While a run writes into out_dir no other one does. Raises CheckpointError where one does."""
+    folder = os.open(out_dir, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # not every file system can
+            try:
+                fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise CheckpointError(f"a run is writing into {out_dir}: name another --out_dir, "
+                                      "or wait for its end") from error
+        yield
+    finally:
+        os.close(folder)
+
+
 def set_aside(out_dir: Path) -> Path | None:
     """Moves the run that out_dir holds into a new folder below it, and returns that folder."""
     files = [path for pattern in RUN_FILES for path in out_dir.glob(pattern)]
-    if not any(path.suffix == ".safetensors" for path in files):
+    if all(path.name == "config.json" for path in files):  # of a run that never took a step
         return None
     number = 1
     while (folder := out_dir / f"run_{number}").exists():
         number += 1
-    folder.mkdir()
-    for path in files:
-        path.rename(folder / path.name)
+    try:
+        folder.mkdir()
+        for path in files:
+            path.rename(folder / path.name)
+    except OSError as error:
+        raise CheckpointError(f"the run in {out_dir} cannot be moved to {folder} "
+                              f"({error.strerror}): name another --out_dir") from error
     return folder
 
 

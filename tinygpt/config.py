@@ -9,6 +9,7 @@ import json
 import math
 import sys
 from dataclasses import asdict, dataclass, field, fields
+from numbers import Integral, Real
 from pathlib import Path
 from typing import NoReturn
 
@@ -20,6 +21,9 @@ def check_range(config, name: str, low=None, high=None, above=None, below=None) 
     value = getattr(config, name)
     if value is None:
         return
+    wanted = next(f.type for f in fields(config) if f.name == name)
+    if not isinstance(value, Integral if wanted in (int, int | None) else Real):
+        raise ValueError(f"{name}={value!r} is no number, or no whole one where it has to be")
     bounds = [(low, "at least", lambda v, b: v >= b), (high, "at most", lambda v, b: v <= b),
               (above, "above", lambda v, b: v > b), (below, "below", lambda v, b: v < b)]
     given = [(text, bound, holds) for bound, text, holds in bounds if bound is not None]

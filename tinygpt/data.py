@@ -7,7 +7,7 @@ import os
 import shutil
 import sys
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -29,13 +29,15 @@ SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2d
 class TokenData:
     """Token ids of the training and the validation split (1-d, unsigned), and what made them.
 
-    tokenizer is None where bare ids were given. source says where they come from, in words.
+    tokenizer is None where bare ids were given. source says where they come from: a path or a
+    glob where is_named, else in words.
     """
 
     train: np.ndarray
     val: np.ndarray
     tokenizer: Tokenizer | None
     source: str
+    is_named: bool = True
 
     def bytes_per_token(self) -> float | None:
         """Mean UTF-8 bytes that a validation token stands for, end-of-text for none; None without
@@ -118,7 +120,8 @@ def load_data(source, tokenizer: str | Tokenizer, vocab_size: int, block_size: i
     if not isinstance(source, str | Path):
         return _from_ids(source, None if isinstance(tokenizer, str) else tokenizer)
     if isinstance(source, str) and "\n" in source:
-        return _from_text([source], tokenizer, vocab_size, "a string of text", False)
+        return replace(_from_text([source], tokenizer, vocab_size, "a string of text", False),
+                       is_named=False)
     if str(source) == "shakespeare":
         source = shakespeare()
     if not str(source):
@@ -151,8 +154,9 @@ def _text_files(source: str) -> list[Path]:
         files = [path] if os.path.isfile(path) else sorted(map(Path, glob.glob(source)))
     files = [p for p in files if p.is_file()]
     if not files:
-        raise DataError(f"there is no data at {source}: give a text file, a folder or glob of "
-                        "them, or a folder with train.bin and val.bin")
+        raise DataError(f"there is no data at {source[:300]}: give a text file, a folder or glob "
+                        "of them, or a folder with train.bin and val.bin (in a script also text "
+                        "itself, with a line break in it)")
     return files
 
 
@@ -186,7 +190,7 @@ def _from_ids(ids, tokenizer: Tokenizer | None) -> TokenData:
     if ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer) or (ids < 0).any():
         raise DataError(f"token ids have shape {ids.shape} and dtype {ids.dtype}: "
                         "give a 1-d array of non-negative integers")
-    return TokenData(*_split(ids), tokenizer, "an array of token ids")
+    return TokenData(*_split(ids), tokenizer, "an array of token ids", is_named=False)
 
 
 def _from_text(texts: list[str], tokenizer: str | Tokenizer, vocab_size: int, source: str,
@@ -247,8 +251,7 @@ def _map_bin(folder: Path, name: str, meta: dict) -> np.ndarray:
         raise DataError(f"there is no {path}")
     size = path.stat().st_size
     if size == 0 or size % dtype.itemsize or meta.get(f"{name}_bytes", size) != size:
-        raise DataError(f"{path} is damaged: it has {size} bytes. Delete {folder} to have it "
-                        "made again, or make it again yourself")
+        raise DataError(f"{path} is damaged: it has {size} bytes; {_remedy(folder)}")
     return np.memmap(path, dtype=dtype, mode="r")
 
 
@@ -274,7 +277,13 @@ def _read_meta(folder: Path) -> dict:
             return meta
     except ValueError:
         pass
-    raise DataError(f"{folder / 'meta.json'} is damaged: delete {folder} to have it made again")
+    raise DataError(f"{folder / 'meta.json'} is damaged: {_remedy(folder)}")
+
+
+def _remedy(folder: Path) -> str:
+    if folder.resolve().parent == _cache_root().resolve():
+        return f"delete {folder} to have it made again"
+    return "make it again"
 
 
 def _from_cache(files: list[Path], source: str, kind: str, vocab_size: int, block_size: int,

@@ -20,12 +20,13 @@ class Decoder:
     forward(tokens (B, T), position, row) gives the logits (B, V) after that row of the tokens,
     which stand at `position` of the window; it reads earlier positions from its cache and writes
     these. Prompts are read in chunks of a fixed length, new tokens one at a time; position and row
-    are symbolic numbers, so that neither step is ever compiled again as the text grows.
+    are symbolic numbers, so that neither step is ever compiled again as the text grows. Only ids
+    below vocab_size are drawn, however many logits there are.
     """
 
     def __init__(self, forward: Callable, block_size: int, vocab_size: int, batch_size: int,
                  enabled: tuple[str, ...]):
-        self.forward, self.block_size = forward, block_size
+        self.forward, self.block_size, self.vocab_size = forward, block_size, vocab_size
         self.chunk = min(CHUNK, block_size)
         self.controls = Controls(enabled)
 
@@ -42,7 +43,8 @@ class Decoder:
         self.controls.set(config)
         if self.controls.has("repetition_penalty"):
             seen = np.zeros(self.seen.shape, dtype=bool)
-            np.put_along_axis(seen, ids, True, axis=1)
+            row, column = np.nonzero(ids < self.vocab_size)
+            seen[row, ids[row, column]] = True
             device.write(self.seen, seen)
         start = max(0, ids.shape[1] - self.block_size)  # where the window begins in the text
         cached = 0  # how many tokens of the window the cache holds
@@ -77,5 +79,5 @@ class Decoder:
 
     def _step(self, tokens: Tensor, position: UOp | int, row: UOp | int) -> Tensor:
         """Draws the tokens (B,) int32 after `row` of tokens (B, T)."""
-        logits = self.forward(tokens, position, row)  # (B, V)
+        logits = self.forward(tokens, position, row)[:, :self.vocab_size]  # (B, V)
         return sample(logits, self.seen, self.key, self.controls).realize()

@@ -1,6 +1,7 @@
 """Which device computes, what compiles for it, and the few of tinygrad's inner interfaces that
 code outside the kernels needs."""
 
+import errno
 import functools
 import gc
 import hashlib
@@ -9,6 +10,7 @@ import os
 import platform
 import shlex
 import shutil
+import sqlite3
 import subprocess
 import sys
 import tempfile
@@ -16,9 +18,9 @@ from pathlib import Path
 
 import numpy as np
 from tinygrad import Device, Tensor
-from tinygrad.helpers import DEV
+from tinygrad.helpers import CACHEDB, CACHELEVEL, DEV, db_connection
 
-from tinygpt.kernels.cpu.launch import cpu_count
+from tinygpt.kernels.cpu.launch import compilations, cpu_count
 
 NO_COMPILER = ("tinygrad's CPU device needs clang, and none was found: "
                "pip install ziglang, or install clang, or name one in CC")
@@ -50,14 +52,30 @@ def _zig_script(zig: Path) -> Path:
     text = f'#!/bin/sh\nexec {shlex.quote(str(zig))} clang "$@"\n'
     if not (script.is_file() and script.read_text() == text):
         try:
-            script.parent.mkdir(parents=True, exist_ok=True)
+            _write_script(script, text)
         except OSError:
             script = Path(tempfile.mkdtemp(prefix="tinygpt-")) / script.name
-        part = script.with_name(f"{script.name}.{os.getpid()}")
-        part.write_text(text)
-        part.chmod(0o755)
-        part.replace(script)
+            _write_script(script, text)
     return script
+
+
+def _write_script(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.{os.getpid()}")
+    part.write_text(text)
+    part.chmod(0o755)
+    part.replace(path)
+
+
+def check_cache() -> None:
+    """Lets tinygrad do without its cache of compiled code where that cannot be written."""
+    try:
+        db_connection()
+        writable = os.access(CACHEDB, os.W_OK)
+    except (OSError, sqlite3.Error):
+        writable = False
+    if not writable:
+        CACHELEVEL.value = 0
 
 
 @functools.cache
@@ -71,6 +89,7 @@ def default() -> str:
         raise DeviceError(NO_COMPILER) from error
     if name.startswith("CPU"):
         _check_compiler()
+        compilations()  # which Ctrl-C does not reach
     return name
 
 
@@ -101,6 +120,8 @@ def choose(name: str, index: int = 0) -> str:
     if name.lower() != "auto":
         try:
             canonical = Device.canonicalize(name.upper())
+            if canonical.startswith("CPU:"):
+                raise DeviceError(f"there is no device {name!r}: there is one CPU, cpu")
             if canonical.startswith("CPU"):
                 _check_compiler()  # before tinygrad looks for one and fails in its own words
             Device[canonical]
@@ -179,6 +200,11 @@ def peak_flops() -> float:
     lanes = 16 if "avx512f" in info else 8 if "avx2" in info else lanes
     speeds = [float(line.split(":")[1]) for line in info.splitlines() if line.startswith("cpu MHz")]
     return cpu_count() * (max(speeds) * 1e6 if speeds else clock) * 2 * lanes * 2
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory did not suffice, as a CPU's does in an error of mmap."""
+    return isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM
 
 
 def free_memory() -> None:

@@ -21,13 +21,18 @@ def read_documents(files: list[Path], text_field: str) -> list[str]:
     found = []
     for path in files:
         text = read_text(path)
-        found += parse_jsonl(path, text, text_field) if path.suffix == ".jsonl" else [text]
+        found += parse_jsonl(path, text, text_field) if is_jsonl(path) else [text]
     return found
+
+
+def is_jsonl(path: Path) -> bool:
+    """Whether a file has a JSON object in each line."""
+    return path.suffix.lower() == ".jsonl"
 
 
 def are_documents(files: list[Path]) -> bool:
     """Whether files are more than one text."""
-    return len(files) > 1 or files[0].suffix == ".jsonl"
+    return len(files) > 1 or is_jsonl(files[0])
 
 
 def parse_jsonl(path: Path, text: str, text_field: str) -> list[str]:
@@ -41,7 +46,7 @@ def parse_jsonl(path: Path, text: str, text_field: str) -> list[str]:
         except (ValueError, RecursionError) as error:
             raise DataError(f"{path} is no JSON in line {number} ({error})") from error
         if not isinstance(value, dict) or not isinstance(value.get(text_field), str):
-            fields = ", ".join(value) if isinstance(value, dict) else "no fields"
+            fields = ", ".join(value) if isinstance(value, dict) and value else "no fields"
             raise DataError(f"{path} has no text in the field {text_field!r} in line {number}, "
                             f"which has {fields}: name another with --text_field")
         if value[text_field]:

@@ -9,7 +9,6 @@ imports it.
 import json
 import math
 import sys
-import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,10 +17,10 @@ import simple_parsing
 from tinygrad import Tensor
 
 from gpt import GPT
-from tinygpt import device
+from tinygpt import command, device
 from tinygpt.config import check_choice, check_range, parse_flags
 from tinygpt.data import TokenData, is_token_file, read_tokens
-from tinygpt.documents import read_text
+from tinygpt.documents import is_jsonl, read_documents, read_text
 from tinygpt.kernels.jit import compiled
 from tinygpt.pretrained import is_pretrained
 from tinygpt.report import bits_per_byte
@@ -200,25 +199,23 @@ def run(config: EvaluateConfig) -> dict[str, float]:
         raise ValueError(f"{config.checkpoint} has no tokenizer that can be read here: give a file "
                          "of token ids, .bin")
     if config.task == "text":
-        return score_text(model, read_text(path), config.stride)
+        text = "\n".join(read_documents([path], "text")) if is_jsonl(path) else read_text(path)
+        return score_text(model, text, config.stride)
     questions = read_questions(config.text, config.task)[:config.limit]
     score = {"hellaswag": score_hellaswag, "lambada": score_lambada}[config.task]
     return score(model, questions)
 
 
 def main(argv: list[str] | None = None) -> int:
-    warnings.formatwarning = lambda message, *_: f"{message}\n"
+    command.prepare()
     try:
         flags = parse_flags({"evaluate": EvaluateConfig}, sys.argv[1:] if argv is None else argv,
                             __doc__)
-        scores = run(flags["evaluate"])
-    except KeyboardInterrupt:
-        return 130
-    except ValueError as error:
-        print(f"evaluate: {error}", file=sys.stderr)
-        return 2
-    for name, value in scores.items():
-        print(f"{name} {value:,}" if isinstance(value, int) else f"{name} {value:.4f}")
+        for name, value in run(flags["evaluate"]).items():
+            print(f"{name} {value:,}" if isinstance(value, int) else f"{name} {value:.4f}")
+        sys.stdout.flush()
+    except command.FAILURES as error:
+        return command.tell("evaluate", error, "give a smaller model")
     return 0
 
 

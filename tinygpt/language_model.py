@@ -3,6 +3,7 @@
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, fields
+from numbers import Integral
 from pathlib import Path
 
 import numpy as np
@@ -90,10 +91,13 @@ class LanguageModel:
     def _decode(self, ids: np.ndarray, config: SampleConfig) -> Iterator[np.ndarray]:
         enabled = Controls.of(config).enabled
         decoders = _DECODERS.setdefault(self, {})
-        key = len(ids), enabled, self.compute_dtype
+        known = self.config.vocab_size  # of which a tokenizer may have fewer, and those are drawn
+        if self.tokenizer is not None:
+            known = min(known, self.tokenizer.vocab_size)
+        key = len(ids), enabled, self.compute_dtype, known
         if key not in decoders:
             decoders[key] = Decoder(self._cached_forward(len(ids)), self.config.block_size,
-                                    self.config.vocab_size, len(ids), enabled)
+                                    known, len(ids), enabled)
         return decoders[key].run(ids, config)
 
     def _check_ids(self, idx) -> np.ndarray:
@@ -127,6 +131,8 @@ class LanguageModel:
         in its metadata the configuration, the tokenizer and whatever `metadata` adds. Raises
         ValueError where it cannot be written.
         """
+        if not isinstance(iter_num, Integral) or iter_num < 0:
+            raise ValueError(f"iter_num={iter_num!r} is no number of steps")
         tensors = {prefix + k: t.numpy() for prefix, part in (
             ("model.", self), ("optimizer.", optimizer), ("ema.", ema)) if part is not None
             for k, t in part.state_dict().items()}

@@ -16,7 +16,7 @@ from tinygpt import checkpoint, device, tokenizer_json
 from tinygpt.documents import DataError
 from tinygpt.download import fetch
 from tinygpt.families import ACTIVATIONS, FAMILIES, Family, PretrainedError, require
-from tinygpt.tensorfile import TensorFile, TensorFileError, write
+from tinygpt.tensorfile import TensorFile, write
 from tinygpt.tokenizer import BPETokenizer, Tokenizer, load_tokenizer
 
 NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
@@ -226,10 +226,7 @@ def _tokenizer(folder: Path, kind: str, vocab_size: int) -> Tokenizer | None:
 # ---- our own checkpoints
 
 def _is_ours(path: str | Path) -> bool:
-    try:
-        return TensorFile(path).metadata.get("format") == json.dumps(checkpoint.FORMAT)
-    except TensorFileError:
-        return False
+    return TensorFile(path).metadata.get("format") == json.dumps(checkpoint.FORMAT)
 
 
 def _own(path: Path) -> Pretrained:

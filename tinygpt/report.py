@@ -5,11 +5,13 @@ import json
 import math
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from tqdm import tqdm
 
-from tinygpt.checkpoint import write_atomically
+from tinygpt.checkpoint import CheckpointError, write_atomically
+from tinygpt.command import silence
 
 SPIKE = 1.5  # a loss this many times the running average is reported
 
@@ -20,6 +22,7 @@ class Report:
     flops_per_iter and tokens_per_iter are those of a training step, peak_flops the device's.
     Records of steps after `start`, which a resumed run takes again, are dropped. The figures of
     every record go to the loggers too (see loggers.py). A silent one says and keeps nothing.
+    `unheard` tells that stdout or stderr could not be written, after which nothing more is said.
     """
 
     def __init__(self, out_dir: Path | None, start: int, max_iters: int, log_interval: int,
@@ -29,6 +32,7 @@ class Report:
         self.tokens_per_iter, self.flops_per_iter = tokens_per_iter, flops_per_iter
         self.peak_flops, self.silent = peak_flops, silent
         self.records, self.file, self.loggers = [], None, loggers
+        self.unheard = False
         if out_dir is not None:
             former = _read_records(out_dir / "metrics.jsonl") if start else []
             self.records = [r for r in former if r["iter"] <= start]
@@ -37,6 +41,7 @@ class Report:
             self.file = (out_dir / "metrics.jsonl").open("a", encoding="utf-8")
         self.bar = tqdm(total=max_iters, initial=start, unit="it", dynamic_ncols=True,
                         disable=out_dir is None or not sys.stderr.isatty())
+        self.bar_tells = not self.bar.disable and sys.stdout.isatty()
         self.seconds: float | None = None  # of a step, a running average
         self.average: float | None = None  # of the loss
 
@@ -45,18 +50,26 @@ class Report:
         for logger in self.loggers:
             logger.close()
         if self.file:
-            self.file.close()
+            with suppress(OSError):  # of a full disk, which has been told
+                self.file.close()
 
     def line(self, text: str) -> None:
         """One line on stdout, above the bar where there is one."""
-        if not self.silent:
-            tqdm.write(text, file=sys.stdout)
-            sys.stdout.flush()
+        self._say(text, sys.stdout)
 
     def remark(self, text: str) -> None:
         """One line for a person, on stderr."""
-        if not self.silent:
-            tqdm.write(text, file=sys.stderr)
+        self._say(text, sys.stderr)
+
+    def _say(self, text: str, file) -> None:
+        if self.silent or self.unheard:
+            return
+        try:
+            tqdm.write(text, file=file)
+            file.flush()
+        except OSError:
+            self.unheard = True
+            silence(file)
 
     def step(self, iter_num: int, loss: float, norm: float, lr: float, seconds: float,
              compiled: bool) -> None:
@@ -76,7 +89,7 @@ class Report:
         self.bar.update(1)
         if iter_num % self.log_interval == 0:
             mfu = self.flops_per_iter / mean / self.peak_flops
-            if self.bar.disable:
+            if not self.bar_tells:
                 self.line(f"iter {iter_num}: loss {loss:.4f}, time {seconds * 1e3:.2f}ms, "
                           f"mfu {mfu:.2%}, {rate:,.0f} tok/s, ETA {_clock(eta)}")
             self._record(iter=iter_num, loss=loss, grad_norm=norm, lr=lr,
@@ -126,8 +139,12 @@ class Report:
     def _record(self, **facts) -> None:
         self.records.append(facts)
         if self.file:
-            self.file.write(json.dumps(facts) + "\n")
-            self.file.flush()
+            try:
+                self.file.write(json.dumps(facts) + "\n")
+                self.file.flush()
+            except OSError as error:
+                raise CheckpointError(f"{self.file.name} cannot be written ({error.strerror}): "
+                                      "what was saved before is untouched") from error
         figures = {k: float(v) for k, v in facts.items() if v is not None and k != "iter"}
         for logger in self.loggers:
             logger.log(facts["iter"], figures)
@@ -139,14 +156,14 @@ def bits_per_byte(loss: float, bytes_per_token: float | None) -> float | None:
 
 
 def _read_records(path: Path) -> list[dict]:
-    """What a former run recorded; a last line that was cut off does not count."""
+    """What a former run recorded; a line that was cut off or damaged does not count."""
     records = []
     if path.is_file():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                records.append(json.loads(line))
-            except ValueError:
-                break
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            with suppress(ValueError):
+                record = json.loads(line)
+                if isinstance(record, dict) and isinstance(record.get("iter"), int):
+                    records.append(record)
     return records
 
 

@@ -1,6 +1,7 @@
 """A training run: the loop of its steps, what it tells, and how it is saved and gone on with."""
 
-import sys
+import shlex
+import signal
 import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -43,7 +44,7 @@ class Interrupted(Exception):
 
     def __init__(self, signum: int, path: Path):
         super().__init__(f"stopped and saved in {path}; continue with: "
-                         f"python train.py --resume --out_dir {path.parent}")
+                         f"python train.py --resume --out_dir {shlex.quote(str(path.parent))}")
         self.signum = signum
 
 
@@ -79,7 +80,7 @@ class Run:
         owned = self.devices.owned(self.params)
         self.optimizer = make_optimizer(owned, config)
         self.ema = EMA(model.state_dict(), config.ema_decay) if config.ema else None
-        self._claim_out_dir()
+        self._open_out_dir()
         if self.ranks.size > 1:
             self.ranks.check_same(step=self.iter_num, weights=checksum(model.state_dict()))
         model.tokenizer = data.tokenizer
@@ -94,17 +95,29 @@ class Run:
     # ---- the run
 
     def train(self) -> TrainResult:
-        config = self.config
-        self.report = self._make_report(self.out_dir, make_loggers(
-            config.tensorboard, config.wandb, self.out_dir,
-            asdict(self.model.config) | asdict(config))) if self.ranks.first else (
-            self._make_report(None))
-        self._greet()
-        try:
-            with pending_signals() as pending:
+        with self._only_run(), pending_signals() as pending:
+            self.report = self._make_report(None)
+            self._greet()
+            self._try_out()
+            if self.ranks.first:
+                self._make_room()
+                config = self.config
+                self.report = self._make_report(self.out_dir, make_loggers(
+                    config.tensorboard, config.wandb, self.out_dir,
+                    asdict(self.model.config) | asdict(config)))
+            try:
                 return self._loop(pending)
-        finally:
-            self.report.close()
+            finally:
+                self.report.close()
+
+    def _only_run(self):
+        """Keeps other runs out of out_dir."""
+        return checkpoint.locked(self.out_dir) if self.ranks.first else nullcontext()
+
+    def _try_out(self) -> None:
+        """Finds out what cannot be run before any file is touched."""
+        self.data.bytes_per_token()
+        self.steps.evaluate(list(self.val_batches.spread(1)))
 
     def evaluate_only(self) -> TrainResult:
         """Tells how good the checkpoint is that the run stands at; writes nothing."""
@@ -138,6 +151,9 @@ class Run:
         bad, losses, saved = 0, None, None
         began, first = time.perf_counter(), self.iter_num
         ended = self._ended()
+        if self.iter_num >= config.max_iters:
+            self.report.remark(f"the run is over after {self.iter_num} steps: to go on, ask for "
+                               "more with --max_iters")
         if self.iter_num == 0 or ended:
             losses = self._evaluate()
         while not ended:
@@ -161,7 +177,7 @@ class Run:
             if self.iter_num - first == 1:
                 self.report.remark(f"compiled in {time.perf_counter() - began:.1f} s; "
                                    "the steps from here on are fast")
-            signum, seconds = self.ranks.largest(pending[0] if pending else 0,
+            signum, seconds = self.ranks.largest(self._signal(pending),
                                                  time.perf_counter() - began)
             ended = self._ended(seconds)
             if ended or self.iter_num % config.eval_interval == 0:
@@ -177,9 +193,15 @@ class Run:
         if self.iter_num < config.max_iters:
             self.report.remark(f"stopped after step {self.iter_num}: {self._why_early()}")
         self._sample()
-        self.report.remark(f"saved in {saved}; write with: python generate.py "
-                           f"--checkpoint {self._best_path()}{' --ema' if config.ema else ''}")
+        best = self._best_path()
+        averaged = config.ema and checkpoint.load_metadata(best)["train_config"]["ema"]
+        self.report.remark(f"saved in {saved}; write with: python generate.py --checkpoint "
+                           f"{shlex.quote(str(best))}{' --ema' if averaged else ''}")
         return TrainResult(self.iter_num, *losses, self.best_val_loss, saved, self._best_path())
+
+    def _signal(self, pending: list[int]) -> int:
+        """What asks the run to stop: the first signal, or that nobody reads what it says; or 0."""
+        return pending[0] if pending else signal.SIGPIPE if self.report.unheard else 0
 
     def _use_length(self) -> None:
         """Follows the curriculum to the length of the next step's sequences."""
@@ -270,21 +292,21 @@ class Run:
         checkpoint.rotate(self.out_dir, config.keep)
         return path
 
-    def _claim_out_dir(self) -> None:
-        """Continues the run in out_dir, or makes room for a new one and says what it is."""
+    def _open_out_dir(self) -> None:
+        """Goes on where the run in out_dir was, if that is asked for."""
         if self.config.eval_only:
             best = self._best_path()
             return self._resume(best if best.exists() else checkpoint.newest(self.out_dir))
-        try:
-            self.out_dir.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ValueError(f"out_dir {self.out_dir} cannot be made ({error.strerror})") from error
+        checkpoint.make_out_dir(self.out_dir)
         if self.config.resume:
             self._resume(self.ranks.from_first(checkpoint.newest(self.out_dir)))
-        if not self.ranks.first:
-            return
+
+    def _make_room(self) -> None:
+        """Moves a former run aside, unless it is gone on with, and says what this one is."""
         if not self.config.resume and (moved := checkpoint.set_aside(self.out_dir)):
-            print(f"the run in {self.out_dir} is now in {moved}", file=sys.stderr)
+            self.report.remark(f"the run in {self.out_dir} is now in {moved}")
+        if self._ended():
+            return
         settings = to_json(self.model.config, replace(self.config, resume=False))
         checkpoint.write_atomically(self.out_dir / "config.json", settings.encode())
 
@@ -300,7 +322,8 @@ class Run:
                              "use the same --data and --tokenizer, or start a new run")
         optimizer = None if self.config.eval_only else self.optimizer
         facts = self.model.load_checkpoint(path, optimizer, self.ema)
-        self.iter_num, self.best_val_loss = facts["iter_num"], facts["best_val_loss"]
+        self.iter_num = facts["iter_num"]
+        self.best_val_loss = facts.get("best_val_loss", float("inf"))  # not of a script's own save
         self.stale = facts.get("stale_evaluations", 0)
         if self.config.skip_spikes:
             self.spikes = SpikeGuard(self.config.skip_spikes, facts.get("gradient_norms", ()))

@@ -20,7 +20,14 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from tinygpt.documents import DataError, are_documents, decode, end_of_text, parse_jsonl
+from tinygpt.documents import (
+    DataError,
+    are_documents,
+    decode,
+    end_of_text,
+    is_jsonl,
+    parse_jsonl,
+)
 from tinygpt.kernels.cpu.launch import cpu_count
 from tinygpt.tokenizer import Tokenizer, load_tokenizer, make_tokenizer
 
@@ -81,7 +88,7 @@ def cut(files: list[Path]) -> list[Piece]:
     length = max(1, min(PIECE, sum(sizes) // 100))
     pieces = []
     for path, size in zip(files, sizes, strict=True):
-        jsonl, start = path.suffix == ".jsonl", 0
+        jsonl, start = is_jsonl(path), 0
         with open(path, "rb") as file:
             while start < size:
                 end = _safe_end(file, start + length, size, jsonl)
@@ -115,7 +122,7 @@ def texts_of(piece: Piece, text_field: str) -> list[str]:
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error.strerror})") from error
     text = decode(path, raw, piece.start)
-    return parse_jsonl(path, text, text_field) if path.suffix == ".jsonl" else [text]
+    return parse_jsonl(path, text, text_field) if is_jsonl(path) else [text]
 
 
 def _prepare(folder: Path, plan: dict) -> Tokenizer | None:

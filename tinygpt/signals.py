@@ -1,9 +1,11 @@
 """Ctrl-C and SIGTERM, answered where it suits the run."""
 
+import os
 import signal
-import sys
 import threading
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+
+STDERR = 2
 
 
 @contextmanager
@@ -17,7 +19,8 @@ def pending_signals():
     def note(signum, frame):
         pending.append(signum)
         signal.signal(signum, before[signum])
-        print("\nstopping after this step; again to stop at once", file=sys.stderr)
+        with suppress(OSError):  # print is not to be called where it may be at work already
+            os.write(STDERR, b"\nstopping after this step; again to stop at once\n")
 
     before = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
     try:

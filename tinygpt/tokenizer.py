@@ -174,12 +174,15 @@ def load_tokenizer(data: dict) -> Tokenizer:
 
 
 def make_tokenizer(kind: str, text: str, vocab_size: int) -> Tokenizer:
-    """A tokenizer of that kind; text is what bpe and char learn from."""
+    """A tokenizer of that kind; text is what bpe and char learn from. Raises ValueError on a kind
+    that there is not."""
     if kind == "bpe":
         return BPETokenizer.train(text, vocab_size)
     if kind == "char":
         return CharTokenizer.train(text)
-    return {"gpt2": BPETokenizer, "byte": ByteTokenizer}[kind]()
+    if kind not in ("gpt2", "byte"):
+        raise ValueError(f"there is no tokenizer {kind!r}: choose bpe, gpt2, char or byte")
+    return BPETokenizer() if kind == "gpt2" else ByteTokenizer()
 
 
 class StreamDecoder:

@@ -1,0 +1,174 @@
+"""Nothing is lost: not by signals, closed pipes, full disks, a second run in one folder, or a run
+that is refused."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+from gpt import GPT, GPTConfig
+from tinygpt import checkpoint
+from tinygpt.checkpoint import CheckpointError
+from tinygpt.config import TrainConfig
+from tinygpt.kernels import use
+from train import train
+
+TINY = GPTConfig(block_size=8, vocab_size=256, n_layer=1, n_head=2, n_embd=16)
+FLAGS = ("--tokenizer", "byte", "--block_size", 8, "--n_layer", 1, "--n_head", 2, "--n_embd", 16,
+         "--batch_size", 4, "--eval_iters", 1, "--log_interval", 1)
+
+
+@pytest.fixture
+def config(tmp_path):
+    return TrainConfig(tokenizer="byte", out_dir=str(tmp_path / "out"), batch_size=4, max_iters=6,
+                       eval_interval=3, eval_iters=1, log_interval=1, warmup_iters=2,
+                       learning_rate=1e-2, lr_decay_iters=6)
+
+
+def losses(out_dir) -> dict[int, float]:
+    lines = (out_dir / "metrics.jsonl").read_text().splitlines()
+    return {r["iter"]: r["loss"] for r in map(json.loads, lines) if "loss" in r}
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+# ---- signals and pipes
+
+def start(tmp_path, text_file, *flags, **environment) -> subprocess.Popen:
+    env = os.environ | {"PYTHONPATH": str(ROOT)} | environment
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "train.py"), "--data", str(text_file), "--max_iters", "100000",
+         "--eval_interval", "5", *map(str, FLAGS), *flags], cwd=tmp_path, env=env, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+
+
+def wait_for_a_checkpoint(folder, process) -> None:
+    for _ in range(1200):
+        if list(folder.glob("ckpt_*")) or process.poll() is not None:
+            return
+        time.sleep(0.1)
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_says_how_to_go_on(tmp_path, text_file, command, signum):
+    process = start(tmp_path, text_file)
+    wait_for_a_checkpoint(tmp_path / "checkpoints", process)
+    process.send_signal(signum)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 128 + signum, err
+    assert "python train.py --resume" in err.splitlines()[-1]
+    saved = checkpoint.newest(tmp_path / "checkpoints")
+    last = max(losses(tmp_path / "checkpoints"))
+    assert saved.name == f"ckpt_{last}.safetensors"
+
+
+def test_a_killed_run_goes_on_from_its_last_whole_checkpoint(tmp_path, text_file, command):
+    process = start(tmp_path, text_file)
+    wait_for_a_checkpoint(tmp_path / "checkpoints", process)
+    process.kill()
+    process.communicate()
+    last = checkpoint.load_metadata(checkpoint.newest(tmp_path / "checkpoints"))["iter_num"]
+    done = command("train.py", "--resume", "--max_iters", last + 2)
+    assert done.returncode == 0, done.stderr
+    assert f"resuming after step {last}" in done.stderr
+    assert sorted(losses(tmp_path / "checkpoints")) == list(range(1, last + 3))
+
+
+def test_ctrl_c_while_the_compiler_is_at_work_is_answered_after_the_step(tmp_path, text_file):
+    """A terminal sends it to the compiler too."""
+    process = start(tmp_path, text_file, CACHELEVEL="0")
+    while "compiling" not in process.stderr.readline():
+        assert process.poll() is None
+    time.sleep(0.5)
+    os.killpg(process.pid, signal.SIGINT)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 130 and "Traceback" not in err, err
+    assert (tmp_path / "checkpoints" / "ckpt_1.safetensors").exists()
+
+
+@pytest.mark.parametrize("kind", ["pipe", "full"])
+def test_where_nobody_can_read_on_the_run_is_saved_and_ends(tmp_path, text_file, kind):
+    if kind == "full" and not os.path.exists("/dev/full"):
+        pytest.skip("there is no /dev/full")
+    if kind == "pipe":
+        process = start(tmp_path, text_file)
+        process.stdout.readline()
+        process.stdout.close()
+        err = process.stderr.read()
+        process.wait(timeout=120)
+    else:
+        with open("/dev/full", "w") as full:
+            process = subprocess.run([sys.executable, ROOT / "train.py", "--data", text_file,
+                                      *map(str, FLAGS)], cwd=tmp_path, stdout=full, text=True,
+                                     stderr=subprocess.PIPE, timeout=120)
+        err = process.stderr
+    assert process.returncode == 141 and "Traceback" not in err, err
+    assert "stopped and saved" in err.splitlines()[-1]
+    saved = checkpoint.newest(tmp_path / "checkpoints")
+    assert max(losses(tmp_path / "checkpoints")) == checkpoint.load_metadata(saved)["iter_num"]
+
+
+# ---- folders and files
+
+def test_a_second_run_in_the_folder_of_a_running_one_is_refused(config, text, tmp_path,
+                                                               without_samples):
+    (tmp_path / "out").mkdir()
+    with (checkpoint.locked(tmp_path / "out"),
+          pytest.raises(CheckpointError, match=r"a run is writing into .*out: name another")):
+        train(GPT(TINY), config, text)
+    assert not any((tmp_path / "out").iterdir())
+    for _ in range(2):  # and neither an end nor an error leaves it locked
+        train(GPT(TINY), replace(config, max_iters=1), text)
+
+
+def test_a_run_that_is_refused_moves_nothing(config, text, tmp_path, without_samples):
+    train(GPT(TINY), replace(config, max_iters=1), text)
+    before = contents(tmp_path / "out")
+    try:
+        with pytest.raises(ValueError, match="'flash' have no attention"):
+            train(GPT(TINY), replace(config, kernels="flash"), text)
+    finally:
+        use("auto")
+    with pytest.raises(ValueError, match="256 ids"):
+        train(GPT(replace(TINY, vocab_size=100)), config, text)
+    with pytest.raises(ValueError, match="device='cuda', but the model is on"):
+        train(GPT(TINY), replace(config, device="cuda"), text)
+    with pytest.raises(ValueError, match="model='bigram', but a gpt model"):
+        train(GPT(TINY), replace(config, model="bigram"), text)
+    assert contents(tmp_path / "out") == before
+
+
+@pytest.mark.parametrize("settings", ['{"model_type": "gpt2"}', "[1]", "not JSON"])
+def test_a_config_json_that_is_no_runs_is_left_alone(config, text, tmp_path, settings):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "config.json").write_text(settings)
+    before = contents(tmp_path)
+    with pytest.raises(CheckpointError, match=r"config\.json is not that of a run"):
+        train(GPT(TINY), config, text)
+    assert contents(tmp_path) == before
+
+
+def test_a_run_that_is_over_says_so_and_keeps_its_settings(config, text, tmp_path, capsys,
+                                                           without_samples):
+    train(GPT(TINY), config, text)
+    settings = (tmp_path / "out" / "config.json").read_bytes()
+    train(GPT(TINY), replace(config, resume=True, max_iters=4), text)
+    assert "the run is over after 6 steps" in capsys.readouterr().err
+    assert (tmp_path / "out" / "config.json").read_bytes() == settings
+
+
+def test_what_a_script_trained_on_is_what_resume_reads(config, text, text_file, tmp_path,
+                                                       without_samples):
+    for data, named in ((text_file, str(text_file)), (text, ""), (list(range(200)), "")):
+        train(GPT(TINY), replace(config, max_iters=1), data)
+        saved = json.loads((tmp_path / "out" / "config.json").read_text())
+        assert saved["data"] == named
