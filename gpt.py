@@ -95,8 +95,8 @@ class GPTConfig:
 
 
 class Linear:
-    """y = x W^T + b. weight (N, C), bias (N,) or None, float32; lora adds to it where there is
-    one (see tinygpt/lora.py)."""
+    """y = x W^T + b, from C numbers to N. weight (N, C), bias (N,) or None, float32; lora adds to
+    it where there is one (see tinygpt/lora.py). draw(shape, std) makes the weights (see GPT)."""
 
     def __init__(self, draw, n_in: int, n_out: int, bias: bool, std: float = 0.02):
         self.weight = draw((n_out, n_in), std)
@@ -163,7 +163,7 @@ class CausalSelfAttention:
             y = run.cache.attend(layer, q, k, v, run.position, window)  # (B, H, T, D)
         else:
             y = kernels.attention(q, k, v, 0, window, self.config.dropout, run.next_dropout_key())
-        y = y.transpose(1, 2).reshape(B, T, C)
+        y = y.transpose(1, 2).reshape(B, T, C)  # (B, T, C)
         return run.dropout(self.c_proj, y, residual, self.config.dropout)
 
 
@@ -321,8 +321,9 @@ class GPT(LanguageModel):
 
     def _loss(self, logits: Tensor, targets: Tensor, label_smoothing: float,
               z_loss: float) -> Tensor:
-        return kernels.cross_entropy(logits.reshape(-1, self.config.vocab_size),
-                                     targets.reshape(-1), label_smoothing, z_loss)
+        logits = logits.reshape(-1, self.config.vocab_size)  # (B T, V)
+        targets = targets.reshape(-1)  # (B T,)
+        return kernels.cross_entropy(logits, targets, label_smoothing, z_loss)
 
     def _features(self, idx: Tensor, run: Pass) -> Tensor:
         """What the last block says of each position: idx (B, T) -> (B, T, C)."""

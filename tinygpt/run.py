@@ -99,12 +99,13 @@ class Run:
             self.report = self._make_report(None)
             self._greet()
             self._try_out()
+            out_dir, loggers = None, ()
             if self.ranks.first:
                 self._make_room()
-                config = self.config
-                self.report = self._make_report(self.out_dir, make_loggers(
-                    config.tensorboard, config.wandb, self.out_dir,
-                    asdict(self.model.config) | asdict(config)))
+                config, out_dir = self.config, self.out_dir
+                loggers = make_loggers(config.tensorboard, config.wandb, out_dir,
+                                       asdict(self.model.config) | asdict(config))
+            self.report = self._make_report(out_dir, loggers)
             try:
                 return self._loop(pending)
             finally:
