@@ -35,6 +35,16 @@ def without_samples(monkeypatch):
 
 
 @pytest.fixture
+def config(tmp_path):
+    """Six steps of a tiny model, into a folder that is not there yet."""
+    from gpt import TrainConfig  # once DEV is set
+
+    return TrainConfig(tokenizer="byte", out_dir=str(tmp_path / "out"), batch_size=4, max_iters=6,
+                       eval_interval=3, eval_iters=1, log_interval=1, warmup_iters=2,
+                       learning_rate=1e-2, lr_decay_iters=6)
+
+
+@pytest.fixture
 def text():
     """A little English text, enough for a tiny model's data."""
     words = VERSES.split(" ")

@@ -12,29 +12,13 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
+from tiny import FLAGS, TINY, losses
 
-from gpt import GPT, GPTConfig
+from gpt import GPT
 from tinygpt import checkpoint
 from tinygpt.checkpoint import CheckpointError
-from tinygpt.config import TrainConfig
 from tinygpt.kernels import use
 from train import train
-
-TINY = GPTConfig(block_size=8, vocab_size=256, n_layer=1, n_head=2, n_embd=16)
-FLAGS = ("--tokenizer", "byte", "--block_size", 8, "--n_layer", 1, "--n_head", 2, "--n_embd", 16,
-         "--batch_size", 4, "--eval_iters", 1, "--log_interval", 1)
-
-
-@pytest.fixture
-def config(tmp_path):
-    return TrainConfig(tokenizer="byte", out_dir=str(tmp_path / "out"), batch_size=4, max_iters=6,
-                       eval_interval=3, eval_iters=1, log_interval=1, warmup_iters=2,
-                       learning_rate=1e-2, lr_decay_iters=6)
-
-
-def losses(out_dir) -> dict[int, float]:
-    lines = (out_dir / "metrics.jsonl").read_text().splitlines()
-    return {r["iter"]: r["loss"] for r in map(json.loads, lines) if "loss" in r}
 
 
 def contents(folder: Path) -> dict[Path, bytes]:

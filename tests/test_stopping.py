@@ -6,22 +6,18 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from tiny import TINY
 
-from gpt import GPT, GPTConfig
+from gpt import GPT
 from tinygpt import checkpoint
-from tinygpt.config import TrainConfig
 from tinygpt.data import load_data
 from tinygpt.spikes import ENOUGH, HISTORY, SpikeGuard
 from train import Run, train
 
-TINY = GPTConfig(block_size=8, vocab_size=256, n_layer=1, n_head=2, n_embd=16)
-
 
 @pytest.fixture
-def config(tmp_path):
-    return TrainConfig(tokenizer="byte", out_dir=str(tmp_path / "out"), batch_size=4, max_iters=6,
-                       eval_interval=1, eval_iters=1, log_interval=1, warmup_iters=2,
-                       learning_rate=1e-2, lr_decay_iters=6)
+def config(config):
+    return replace(config, eval_interval=1)
 
 
 def records(out_dir) -> list[dict]:
