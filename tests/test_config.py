@@ -4,6 +4,7 @@ import itertools
 import json
 from dataclasses import asdict, fields, replace
 
+import numpy as np
 import pytest
 
 from gpt import GPTConfig
@@ -300,3 +301,11 @@ def test_an_unknown_preset_is_told_with_those_there_are(words):
     with pytest.raises(ValueError, match=r"preset.*shakespeare_char_cpu") as caught:
         parse(*words)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("settings", [dict(learning_rate="1e-3"), dict(batch_size=8.0),
+                                      dict(max_iters="10"), dict(threads=1.5)])
+def test_a_setting_of_the_wrong_type_is_named(settings):
+    with pytest.raises(ValueError, match=rf"{next(iter(settings))}=.* is no number"):
+        TrainConfig(**settings)
+    assert TrainConfig(batch_size=np.int64(8)).batch_size == 8

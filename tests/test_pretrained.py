@@ -1,6 +1,7 @@
 """Models of transformers, tiny and random, in and out: logits, texts, files, refusals."""
 
 import json
+import os
 import shutil
 import tracemalloc
 
@@ -397,3 +398,14 @@ def test_a_fine_tune_that_cannot_be_gets_one_line_and_status_2(command, folder, 
                    env={"XDG_CACHE_HOME": str(tmp_path / "cache")})
     assert done.returncode == 2 and says in done.stderr
     assert len(done.stderr.splitlines()) == 1 and not (tmp_path / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("left", [0, 7, 500])
+def test_a_damaged_checkpoint_beside_a_runs_config_json_is_told(command, tmp_path, left):
+    path = GPT(GPTConfig(block_size=8, vocab_size=5, n_layer=1, n_head=2, n_embd=16)
+               ).save_checkpoint(1, None, tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    os.truncate(path, left)
+    done = command("generate.py", "--checkpoint", path)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert str(path) in done.stderr and "whole" in done.stderr

@@ -305,3 +305,8 @@ def test_without_files_and_network_gpt2_says_what_to_do(fresh_gpt2, monkeypatch,
         BPETokenizer()
     assert "--tokenizer bpe" in str(caught.value) and "\n" not in str(caught.value)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_kind_that_there_is_not_is_refused():
+    with pytest.raises(ValueError, match="no tokenizer 'foo': choose bpe, gpt2, char or byte"):
+        make_tokenizer("foo", "text", 300)
