@@ -4,7 +4,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -106,19 +106,31 @@ class StopFilter:
         return self._held
 
 
+def told(model: GPT, tokens: Iterable[int], stop: Sequence[str]) -> Iterator[str]:
+    """The text of each token up to the one that completes a stop, and then what was held back."""
+    text, until = StreamDecoder(model.tokenizer), StopFilter(stop)
+    for token in tokens:
+        yield until.push(text.push(token))
+        if until.stopped:
+            break
+    yield "" if until.stopped else until.push(text.finish()) + until.finish()
+
+
 def write_one(model: GPT, ids: list[int], config: SampleConfig, stop: Sequence[str]
               ) -> tuple[list[int], list[float]]:
     """Streams one continuation to stdout; returns its tokens and the seconds that each took."""
-    text, until, tokens, seconds = StreamDecoder(model.tokenizer), StopFilter(stop), [], []
-    start = time.perf_counter()
-    for token in model.stream([ids], config):
-        seconds.append(time.perf_counter() - start)
-        tokens.append(token)
-        _put(until.push(text.push(token)))
-        if until.stopped:
-            break
+    tokens, seconds = [], []
+
+    def timed() -> Iterator[int]:
         start = time.perf_counter()
-    _put("" if until.stopped else until.push(text.finish()) + until.finish())
+        for token in model.stream([ids], config):
+            seconds.append(time.perf_counter() - start)
+            tokens.append(token)
+            yield token
+            start = time.perf_counter()
+
+    for piece in told(model, timed(), stop):
+        _put(piece)
     return tokens, seconds
 
 
@@ -128,13 +140,8 @@ def draw_many(model: GPT, ids: list[int], config: SampleConfig, stop: Sequence[s
     rows = model.generate([ids] * count, **asdict(config)).numpy()
     found = []
     for row in rows[:, len(ids):].tolist():
-        text, until, parts, tokens = StreamDecoder(model.tokenizer), StopFilter(stop), [], 0
-        while tokens < len(row) and not until.stopped:
-            parts.append(until.push(text.push(row[tokens])))
-            tokens += 1
-        if not until.stopped:
-            parts += [until.push(text.finish()), until.finish()]
-        found.append(("".join(parts), tokens))
+        pieces = list(told(model, row, stop))
+        found.append(("".join(pieces), len(pieces) - 1))
     return found
 
 
@@ -148,14 +155,14 @@ def write_many(model: GPT, prompt: str, ids: list[int], config: SampleConfig,
     start, count = time.perf_counter(), what.num_samples
     drawn = draw_many(model, ids, config, what.stop, count)
     seconds, tokens = time.perf_counter() - start, count * config.max_new_tokens
-    for number, (text, told) in enumerate(drawn, 1):
+    for number, (text, length) in enumerate(drawn, 1):
         if folder:
             path = _unused(folder)
             checkpoint.write_atomically(path, f"{prompt}{text}\n".encode())
             print(path, file=sys.stderr)
         if what.json:
             _put(json.dumps({"sample": number, "prompt": prompt, "text": text,
-                             "tokens": told, "seconds": round(seconds, 4),
+                             "tokens": length, "seconds": round(seconds, 4),
                              "seed": config.seed}) + "\n")
         elif not what.out_dir:
             _put(f"--- sample {number} of {count} ---\n{prompt}{text}\n")

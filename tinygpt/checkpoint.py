@@ -207,12 +207,13 @@ def locked(out_dir: Path):
     """While a run writes into out_dir no other one does. Raises CheckpointError where one does."""
     folder = os.open(out_dir, os.O_RDONLY)
     try:
-        with suppress(OSError):  # not every file system can
-            try:
-                fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise CheckpointError(f"a run is writing into {out_dir}: name another --out_dir, "
-                                      "or wait for its end") from error
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise CheckpointError(f"a run is writing into {out_dir}: name another --out_dir, or "
+                                  "wait for its end") from error
+        except OSError:
+            pass  # not every file system can
         yield
     finally:
         os.close(folder)

@@ -67,6 +67,7 @@ class Run:
         self.spikes = SpikeGuard(config.skip_spikes)
         model.compute_dtype = config.dtype
         self._check_vocabulary()
+        self.bytes_per_token = data.bytes_per_token()
         check_loggers(config.tensorboard, config.wandb)
         context_length(0, config, model.config.block_size)  # refuses a curriculum that cannot be
         block, rows = model.config.block_size, config.batch_size
@@ -117,7 +118,6 @@ class Run:
 
     def _try_out(self) -> None:
         """Finds out what cannot be run before any file is touched."""
-        self.data.bytes_per_token()
         self.steps.evaluate(list(self.val_batches.spread(1)))
 
     def evaluate_only(self) -> TrainResult:
@@ -198,7 +198,7 @@ class Run:
         averaged = config.ema and checkpoint.load_metadata(best)["train_config"]["ema"]
         self.report.remark(f"saved in {saved}; write with: python generate.py --checkpoint "
                            f"{shlex.quote(str(best))}{' --ema' if averaged else ''}")
-        return TrainResult(self.iter_num, *losses, self.best_val_loss, saved, self._best_path())
+        return TrainResult(self.iter_num, *losses, self.best_val_loss, saved, best)
 
     def _signal(self, pending: list[int]) -> int:
         """What asks the run to stop: the first signal, or that nobody reads what it says; or 0."""
@@ -239,7 +239,7 @@ class Run:
             for batches in (self.batches, self.val_batches):
                 means.append(self.steps.evaluate(list(batches.spread(self.config.eval_iters))))
         self.report.evaluation(self.iter_num, *means, learning_rate(self.iter_num, self.config),
-                               bits_per_byte(means[1], self.data.bytes_per_token()),
+                               bits_per_byte(means[1], self.bytes_per_token),
                                self.config.ema)
         return means[0], means[1]
 

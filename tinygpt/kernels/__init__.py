@@ -239,17 +239,17 @@ def _run(operation: str, implementation: str, tensors: tuple, *options):
 
 def _choose(operation: str, tensors: tuple) -> str:
     """What "auto" means for an operation on these tensors."""
-    if _in_use == "flash" and hasattr(flash, operation):
-        return "flash"  # even where it cannot run: it was asked for
-    name = "cpu" if _in_use in ("auto", "flash") else _in_use
-    asked = name == _in_use and hasattr(IMPLEMENTATIONS[name], operation)
-    if asked or _offers(name, operation, tensors):
-        return name
+    if _in_use != "auto" and hasattr(IMPLEMENTATIONS[_in_use], operation):
+        return _in_use  # even where it cannot run: it was asked for
+    if _in_use not in ("auto", "flash"):
+        return "portable"
+    if _offers("cpu", operation, tensors):
+        return "cpu"
     if _in_use == "auto" and hasattr(flash, operation):
         device = str(tensors[0].device).split(":")[0]
         if device in FLASH_WINS and _offers("flash", operation, tensors):
             return "flash"
-    if hasattr(IMPLEMENTATIONS[name], operation) and str(tensors[0].device) == "CPU":
+    if hasattr(cpu, operation) and str(tensors[0].device) == "CPU":
         _say_fallback(operation, ", ".join(str(t.dtype) for t in tensors if t is not None))
     return "portable"
 

@@ -80,7 +80,6 @@ HOT void put_bf16(bf16* p, float x) {
 #define VECTOR_END(n) ((n) / LANES * LANES)
 
 HOT vfloat vmax(vfloat a, vfloat b) { return __builtin_elementwise_max(a, b); }
-HOT vfloat vmin(vfloat a, vfloat b) { return __builtin_elementwise_min(a, b); }
 HOT vfloat vabs(vfloat x) { return (vfloat)((vint)x & 0x7fffffff); }
 HOT vfloat select(vint mask, vfloat yes, vfloat no) {
   return (vfloat)(((vint)yes & mask) | ((vint)no & ~mask));
