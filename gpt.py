@@ -20,7 +20,9 @@ from tinygrad.nn.state import get_state_dict
 from tinygpt import checkpoint, device, kernels, lora, pretrained
 from tinygpt.config import SampleConfig, TrainConfig, check_choice, check_range
 from tinygpt.kernels.jit import constant
-from tinygpt.kernels.random import next_key
+from tinygpt.kernels.loss import Loss
+from tinygpt.kernels.random import new_key, next_key
+from tinygpt.kernels.training import is_training
 from tinygpt.language_model import LanguageModel
 from tinygpt.quantize import quantize, refuse_quantized
 from tinygpt.recompute import Chain
@@ -290,20 +292,25 @@ class GPT(LanguageModel):
                  z_loss: float = 0.0) -> Tensor | tuple[Tensor, Tensor]:
         """Logits (B, T, V) of the token after each position of idx (B, T) int, T <= block_size.
 
-        With targets (B, T) int, -1 where none counts: (logits, loss), the loss a scalar in nats.
-        Dropout acts only where dropout_key (1,) uint32 says how. Raises ValueError on a wrong
-        shape.
+        With targets (B, T) int, negative where none counts: (logits, loss), the loss a scalar in
+        nats. Dropout follows dropout_key (1,) uint32; without one it acts where Tensor.training is
+        set (Context(TRAINING=1) from tinygrad 0.14 on) and is drawn by tinygrad's generator. Raises
+        ValueError on a wrong shape, and on an id outside the vocabulary, except while a TinyJit
+        captures the call and no value can be read.
         """
         if idx.ndim != 2 or not 1 <= idx.shape[1] <= self.config.block_size:
             raise ValueError(f"idx has shape {idx.shape}: give (B, T) with 1 <= T <= "
                              f"block_size={self.config.block_size}")
+        if targets is not None and targets.shape != idx.shape:
+            raise ValueError(f"targets has shape {targets.shape}, idx {idx.shape}: "
+                             "give one target a position")
+        self._check_tokens(idx, targets)
+        if dropout_key is None and self.config.dropout and is_training():
+            dropout_key = new_key(idx.device)
         logits = self._head(self._features(idx, Pass(idx.shape[1], dropout_key=dropout_key)))
         if targets is None:
             return logits
-        if targets.shape != idx.shape:
-            raise ValueError(f"targets has shape {targets.shape}, idx {idx.shape}: "
-                             "give one target a position")
-        return logits, self._loss(logits, targets, label_smoothing, z_loss)
+        return logits, Loss(self._loss(logits, targets, label_smoothing, z_loss), self.state_dict)
 
     def gradients_in_little_memory(self, params: dict[str, Tensor], idx: Tensor, targets: Tensor,
                                    dropout_key: Tensor | None = None, label_smoothing: float = 0.0,

@@ -9,6 +9,7 @@ from tinygrad import Tensor
 
 from tinygpt import checkpoint, device, kernels
 from tinygpt.config import check_range
+from tinygpt.kernels.loss import Loss
 from tinygpt.language_model import LanguageModel
 
 
@@ -42,11 +43,13 @@ class Bigram(LanguageModel):
     def __call__(self, idx: Tensor, targets: Tensor | None = None, dropout_key=None,
                  label_smoothing: float = 0.0, z_loss: float = 0.0):
         """Logits (B, T, V) for idx (B, T) int32; with targets (B, T) int32 also the loss."""
+        self._check_tokens(idx, targets)
         logits = kernels.embedding(idx, self.table)  # (B, T, V)
         if targets is None:
             return logits
-        return logits, kernels.cross_entropy(logits.reshape(-1, self.config.vocab_size),
-                                             targets.reshape(-1), label_smoothing, z_loss)
+        loss = kernels.cross_entropy(logits.reshape(-1, self.config.vocab_size),
+                                     targets.reshape(-1), label_smoothing, z_loss)
+        return logits, Loss(loss, self.state_dict)
 
     def _cached_forward(self, batch_size: int):
         model = weakref.proxy(self)  # which owns its decoders, not the reverse

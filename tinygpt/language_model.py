@@ -12,6 +12,7 @@ from tinygrad import Tensor
 from tinygpt import checkpoint
 from tinygpt.config import SampleConfig
 from tinygpt.decoder import Decoder
+from tinygpt.kernels.jit import is_capturing
 from tinygpt.sampling import Controls
 from tinygpt.tokenizer import Tokenizer, load_tokenizer
 
@@ -110,6 +111,20 @@ class LanguageModel:
             raise ValueError(f"token id {bad} is outside the vocabulary 0.."
                              f"{self.config.vocab_size - 1}: was it made by another tokenizer?")
         return ids.astype(np.int32)
+
+    def _check_tokens(self, idx: Tensor, targets: Tensor | None) -> None:
+        """Raises ValueError where idx, or targets, has an id outside the vocabulary; of targets
+        the negative ones are none."""
+        if is_capturing():
+            return
+        for name, ids, low in (("idx", idx, 0), ("targets", targets, None)):
+            if ids is None:
+                continue
+            values = ids.numpy()
+            bad = values[(values >= self.config.vocab_size) | (low is not None) & (values < 0)]
+            if bad.size:
+                raise ValueError(f"{name} has token id {bad[0]}, outside the vocabulary 0.."
+                                 f"{self.config.vocab_size - 1}: was it made by another tokenizer?")
 
     # ---- weights and checkpoints
 

@@ -63,7 +63,7 @@ def sample(logits: Tensor, seen: Tensor, key: Tensor, controls: Controls) -> Ten
         logits = keep_top_p(logits, controls["top_p"])
     if controls.has("min_p"):
         logits = keep_min_p(logits, controls["min_p"])
-    token = kernels.draw(logits, key, temperature)  # (B,)
+    token = kernels.stored(kernels.draw(logits, key, temperature))  # (B,)
     if controls.has("repetition_penalty"):
         drawn = Tensor.arange(logits.shape[1]) == token.unsqueeze(-1)
         Tensor.realize(token, seen.assign(seen | drawn))

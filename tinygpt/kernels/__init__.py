@@ -18,12 +18,12 @@ import warnings
 from tinygrad import Tensor, UOp
 
 from tinygpt.kernels import cpu, flash, portable, reference, stock
-from tinygpt.kernels.cpu.launch import set_threads
+from tinygpt.kernels.cpu.launch import set_threads, stored
 
 __all__ = ["IMPLEMENTATIONS", "adamw", "adamw8bit", "attention", "cached_attention",
            "cross_entropy", "draw", "dropout", "embedding", "gelu", "layer_norm", "linear", "lion",
            "orthogonalize", "quantized_embedding", "quantized_linear", "rms_norm", "rope",
-           "set_threads", "square_sum", "swiglu", "use"]
+           "set_threads", "square_sum", "stored", "swiglu", "use"]
 
 IMPLEMENTATIONS = {"reference": reference, "cpu": cpu, "portable": portable, "tinygrad": stock,
                    "flash": flash}
@@ -157,17 +157,16 @@ def cached_attention(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tens
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, label_smoothing: float = 0.0,
-                  z_loss: float = 0.0, ignore_index: int = -1,
-                  implementation: str = "auto") -> Tensor:
-    """Mean negative log-likelihood in nats, a scalar float32, over targets != ignore_index.
+                  z_loss: float = 0.0, implementation: str = "auto") -> Tensor:
+    """Mean negative log-likelihood in nats, a scalar float32, over the targets that are not
+    negative: -1 (nanoGPT) and -100 (Hugging Face) mark what is not to be predicted.
 
     logits (N, V), targets (N,) int32. Label smoothing mixes the target with the uniform
     distribution (arXiv:1512.00567); z_loss adds z_loss * log(Z)^2 (arXiv:2204.02311). NaN where
-    every target is ignored.
+    every target is negative.
     """
     _check("cross_entropy", targets.shape == logits.shape[:1], logits, targets)
-    return _run("cross_entropy", implementation, (logits, targets), label_smoothing, z_loss,
-                ignore_index)
+    return _run("cross_entropy", implementation, (logits, targets), label_smoothing, z_loss)
 
 
 def draw(logits: Tensor, key: Tensor | None = None, temperature: Tensor | None = None,

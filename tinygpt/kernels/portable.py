@@ -103,7 +103,7 @@ def cached_attention(q, k, v, keys, values, offset, window=None):
     return attention(q, keys, values, offset, window)
 
 
-def cross_entropy(logits, targets, label_smoothing=0.0, z_loss=0.0, ignore_index=-1):
+def cross_entropy(logits, targets, label_smoothing=0.0, z_loss=0.0):
     logits = _barrier(logits).cast(dtypes.float32)
     V = logits.shape[-1]
     top = logits.max(-1, keepdim=True).detach().contiguous()
@@ -112,7 +112,7 @@ def cross_entropy(logits, targets, label_smoothing=0.0, z_loss=0.0, ignore_index
     loss = log_z - (1 - label_smoothing) * _barrier(target.sum(-1))
     if label_smoothing:
         loss = loss - label_smoothing * _barrier(logits.mean(-1))
-    counted = targets != ignore_index
+    counted = targets >= 0
     return counted.where(loss + z_loss * log_z.square(), 0).sum() / counted.sum()
 
 
@@ -146,8 +146,9 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _barrier(x: Tensor) -> Tensor:
-    """`x` in memory of its own, and so its gradient."""
-    return x.contiguous().contiguous_backward()
+    """`x` in memory of its own, and so its gradient; times one, so that an assignment to either is
+    to a value and does not change that memory under what else is computed from it."""
+    return (x * 1).contiguous().contiguous_backward() * 1
 
 
 def _expand_rows(w: Tensor, shape: tuple[int, ...]) -> Tensor:

@@ -104,13 +104,13 @@ def cached_attention(q, k, v, keys, values, offset, window=None):
     return attention(q, keys, values, offset, window)
 
 
-def cross_entropy(logits, targets, label_smoothing=0.0, z_loss=0.0, ignore_index=-1):
+def cross_entropy(logits, targets, label_smoothing=0.0, z_loss=0.0):
     logits = logits.cast(dtypes.float32)
     V = logits.shape[-1]
     log_z = logits.logsumexp(-1)
     target = (counter(V, targets.device) == targets.unsqueeze(-1)).where(logits, 0)
     loss = log_z - (1 - label_smoothing) * target.sum(-1) - label_smoothing * logits.mean(-1)
-    counted = targets != ignore_index
+    counted = targets >= 0
     return counted.where(loss + z_loss * log_z.square(), 0).sum() / counted.sum()
 
 

@@ -273,7 +273,7 @@ def cached_attention(q, k, v, keys, values, offset, window=None):
             source, start, strides = memory(x.contiguous())
         sources.append(source)
         places += [start, *strides[:2]]
-    return Kernel("attention_decode.c", defines=(_bf16(q),))(
+    return Kernel("attention_decode.c", defines=(_bf16(q),)).in_place(
         [_empty(B, H, T, D, dtype=q.dtype), keys, values], [*sources, _number(offset)],
         (B, H, *keys.shape[1:], window or 0, *places), flops=4 * B * H * D * keys.shape[2])[0]
 
@@ -299,11 +299,11 @@ def _bf16(x: Tensor) -> tuple[str, int]:
     return "BF16", int(x.dtype == dtypes.bfloat16)
 
 
-def cross_entropy(logits, targets, label_smoothing=0.0, z_loss=0.0, ignore_index=-1):
+def cross_entropy(logits, targets, label_smoothing=0.0, z_loss=0.0):
     N, V = logits.shape
     targets = targets.cast(dtypes.int32)
     options = constants(dtypes.float32, label_smoothing, z_loss)
-    kind, sizes = (_bf16(logits),), (N, V, ignore_index)
+    kind, sizes = (_bf16(logits),), (N, V)
 
     def gradient(dloss: Tensor, made: list[Tensor]) -> list[Tensor | None]:
         dx = Kernel("cross_entropy_backward.c", defines=kind)(
@@ -313,7 +313,7 @@ def cross_entropy(logits, targets, label_smoothing=0.0, z_loss=0.0, ignore_index
 
     loss = Kernel("cross_entropy_forward.c", defines=kind)(
         [_empty(N), _empty(N)], [logits, targets, options], sizes, gradient)[0]
-    return loss.sum() / (targets != ignore_index).sum()
+    return loss.sum() / (targets >= 0).sum()
 
 
 def draw(logits, key=None, temperature=None):
@@ -373,7 +373,7 @@ def adamw8bit(p, m, m_tops, v, v_tops, grad, options):
 
 
 def _in_place(file, tensors, grad, options):
-    updated = Kernel(file)(tensors, [grad, options], (tensors[0].numel(),))
+    updated = Kernel(file).in_place(tensors, [grad, options], (tensors[0].numel(),))
     for old, new in zip(tensors, updated, strict=True):
         old.replace(new)
     return tensors
