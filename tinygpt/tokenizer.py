@@ -7,6 +7,8 @@ A tokenizer is written whole into `to_json()`, which travels inside a checkpoint
 import base64
 import codecs
 import functools
+import hashlib
+import json
 import re
 from typing import Protocol
 
@@ -171,6 +173,18 @@ def load_tokenizer(data: dict) -> Tokenizer:
         return kinds[data["kind"]].from_json(data)
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"this describes no tokenizer ({error!r})") from error
+
+
+def fingerprint(tokenizer: Tokenizer | None) -> str | None:
+    """A hash of what a tokenizer does, 16 hexadecimal digits; None without a tokenizer.
+
+    Equal tokenizers have equal fingerprints, whatever file or text they come from: it is the
+    BLAKE2b hash of `to_json()` as canonical JSON.
+    """
+    if tokenizer is None:
+        return None
+    text = json.dumps(tokenizer.to_json(), sort_keys=True, separators=(",", ":"))
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
 def make_tokenizer(kind: str, text: str, vocab_size: int) -> Tokenizer:
