@@ -82,7 +82,11 @@ class BPETokenizer(_Base):
 
     @classmethod
     def of(cls, tokens: list[bytes]) -> "BPETokenizer":
-        """The tokenizer of these tokens, in order of rank, and end-of-text after them."""
+        """The tokenizer of these tokens, in order of rank, and end-of-text after them.
+
+        Raises ValueError where they are not all different, or lack a byte."""
+        if len(set(tokens)) < len(tokens) or not {bytes([b]) for b in range(256)} <= set(tokens):
+            raise ValueError("tokens that are not all different, or lack a byte")
         return cls(_encoding(tokens))
 
     def encode(self, text: str) -> list[int]:
@@ -100,10 +104,7 @@ class BPETokenizer(_Base):
 
     @classmethod
     def from_json(cls, data: dict) -> "BPETokenizer":
-        tokens = [base64.b64decode(t, validate=True) for t in data["tokens"]]
-        if len(set(tokens)) < len(tokens) or not {bytes([b]) for b in range(256)} <= set(tokens):
-            raise ValueError("tokens that are not all different, or lack a byte")
-        return cls.of(tokens)
+        return cls.of([base64.b64decode(t, validate=True) for t in data["tokens"]])
 
     def tokens(self) -> list[bytes]:
         """The bytes of every id but end-of-text, in order of rank."""
@@ -142,7 +143,10 @@ class CharTokenizer(_Base):
 
     @classmethod
     def from_json(cls, data: dict) -> "CharTokenizer":
-        return cls(data["chars"])
+        chars = data["chars"]
+        if not isinstance(chars, str) or not chars or len(set(chars)) < len(chars):
+            raise ValueError("chars that are no string of different characters")
+        return cls(_check_text(chars))
 
 
 class ByteTokenizer(_Base):
