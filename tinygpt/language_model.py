@@ -13,7 +13,7 @@ from tinygpt import checkpoint, device, lora
 from tinygpt.config import SampleConfig
 from tinygpt.decoder import Decoder
 from tinygpt.sampling import Controls
-from tinygpt.stock_optim import adapted
+from tinygpt.stock_optim import adapted, check_owner
 from tinygpt.tokenizer import Tokenizer
 
 
@@ -140,11 +140,10 @@ class LanguageModel:
         if not isinstance(iter_num, Integral) or isinstance(iter_num, bool) or iter_num < 0:
             raise ValueError(f"iter_num={iter_num!r} is no number of steps")
         weights = self.state_dict()
-        states = {"model.": weights,
-                  "optimizer.": adapted(optimizer, weights).state_dict() if optimizer else {},
-                  "ema.": ema.state_dict() if ema else {}}
-        tensors = {prefix + k: t.numpy() for prefix, state in states.items()
-                   for k, t in state.items()}
+        optimizer = None if optimizer is None else adapted(optimizer, weights)
+        tensors = {prefix + k: t.numpy() for prefix, part in (
+            ("model.", self), ("optimizer.", optimizer), ("ema.", ema)) if part is not None
+            for k, t in part.state_dict().items()}
         return checkpoint.save(Path(out_dir) / checkpoint.name(iter_num), tensors,
                                self._header() | {"iter_num": int(iter_num)} | (metadata or {}))
 
@@ -172,14 +171,16 @@ class LanguageModel:
                                     path)
             tokenizer = checkpoint.tokenizer_of(file)
             weights = {name: file.read_float(f"model.{name}") for name in mine}
-            averages = file.read_part("ema.") if ema else {}
-            state = file.read_part("optimizer.") if optimizer else {}
+            averages = file.read_part("ema.") if ema is not None else {}
+            state = file.read_part("optimizer.") if optimizer is not None else {}
         averages = averages or weights
-        if ema:
+        if ema is not None:
             checkpoint.check_arrays(averages, mine, path)
-        if optimizer:
-            adapted(optimizer, mine).load_state_dict(state, path)
-        if ema:
+        if optimizer is not None:
+            optimizer = adapted(optimizer, mine)
+            check_owner(state, optimizer, path)
+            optimizer.load_state_dict(state, path)
+        if ema is not None:
             ema.load_state_dict(averages, path)
         self.load_state_dict(weights)
         self.tokenizer = tokenizer or self.tokenizer

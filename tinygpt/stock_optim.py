@@ -22,6 +22,15 @@ def adapted(optimizer, weights: dict[str, Tensor]):
     return StockOptimizer(optimizer, weights)
 
 
+def check_owner(state: dict[str, np.ndarray], optimizer, path) -> None:
+    """Raises CheckpointError where a saved state is not that of the kind of an adapted optimizer;
+    among themselves those of `tinygpt.optim` know."""
+    theirs, ours = _owner(state), _owner(optimizer.state_dict())
+    if theirs != ours:
+        raise CheckpointError(f"{path} has the state of {theirs}, not of {ours}: use the same "
+                              "optimizer, or load without one")
+
+
 class StockOptimizer:
     """An optimizer of `tinygrad.nn.optim` whose state has stable names.
 
@@ -46,10 +55,6 @@ class StockOptimizer:
 
     def load_state_dict(self, arrays: dict[str, np.ndarray], path="the state") -> None:
         """Takes state of the same names and shapes; raises ValueError, changing nothing, else."""
-        theirs, ours = _kinds(arrays), _kinds(self.state)
-        if theirs != ours:
-            raise CheckpointError(f"{path} has the state of {theirs or 'no optimizer'}, not of "
-                                  f"{ours}: use the same optimizer, or load without one")
         check_arrays(arrays, self.state, path)
         for name, tensor in self.state.items():
             tensor.assign(Tensor(arrays[name], device=tensor.device, dtype=tensor.dtype)).realize()
@@ -89,10 +94,11 @@ def _state(optimizer: nn.optim.Optimizer, names: dict[Tensor, str]) -> dict[str,
     return state
 
 
-def _kinds(state: dict) -> str:
-    """The optimizers that a state's names belong to, in words."""
-    names = [name.removeprefix(PREFIX) for name in state]
-    if not part(state, PREFIX):
-        return "an optimizer of tinygpt.optim" if names else ""
+def _owner(state: dict) -> str:
+    """The optimizer that a state's names belong to, in words."""
+    if not state:
+        return "no optimizer"
+    if not (names := part(state, PREFIX)):
+        return "an optimizer of tinygpt.optim"
     kinds = {name.lstrip("0123456789.").partition(".")[0] for name in names}
     return " and ".join(f"tinygrad's {kind}" for kind in sorted(kinds))
