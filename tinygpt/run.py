@@ -23,6 +23,7 @@ from tinygpt.schedule import context_length, learning_rate
 from tinygpt.signals import pending_signals
 from tinygpt.spikes import SpikeGuard
 from tinygpt.steps import Steps
+from tinygpt.tensorfile import NOT_FINITE as NOT_FINITE_VALUES
 
 NOT_FINITE = 10  # steps in a row without a finite loss after which training stops
 
@@ -119,7 +120,13 @@ class Run:
 
     def _try_out(self) -> None:
         """Finds out what cannot be run before any file is touched."""
-        self.steps.evaluate(list(self.val_batches.spread(1)))
+        if np.isfinite(self.steps.evaluate(list(self.val_batches.spread(1)))):
+            return
+        for name, weight in self.model.state_dict().items():
+            if not np.isfinite(weight.numpy()).all():
+                raise ValueError(f"the model's {name} {NOT_FINITE_VALUES} before the first step: "
+                                 "start from other weights; a run that made these needs a lower "
+                                 "--learning_rate")
 
     def evaluate_only(self) -> TrainResult:
         """Tells how good the checkpoint is that the run stands at; writes nothing."""
