@@ -46,7 +46,7 @@ def _is_positive(value) -> bool:
 
 # What a header's values are; a script may add others of its own
 VALUES = {
-    "model": ("a name", lambda v: isinstance(v, str)),
+    "model": ("gpt or bigram", lambda v: v in ("gpt", "bigram")),
     "model_config": ("an object", lambda v: isinstance(v, dict)),
     "train_config": ("an object", lambda v: isinstance(v, dict)),
     "tokenizer": ("an object or null", lambda v: v is None or isinstance(v, dict)),

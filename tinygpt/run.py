@@ -23,7 +23,7 @@ from tinygpt.schedule import context_length, learning_rate
 from tinygpt.signals import pending_signals
 from tinygpt.spikes import SpikeGuard
 from tinygpt.steps import Steps
-from tinygpt.tensorfile import NOT_FINITE as NOT_FINITE_VALUES
+from tinygpt.tensorfile import BAD_VALUES
 
 NOT_FINITE = 10  # steps in a row without a finite loss after which training stops
 
@@ -124,7 +124,7 @@ class Run:
             return
         for name, weight in self.model.state_dict().items():
             if not np.isfinite(weight.numpy()).all():
-                raise ValueError(f"the model's {name} {NOT_FINITE_VALUES} before the first step: "
+                raise ValueError(f"the model's {name} {BAD_VALUES} before the first step: "
                                  "start from other weights; a run that made these needs a lower "
                                  "--learning_rate")
 

@@ -25,7 +25,7 @@ LONGEST_HEADER = 100_000_000  # the format's own limit
 MOST_AXES = 16
 PIECE = 1 << 19  # bytes that are hashed and checked at a time, while they are in the CPU's cache
 SUMS, HEADER_SUM = "xxh3_64", "xxh3_64_header"
-NOT_FINITE = "has NaN or infinite values"
+BAD_VALUES = "has NaN or infinite values"
 
 
 class TensorFileError(ValueError):
@@ -114,7 +114,7 @@ class TensorFile:
             array = array.view("<f4")
             finite = bool(np.isfinite(array).all())
         if not finite:
-            raise self.error(f"{self.path}: {name} {NOT_FINITE}: {self.remedy}")
+            raise self.error(f"{self.path}: {name} {BAD_VALUES}: {self.remedy}")
         return array.reshape(entry["shape"])
 
     def _read_into(self, buffer: memoryview) -> None:
@@ -219,7 +219,7 @@ def _write_array(file, name: str, array: np.ndarray) -> str:
     for i in range(0, len(flat), size):
         piece = flat[i:i + size]
         if array.dtype.kind == "f" and not np.isfinite(piece).all():
-            raise TensorFileError(f"{name} {NOT_FINITE}")
+            raise TensorFileError(f"{name} {BAD_VALUES}")
         digest.update(piece)
         file.write(piece.data)
     return digest.hexdigest()
