@@ -252,14 +252,14 @@ def check_same(path: str | Path, theirs: dict, ours: dict, ignore: tuple[str, ..
                                   "asked for: use the same, or start a new run")
 
 
-def model_kind(facts: dict) -> str:
+def model_kind(header: dict) -> str:
     """The model that a checkpoint's metadata names: "gpt" or "bigram"."""
-    return facts.get("model", "gpt")
+    return header.get("model", "gpt")
 
 
-def check_kind(path: str | Path, facts: dict, kind: str) -> None:
+def check_kind(path: str | Path, header: dict, kind: str) -> None:
     """Raises CheckpointError where a checkpoint is not of the model `kind`."""
-    if (theirs := model_kind(facts)) != kind:
+    if (theirs := model_kind(header)) != kind:
         raise CheckpointError(f"{path} has a {theirs} model, not a {kind} model: train with "
                               f"--model {theirs}, or start a new run")
 

@@ -126,7 +126,7 @@ def _read_llama(settings: Settings) -> dict:
 
 
 def _rope_theta(settings: Settings) -> float:
-    """The base of RoPE, which older files have beside the group of its other settings."""
+    """The base of RoPE, which older files have outside the group of its other settings."""
     groups = [settings.group(name) for name in ("rope_parameters", "rope_scaling")]
     rope = next((group for group in groups if group.settings), groups[0])
     kind = rope.text("rope_type", rope.text("type", "default"))

@@ -1,4 +1,5 @@
-"""What every model of tokens does beside its forward pass: it writes text, and it is kept."""
+"""What every model of tokens does besides its forward pass: it generates text, and is saved and
+loaded."""
 
 import weakref
 from collections.abc import Callable, Iterator

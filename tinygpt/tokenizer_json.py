@@ -45,11 +45,11 @@ def dump(tokenizer: Tokenizer | None, block_size: int) -> dict[str, dict]:
                        "continuing_subword_prefix": None, "end_of_word_suffix": None,
                        "fuse_unk": False, "byte_fallback": False, "ignore_merges": False,
                        "vocab": vocab, "merges": [[_text(a), _text(b)] for a, b in merges]}}
-    facts = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": block_size,
-             "clean_up_tokenization_spaces": False}
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": block_size,
+                "clean_up_tokenization_spaces": False}
     if special:
-        facts |= {"bos_token": special, "eos_token": special}
-    return {"tokenizer.json": whole, "tokenizer_config.json": facts}
+        settings |= {"bos_token": special, "eos_token": special}
+    return {"tokenizer.json": whole, "tokenizer_config.json": settings}
 
 
 def read(path: Path) -> Tokenizer:
