@@ -14,7 +14,7 @@ from gpt import GPT
 from tinygpt import checkpoint, command, device, kernels, lora
 from tinygpt.bigram import Bigram
 from tinygpt.config import SampleConfig, check_choice, check_range, parse_flags
-from tinygpt.pretrained import is_pretrained
+from tinygpt.pretrained import is_pretrained, tokenizer_needed
 from tinygpt.quantize import KINDS
 from tinygpt.tokenizer import StreamDecoder
 
@@ -241,7 +241,8 @@ def run(what: GenerateConfig, config: SampleConfig) -> None:
     if is_pretrained(path):
         if what.ema:
             raise ValueError(f"{path} has no moving average of the weights: leave out --ema")
-        model = GPT.from_pretrained(path, offline=what.offline)
+        with tokenizer_needed(what.export is None):
+            model = GPT.from_pretrained(path, offline=what.offline)
     else:
         kind = checkpoint.model_kind(checkpoint.load_metadata(path))
         model = (Bigram if kind == "bigram" else GPT).from_checkpoint(path, what.ema)

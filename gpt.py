@@ -17,7 +17,7 @@ import numpy as np
 from tinygrad import Tensor, UOp, dtypes
 from tinygrad.nn.state import get_state_dict
 
-from tinygpt import checkpoint, device, kernels, lora, pretrained
+from tinygpt import device, kernels, lora, pretrained
 from tinygpt.config import SampleConfig, TrainConfig, check_choice, check_range
 from tinygpt.kernels.jit import constant
 from tinygpt.kernels.loss import Loss
@@ -279,7 +279,9 @@ class GPT(LanguageModel):
             else:
                 array = rng.standard_normal(shape, dtype=np.float32) * np.float32(std)
             return Tensor(array).realize()
+        self._build(config, draw)
 
+    def _build(self, config: GPTConfig, draw) -> None:
         C = config.n_embd
         self.wte = Embedding(draw, config.vocab_size, C)
         self.wpe = Embedding(draw, config.block_size, C) if config.position == "learned" else None
@@ -406,30 +408,22 @@ class GPT(LanguageModel):
 
     # ---- checkpoints, and the world outside
 
-    def _facts(self) -> dict:
-        return super()._facts() | {"lora_alpha": lora.alpha_of(self)}
+    @classmethod
+    def shapes(cls, config: GPTConfig) -> dict[str, tuple[int, ...]]:
+        """The shape of every weight of a model of that configuration, by its name; allocates
+        nothing."""
+        model, shapes = cls.__new__(cls), {}
+
+        def draw(shape: tuple[int, ...], std: float | None) -> Tensor:
+            weight = Tensor.empty(0)
+            shapes[weight] = shape
+            return weight
+        model._build(config, draw)
+        return {name: shapes[weight] for name, weight in model.state_dict().items()}
 
     @classmethod
-    def _for_tensors(cls, config: GPTConfig, tensors: dict[str, np.ndarray], facts: dict,
-                     path: str | Path) -> "GPT":
-        layers = {name.split(".")[1] for name in tensors if name.startswith("h.")}
-        found = tensors.get("wte.weight", np.empty(0)).shape
-        inner = tensors.get("h.0.mlp.c_fc.weight", np.empty(0)).shape
-        if (len(layers), found, inner) != (config.n_layer, (config.vocab_size, config.n_embd),
-                                           (config.inner_size, config.n_embd)):
-            raise checkpoint.CheckpointError(f"{path} does not hold the model that its header "
-                                             "describes: use another one")
-        model = cls(config, seed=None)
-        lora.adopt(model, tensors, facts.get("lora_alpha") or 0.0, path)
-        return model
-
-    @classmethod
-    def from_checkpoint(cls, path: str | Path, ema: bool = False) -> "GPT":
-        """The model that a checkpoint holds, with its tokenizer, and LoRA merged; with ema the
-        moving average of its weights. Raises ValueError."""
-        model = super().from_checkpoint(path, ema)
-        lora.merge(model)
-        return model
+    def _undrawn(cls, config: GPTConfig) -> "GPT":
+        return cls(config, seed=None)
 
     @classmethod
     def from_pretrained(cls, name: str | Path, *, offline: bool = False, **options) -> "GPT":
@@ -440,9 +434,10 @@ class GPT(LanguageModel):
         options are fields of GPTConfig: a block_size that is smaller than the model's crops it, a
         dropout is taken, any other has to be the model's own. Raises ValueError.
         """
-        found = pretrained.open_pretrained(name, offline)
-        model = cls(cls._config_of({"model_config": found.configured(options)}, name), seed=None)
-        found.fill(model.state_dict())
+        with pretrained.open_pretrained(name, offline) as found:
+            config = cls._config_of({"model_config": found.configured(options)}, name)
+            model = cls.fitting(config, found.shapes(config.block_size), found.path)
+            found.fill(model.state_dict())
         model.tokenizer = found.tokenizer
         return model
 

@@ -12,9 +12,9 @@ from tinygpt.batch_size import ADVICE, available_memory, largest_micro_batch
 from tinygpt.bigram import Bigram, BigramConfig
 from tinygpt.config import PRESETS, TrainConfig, given, parse_flags
 from tinygpt.data import TokenData, load_data
+from tinygpt.pretrained import tokenizer_needed
 from tinygpt.ranks import Ranks, world
 from tinygpt.run import Interrupted, Run, TrainResult
-from tinygpt.tokenizer import load_tokenizer
 
 
 def train(model: GPT, train_config: TrainConfig, train_data, tokenizer=None) -> TrainResult:
@@ -136,7 +136,7 @@ def _settings(argv: list[str]) -> tuple[GPTConfig, TrainConfig]:
 
 def _model_and_data(shape: GPTConfig, config: TrainConfig, argv: list[str]):
     if config.init_from != "scratch":
-        return _pretrained(shape, config, given(GPTConfig, argv, PRESETS))
+        return _pretrained(shape, config, argv)
     data = load_data(config.data, config.tokenizer, shape.vocab_size, shape.block_size,
                      config.text_field)
     size = data.tokenizer.vocab_size
@@ -145,20 +145,19 @@ def _model_and_data(shape: GPTConfig, config: TrainConfig, argv: list[str]):
     return GPT(replace(shape, vocab_size=size), config.seed), data
 
 
-def _pretrained(shape: GPTConfig, config: TrainConfig, asked: list[str]) -> tuple[GPT, TokenData]:
+def _pretrained(shape: GPTConfig, config: TrainConfig, argv: list[str]) -> tuple[GPT, TokenData]:
     """The model that --init_from names, or that the run in out_dir made of it, and data in its ids.
-
-    asked: the fields of shape that the user set.
     """
     goes_on = config.resume or config.eval_only
     path = checkpoint.newest(Path(config.out_dir)) if goes_on else None
     if path is not None:
-        saved = checkpoint.load_metadata(path).get("tokenizer")
         model = GPT(shape, seed=None)
-        model.tokenizer = load_tokenizer(saved) if saved else None
+        with checkpoint.Checkpoint(path) as file:
+            model.tokenizer = checkpoint.tokenizer_of(file)
     else:
-        options = {name: getattr(shape, name) for name in asked}
-        model = GPT.from_pretrained(config.init_from, offline=config.offline, **options)
+        options = {name: getattr(shape, name) for name in given(GPTConfig, argv, PRESETS)}
+        with tokenizer_needed("tokenizer" not in given(TrainConfig, argv, PRESETS)):
+            model = GPT.from_pretrained(config.init_from, offline=config.offline, **options)
     if model.tokenizer is None and config.tokenizer in ("bpe", "char"):
         raise ValueError(f"{config.init_from} comes with no tokenizer that can be read here: pass "
                          "--tokenizer gpt2 or byte, whichever it was trained with")

@@ -4,10 +4,9 @@ import weakref
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 from tinygrad import Tensor
 
-from tinygpt import checkpoint, device, kernels
+from tinygpt import device, kernels
 from tinygpt.config import check_range
 from tinygpt.kernels.loss import Loss
 from tinygpt.language_model import LanguageModel
@@ -76,9 +75,10 @@ class Bigram(LanguageModel):
         return 0
 
     @classmethod
-    def _for_tensors(cls, config: BigramConfig, tensors: dict[str, np.ndarray], facts: dict,
-                     path: str | Path) -> "Bigram":
-        if tensors.get("table", np.empty(0)).shape != (config.vocab_size, config.vocab_size):
-            raise checkpoint.CheckpointError(f"{path} does not hold the table that its header "
-                                             "describes: use another one")
+    def shapes(cls, config: BigramConfig) -> dict[str, tuple[int, ...]]:
+        """The shape of the table, by its name."""
+        return {"table": (config.vocab_size, config.vocab_size)}
+
+    @classmethod
+    def _undrawn(cls, config: BigramConfig) -> "Bigram":
         return cls(config)

@@ -1,4 +1,5 @@
-"""What every model of tokens does beside its forward pass: it writes text, and it is kept."""
+"""What every model of tokens does besides its forward pass: it generates text, and is saved and
+loaded."""
 
 import weakref
 from collections.abc import Callable, Iterator
@@ -9,12 +10,13 @@ from pathlib import Path
 import numpy as np
 from tinygrad import Tensor
 
-from tinygpt import checkpoint
+from tinygpt import checkpoint, device, lora
 from tinygpt.config import SampleConfig
 from tinygpt.decoder import Decoder
 from tinygpt.kernels.jit import is_capturing
 from tinygpt.sampling import Controls
-from tinygpt.tokenizer import Tokenizer, load_tokenizer
+from tinygpt.stock_optim import adapted, check_owner
+from tinygpt.tokenizer import Tokenizer
 
 
 class LanguageModel:
@@ -44,10 +46,14 @@ class LanguageModel:
         raise NotImplementedError
 
     @classmethod
-    def _for_tensors(cls, config, tensors: dict[str, np.ndarray], facts: dict,
-                     path: str | Path) -> "LanguageModel":
-        """A model that a checkpoint's tensors fit, its weights not drawn. Raises CheckpointError
-        where they are not those of its configuration, since a header can claim anything."""
+    def shapes(cls, config) -> dict[str, tuple[int, ...]]:
+        """The shape of every weight of a model of that configuration, by its name; allocates
+        nothing."""
+        raise NotImplementedError
+
+    @classmethod
+    def _undrawn(cls, config) -> "LanguageModel":
+        """A model whose weights are yet to be loaded."""
         raise NotImplementedError
 
     # ---- writing text
@@ -134,7 +140,7 @@ class LanguageModel:
         Raises ValueError, before anything is changed, where a name or a shape differs.
         """
         weights = self.state_dict()
-        checkpoint.check_shapes(arrays, {k: w.shape for k, w in weights.items()})
+        checkpoint.check_arrays(arrays, weights)
         for name, weight in weights.items():
             weight.assign(Tensor(arrays[name].astype(np.float32))).realize()
 
@@ -142,82 +148,122 @@ class LanguageModel:
                         metadata: dict | None = None, ema=None) -> Path:
         """Writes out_dir/ckpt_<iter_num>.safetensors, whole or not at all, and returns its path.
 
-        It holds the weights, the state of the optimizer and of the EMA where they are given, and
-        in its metadata the configuration, the tokenizer and whatever `metadata` adds. Raises
-        ValueError where it cannot be written.
+        It holds the weights, the state of the optimizer (one of `tinygpt.optim` or of tinygrad's
+        `nn.optim`) and of the EMA where they are given, and in its metadata the configuration, the
+        tokenizer and whatever `metadata` adds. Raises ValueError where it cannot be written, or
+        where a number in it is not finite.
         """
-        if not isinstance(iter_num, Integral) or iter_num < 0:
+        if not isinstance(iter_num, Integral) or isinstance(iter_num, bool) or iter_num < 0:
             raise ValueError(f"iter_num={iter_num!r} is no number of steps")
+        weights = self.state_dict()
+        optimizer = None if optimizer is None else adapted(optimizer, weights)
         tensors = {prefix + k: t.numpy() for prefix, part in (
             ("model.", self), ("optimizer.", optimizer), ("ema.", ema)) if part is not None
             for k, t in part.state_dict().items()}
         return checkpoint.save(Path(out_dir) / checkpoint.name(iter_num), tensors,
-                               self._facts() | {"iter_num": iter_num} | (metadata or {}))
+                               self._header() | {"iter_num": int(iter_num)} | (metadata or {}))
 
-    def _facts(self) -> dict:
-        """What a checkpoint's metadata says of the model."""
+    def _header(self) -> dict:
+        """What a checkpoint's metadata says about the model."""
         return {"model": self.kind, "model_config": asdict(self.config),
-                "tokenizer": self.tokenizer and self.tokenizer.to_json()}
+                "tokenizer": self.tokenizer and self.tokenizer.to_json(),
+                "lora_alpha": lora.alpha_of(self)}
 
     def load_checkpoint(self, path: str | Path, optimizer=None, ema=None) -> dict:
         """Takes weights, and the state of optimizer and EMA, from a checkpoint; returns its
         metadata. Where the checkpoint has no average, the EMA starts at its weights.
 
-        Raises ValueError, with nothing changed, where the file is missing, damaged or of another
-        architecture, or has no optimizer though one is given.
+        The optimizer is one of `tinygpt.optim` or of tinygrad's `nn.optim`, of the same kind and
+        for the same weights as the one that was saved. Raises ValueError, with nothing changed,
+        where the file is missing, damaged or of another architecture, or has no optimizer though
+        one is given.
         """
-        return self._take(*checkpoint.load(path), path, optimizer, ema)
-
-    def _take(self, tensors: dict[str, np.ndarray], facts: dict, path: str | Path, optimizer=None,
-              ema=None) -> dict:
-        """What `load_checkpoint` does with a file's tensors and metadata."""
-        theirs = self._config_of(facts, path)
-        checkpoint.check_same(path, asdict(theirs), asdict(self.config), ignore=("dropout",))
-        weights = checkpoint.part(tensors, "model.")
-        checkpoint.check_shapes(weights, {k: w.shape for k, w in self.state_dict().items()}, path)
-        averages = checkpoint.part(tensors, "ema.") or weights
+        mine = self.state_dict()
+        with checkpoint.Checkpoint(path) as file:
+            theirs = self._config_of(file.header, path)
+            checkpoint.check_same(path, asdict(theirs), asdict(self.config), ignore=("dropout",))
+            lora.check_same(self, file)
+            checkpoint.check_shapes(file.part("model."), {k: w.shape for k, w in mine.items()},
+                                    path)
+            tokenizer = checkpoint.tokenizer_of(file)
+            weights = {name: file.read_float(f"model.{name}") for name in mine}
+            averages = file.read_part("ema.") if ema is not None else {}
+            state = file.read_part("optimizer.") if optimizer is not None else {}
+        averages = averages or weights
         if ema is not None:
-            checkpoint.check_shapes(averages, {k: w.shape for k, w in weights.items()}, path)
+            checkpoint.check_arrays(averages, mine, path)
         if optimizer is not None:
-            optimizer.load_state_dict(checkpoint.part(tensors, "optimizer."), path)
+            optimizer = adapted(optimizer, mine)
+            check_owner(state, optimizer, path)
+            optimizer.load_state_dict(state, path)
         if ema is not None:
             ema.load_state_dict(averages, path)
         self.load_state_dict(weights)
-        if facts.get("tokenizer"):
-            self.tokenizer = load_tokenizer(facts["tokenizer"])
-        return facts
+        self.tokenizer = tokenizer or self.tokenizer
+        return file.header
 
     @classmethod
-    def _config_of(cls, facts: dict, path: str | Path):
+    def _config_of(cls, header: dict, path: str | Path):
         """The configuration in a checkpoint's metadata. Raises CheckpointError."""
-        checkpoint.check_kind(path, facts, cls.kind)
+        checkpoint.check_kind(path, header, cls.kind)
         types = {f.name: f.type | int if f.type is float else f.type
                  for f in fields(cls.config_class)}
-        settings = facts["model_config"]
+        settings = header["model_config"]
         try:
             for name, value in settings.items():
-                if not isinstance(value, types[name]):
+                if (not isinstance(value, types[name])
+                        or isinstance(value, bool) != (types[name] is bool)
+                        or (isinstance(value, int) and abs(value) >= 2**53)):
                     raise TypeError(f"{name}={value!r}")
             return cls.config_class(**settings)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise checkpoint.CheckpointError(f"{path} has a model_config that cannot be used "
-                                             f"({error}): use another one") from error
+            raise checkpoint.CheckpointError(
+                f"{path} has a model_config that cannot be used ({checkpoint.one_line(error)}): "
+                "use another one") from error
+
+    @classmethod
+    def fitting(cls, config, shapes: dict[str, tuple], path: str | Path) -> "LanguageModel":
+        """A model for weights of those shapes, by name, that are yet to be loaded.
+
+        Raises CheckpointError, before anything is allocated, where they are not those of config: a
+        file can claim any size.
+        """
+        if (layers := getattr(config, "n_layer", 0)) > len(shapes):
+            raise checkpoint.CheckpointError(f"{path} has n_layer={layers}, but only {len(shapes)} "
+                                             "tensors: use another one")
+        checkpoint.check_shapes(shapes, cls.shapes(config), path)
+        return cls._undrawn(config)
+
+    @classmethod
+    def _fitting_file(cls, config, file: checkpoint.Checkpoint) -> "LanguageModel":
+        """A model, with adapters, for the weights in a checkpoint, which are yet to be loaded."""
+        shapes = file.part("model.")
+        adapters = {k: file.read_float(f"model.{k}") for k in shapes if lora.is_adapter(k)}
+        weights = {k: shape for k, shape in shapes.items() if k not in adapters}
+        model = cls.fitting(config, weights, file.path)
+        lora.adopt(model, adapters, file.header.get("lora_alpha"), file.path)
+        return model
 
     @classmethod
     def from_checkpoint(cls, path: str | Path, ema: bool = False) -> "LanguageModel":
-        """The model that a checkpoint holds, with its tokenizer; with ema the moving average of
-        its weights. Raises ValueError.
+        """The model that a checkpoint holds, with its tokenizer, and LoRA merged; with ema the
+        moving average of its weights. Raises ValueError.
         """
-        tensors, facts = checkpoint.load(path)
-        config = cls._config_of(facts, path)
-        averages = checkpoint.part(tensors, "ema.")
-        if ema and not averages:
-            raise checkpoint.CheckpointError(f"{path} has no moving average of the weights: leave "
-                                             "out --ema, or train with it")
-        model = cls._for_tensors(config, checkpoint.part(tensors, "model."), facts, path)
-        model._take(tensors, facts, path)
-        if ema:
-            model.load_state_dict(averages)
+        prefix = "ema." if ema else "model."
+        with checkpoint.Checkpoint(path) as file:
+            config = cls._config_of(file.header, path)
+            if not file.part(prefix) and ema:
+                raise checkpoint.CheckpointError(f"{path} has no moving average of the weights: "
+                                                 "leave out --ema, or train with it")
+            tokenizer = checkpoint.tokenizer_of(file)
+            model = cls._fitting_file(config, file)
+            weights = model.state_dict()
+            checkpoint.check_shapes(file.part(prefix), {k: w.shape for k, w in weights.items()},
+                                    path)
+            for name, weight in weights.items():
+                device.write(weight, file.read_float(prefix + name))
+        lora.merge(model)
+        model.tokenizer = tokenizer
         return model
 
 
