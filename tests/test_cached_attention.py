@@ -88,9 +88,10 @@ def test_symbolic_offset_and_slices_of_one_matrix_under_the_jit(implementation):
         x = kernels.linear(x, unit, implementation=implementation)  # what a kernel made
         q, k, v = (part.reshape(B, 1, -1, D).transpose(1, 2)
                    for part in x.split([H * D, G * D, G * D], dim=-1))
-        first = kernels.cached_attention(q, k, v, *cache[0], offset, None, implementation)
+        first = kernels.cached_attention(q, k, v, *cache[0], offset, None,
+                                         implementation=implementation)
         return kernels.cached_attention(first, k * 2, v * 2, *cache[1], offset, 4,
-                                        implementation).realize()
+                                        implementation=implementation).realize()
 
     position = UOp.variable("position", 0, S - 1)
     for p in range(S):

@@ -52,7 +52,6 @@ def attach(model, rank: int, alpha: float, targets: str, seed: int) -> None:
     """
     merge(model)
     layers, rng = linear_layers(model), np.random.default_rng([seed, rank])
-    model.forget_decoders()
     for name in _matching(targets, layers, "lora_targets"):
         N, C = layers[name].weight.shape
         a = rng.standard_normal((rank, C), dtype=np.float32) / np.float32(np.sqrt(C))
@@ -65,7 +64,6 @@ def merge(model) -> None:
         if layer.lora is not None:
             device.write(layer.weight, layer.weight.numpy() + layer.lora.matrix())
             layer.lora = None
-            model.forget_decoders()
 
 
 def adopt(model, arrays: dict[str, np.ndarray], alpha: float, path: str | Path) -> None:
@@ -86,7 +84,6 @@ def adopt(model, arrays: dict[str, np.ndarray], alpha: float, path: str | Path) 
         found[name] = layer, LoRA(a.astype(np.float32), b.astype(np.float32), alpha)
     for layer, adapter in found.values():
         layer.lora = adapter
-        model.forget_decoders()
 
 
 def save(model, weights: dict[str, Tensor], facts: dict, out_dir: Path) -> Path:
