@@ -9,7 +9,6 @@ Shapes, after each line that changes one:
 import copy
 import functools
 import math
-import weakref
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from tinygpt import device, kernels, lora, pretrained
 from tinygpt.config import SampleConfig, TrainConfig, check_choice, check_range
 from tinygpt.kernels.jit import constant
 from tinygpt.kernels.loss import Loss
-from tinygpt.kernels.random import new_key, next_key
+from tinygpt.kernels.random import counter, new_key, next_key
 from tinygpt.kernels.training import is_training
 from tinygpt.language_model import LanguageModel
 from tinygpt.quantize import quantize, refuse_quantized
@@ -208,18 +207,22 @@ class KVCache:
     """Keys and values of the positions that a model has seen, so that it need not see them again.
 
     Two tensors (B, G, S, D) a layer with S = block_size; position p of the text lies at index p.
+    With start (B,) int32 the text of row b begins at index start[b], and before it is padding.
     """
 
-    def __init__(self, config: GPTConfig, batch_size: int, dtype=dtypes.float32):
+    def __init__(self, config: GPTConfig, batch_size: int, dtype=dtypes.float32,
+                 start: Tensor | None = None, device: str | tuple[str, ...] | None = None):
+        self.start = start
         shape = (batch_size, config.kv_heads, config.block_size, config.head_size)
         def empty() -> Tensor:
-            return Tensor.zeros(shape, dtype=dtype).contiguous().realize()
+            return Tensor.zeros(shape, dtype=dtype).to(device).contiguous().realize()
         self.layers = [(empty(), empty()) for _ in range(config.n_layer)]
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, position: int | UOp,
                window: int | None) -> Tensor:
         """Keeps k and v (B, G, T, D) at position; what q (B, H, T, D) gathers from all so far."""
-        return kernels.cached_attention(q, k, v, *self.layers[layer], position, window)
+        return kernels.cached_attention(q, k, v, *self.layers[layer], position, window,
+                                        self.start)
 
 
 class Pass:
@@ -234,6 +237,13 @@ class Pass:
         cos, sin = rope_tables(config.block_size, config.head_size, config.rope_theta, device)
         here = slice(self.position, self.position + self.T)
         return cos[here], sin[here]
+
+    def positions(self, wpe: Embedding) -> Tensor:
+        """Rows of wpe at the positions of this pass: (T, C), or (B, T, C) after padding."""
+        if self.cache is None or self.cache.start is None:
+            return wpe.weight[self.position:self.position + self.T]
+        start = self.cache.start.unsqueeze(1)  # (B, 1)
+        return wpe((counter(self.T, start.device) + self.position - start).maximum(0))
 
     def next_dropout_key(self) -> Tensor | None:
         if self._key is not None:
@@ -345,7 +355,7 @@ class GPT(LanguageModel):
         """What goes into the first block: idx (B, T) -> (B, T, C)."""
         x = self.wte(idx)  # (B, T, C)
         if self.wpe is not None:
-            x = x + self.wpe.weight[run.position:run.position + run.T]
+            x = x + run.positions(self.wpe)
         return kernels.dropout(x.cast(self.compute_dtype), self.config.dropout,
                                run.next_dropout_key())
 
@@ -353,16 +363,17 @@ class GPT(LanguageModel):
         """(B, T, C) -> logits (B, T, V)."""
         return (self.lm_head or self.wte.unembed)(self.ln_f(x))
 
-    def _cached_forward(self, batch_size: int):
-        """A function of tokens (B, T), their position and a row of them, over a cache of its own,
-        that gives the logits (B, V) after that row."""
-        cache = KVCache(self.config, batch_size, self.compute_dtype)
-        model = weakref.proxy(self)  # the model owns its decoders, not the reverse
+    @property
+    def device(self) -> str | tuple[str, ...]:
+        return self.wte.weight.device
 
-        def forward(tokens: Tensor, position: UOp | int, row: UOp | int) -> Tensor:
-            x = model._features(tokens, Pass(tokens.shape[1], position, cache))
-            return model._head(x[:, row:row + 1])[:, 0].cast(dtypes.float32)
-        return forward
+    def _new_cache(self, batch_size: int, start: Tensor | None = None) -> KVCache:
+        return KVCache(self.config, batch_size, self.compute_dtype, start, self.device)
+
+    def _next_logits(self, tokens: Tensor, cache: KVCache, position: UOp | int,
+                     row: UOp | int) -> Tensor:
+        x = self._features(tokens, Pass(tokens.shape[1], position, cache))
+        return self._head(x[:, row:row + 1])[:, 0].cast(dtypes.float32)
 
     # ---- weights and sizes
 
@@ -371,7 +382,7 @@ class GPT(LanguageModel):
 
         It can then be neither trained nor saved. Raises ValueError where it is quantized already.
         """
-        self.forget_decoders()  # which hold the matrices
+        self.free_decoders()  # which hold the matrices
         lora.merge(self)
         quantize(self, kind)
         return self

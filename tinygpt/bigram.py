@@ -1,6 +1,5 @@
 """The baseline that a GPT has to beat: the next token is guessed from the last one alone."""
 
-import weakref
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -50,12 +49,15 @@ class Bigram(LanguageModel):
                                      targets.reshape(-1), label_smoothing, z_loss)
         return logits, Loss(loss, self.state_dict)
 
-    def _cached_forward(self, batch_size: int):
-        model = weakref.proxy(self)  # which owns its decoders, not the reverse
+    @property
+    def device(self) -> str | tuple[str, ...]:
+        return self.table.device
 
-        def forward(tokens: Tensor, position, row) -> Tensor:
-            return kernels.embedding(tokens[:, row:row + 1], model.table)[:, 0]  # (B, V)
-        return forward
+    def _new_cache(self, batch_size: int, start: Tensor | None = None) -> None:
+        """None: a token is all that is seen."""
+
+    def _next_logits(self, tokens: Tensor, cache: None, position, row) -> Tensor:
+        return kernels.embedding(tokens[:, row:row + 1], self.table)[:, 0]
 
     def quantize(self, kind: str) -> "Bigram":
         raise ValueError("a bigram model is not quantized: leave out --quantize")

@@ -17,12 +17,14 @@ from simple_parsing import ArgumentParser
 
 
 def check_range(config, name: str, low=None, high=None, above=None, below=None) -> None:
-    """Raises ValueError where the field, unless None, is not finite or outside the bounds."""
+    """Raises ValueError where the field is not finite, outside the bounds or of another type; None
+    is taken where its type has it."""
     value = getattr(config, name)
-    if value is None:
-        return
     wanted = next(f.type for f in fields(config) if f.name == name)
-    if not isinstance(value, Integral if wanted in (int, int | None) else Real):
+    if value is None and isinstance(None, wanted):
+        return
+    kind = Integral if wanted in (int, int | None) else Real
+    if not isinstance(value, kind) or isinstance(value, bool):
         raise ValueError(f"{name}={value!r} is no number, or no whole one where it has to be")
     bounds = [(low, "at least", lambda v, b: v >= b), (high, "at most", lambda v, b: v <= b),
               (above, "above", lambda v, b: v > b), (below, "below", lambda v, b: v < b)]

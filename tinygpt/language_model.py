@@ -1,27 +1,27 @@
 """What every model of tokens does besides its forward pass: it generates text, and is saved and
 loaded."""
 
-import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, fields
 from numbers import Integral
 from pathlib import Path
 
 import numpy as np
-from tinygrad import Tensor
+from tinygrad import Tensor, UOp
 
 from tinygpt import checkpoint, device, lora
 from tinygpt.config import SampleConfig
-from tinygpt.decoder import Decoder
+from tinygpt.decoder import Decoders
 from tinygpt.kernels.jit import is_capturing
-from tinygpt.sampling import Controls
 from tinygpt.stock_optim import adapted, check_owner
 from tinygpt.tokenizer import Tokenizer
+
+MOST_TOKENS = 10**8  # that `generate` returns at once
 
 
 class LanguageModel:
     """A subclass names its weights in `state_dict`, gives the logits of a text in
-    `_cached_forward`, and says what it is in `kind` and `config_class`, a dataclass with block_size
+    `_next_logits`, and says what it is in `kind` and `config_class`, a dataclass with block_size
     and vocab_size.
 
     `compute_dtype` ("float32" or "bfloat16") is what activations are kept in; `tokenizer` is what
@@ -35,14 +35,25 @@ class LanguageModel:
         self.config = config
         self.compute_dtype = "float32"
         self.tokenizer: Tokenizer | None = None
+        self._decoders = Decoders()
 
     def state_dict(self) -> dict[str, Tensor]:
         """Every weight by its name."""
         raise NotImplementedError
 
-    def _cached_forward(self, batch_size: int) -> Callable:
-        """A function of tokens (B, T), their position and a row of them, over a cache of its own,
-        that gives the logits (B, V) float32 after that row."""
+    @property
+    def device(self) -> str | tuple[str, ...]:
+        """The device of the weights, or the devices that each have them."""
+        raise NotImplementedError
+
+    def _new_cache(self, batch_size: int, start: Tensor | None = None):
+        """What `_next_logits` keeps of the tokens that it has seen. With start (B,) int32 the text
+        of row b begins at index start[b], and what is before it is padding."""
+        raise NotImplementedError
+
+    def _next_logits(self, tokens: Tensor, cache, position: UOp | int, row: UOp | int) -> Tensor:
+        """The logits (B, V) float32 after that row of tokens (B, T), the first of which is at index
+        `position`; tokens before it are read from the cache, and these are written to it."""
         raise NotImplementedError
 
     @classmethod
@@ -61,57 +72,80 @@ class LanguageModel:
     def generate(self, idx, max_new_tokens: int | None = None, *, max_tokens: int | None = None,
                  temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None,
                  min_p: float | None = None, repetition_penalty: float = 1.0,
-                 window_hop: int = 1, seed: int = 1337) -> Tensor:
+                 window_hop: int = 1, seed: int = 1337) -> Tensor | list[list[int]]:
         """Continues each row of idx (B, T): int32 (B, T + max_new_tokens).
 
-        idx is a Tensor, array or nested list of token ids. The model sees the last block_size
-        tokens at most. temperature 0 takes the likeliest token; the other options are those of
-        `tinygpt.config.SampleConfig`. `max_tokens` is another name of max_new_tokens, 100 where
-        neither is given. Raises ValueError on ids outside the vocabulary or an option out of
-        range.
+        idx is a Tensor, array or nested list of token ids. Rows of different lengths, as in
+        [[5, 1], [7]], are one batch too; then the result is a list of lists, each row followed by
+        its new tokens. The model sees the last block_size tokens at most. temperature 0 takes the
+        likeliest token; the other options are those of `tinygpt.config.SampleConfig`. `max_tokens`
+        is another name of max_new_tokens, 100 where neither is given.
+
+        What a row gets depends on its own tokens, its place in the batch and the seed, not on the
+        other rows (but for the rounding of sums); the first row gets what it would get alone.
+        Weights may be assigned or replaced, and layers exchanged, between two calls.
+
+        Raises ValueError on ids outside the vocabulary, an option out of range, or a text of more
+        than MOST_TOKENS tokens in all.
         """
-        count = max_new_tokens if max_new_tokens is not None else max_tokens
-        config = SampleConfig(max_new_tokens=100 if count is None else count,
-                              temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
-                              repetition_penalty=repetition_penalty, window_hop=window_hop,
-                              seed=seed)
-        ids = self._check_ids(idx)
-        new = list(self._decode(ids, config))
-        return Tensor(np.concatenate([ids, *(t[:, None] for t in new)], axis=1), dtype="int32")
+        if max_new_tokens is None and max_tokens is None:
+            max_new_tokens = 100
+        config = _sample_config(max_new_tokens, max_tokens, temperature=temperature, top_k=top_k,
+                                top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty,
+                                window_hop=window_hop, seed=seed)
+        prompts = self._check_ids(idx)
+        total = sum(map(len, prompts)) + len(prompts) * config.max_new_tokens
+        if total > MOST_TOKENS:
+            raise ValueError(f"max_new_tokens={config.max_new_tokens} makes {total} tokens in all, "
+                             f"above {MOST_TOKENS}: choose fewer, or take them from stream")
+        new = np.empty((len(prompts), config.max_new_tokens), np.int32)
+        for i, tokens in enumerate(self._decoders.run(self, prompts, config)):
+            new[:, i] = tokens
+        rows = [np.concatenate(pair) for pair in zip(prompts, new, strict=True)]
+        if len(set(map(len, prompts))) > 1:
+            return [row.tolist() for row in rows]
+        return Tensor(np.stack(rows), dtype="int32")
 
     def stream(self, idx, config: SampleConfig | None = None, **options) -> Iterator[int]:
-        """Yields the ids that continue idx (1, T), one by one as they are drawn.
+        """Yields the ids that continue idx, (T,) or (1, T), one by one as they are drawn.
 
-        Options are those of `generate`, or a SampleConfig that holds them.
+        Options are those of `generate`, or a SampleConfig that holds them. Several streams may be
+        read in turn. Raises ValueError as `generate` does, but for long texts.
         """
-        if "max_tokens" in options:
-            options["max_new_tokens"] = options.pop("max_tokens")
-        ids = self._check_ids(idx)
-        if len(ids) != 1:
-            raise ValueError(f"stream takes one sequence, not {len(ids)}: use generate")
-        return (int(t[0]) for t in self._decode(ids, config or SampleConfig(**options)))
+        if config is not None and options:
+            raise ValueError(f"stream takes a SampleConfig or options, not both: put "
+                             f"{', '.join(options)} into the config")
+        prompts = self._check_ids(idx, flat=True)
+        if len(prompts) != 1:
+            raise ValueError(f"stream takes one sequence, not {len(prompts)}: use generate")
+        if config is None:
+            config = _sample_config(options.pop("max_new_tokens", None),
+                                    options.pop("max_tokens", None), **options)
+        return (int(t[0]) for t in self._decoders.run(self, prompts, config))
 
-    def forget_decoders(self) -> None:
-        """Where layers were exchanged: text is written by newly compiled steps from now on."""
-        _DECODERS.pop(self, None)
+    def free_decoders(self) -> None:
+        """Frees the caches and compiled steps of `generate` and `stream`, and the memory of
+        replaced weights that the steps hold; they are made anew when they are needed."""
+        self._decoders.clear()
 
-    def _decode(self, ids: np.ndarray, config: SampleConfig) -> Iterator[np.ndarray]:
-        enabled = Controls.of(config).enabled
-        decoders = _DECODERS.setdefault(self, {})
-        known = self.config.vocab_size  # of which a tokenizer may have fewer, and those are drawn
-        if self.tokenizer is not None:
-            known = min(known, self.tokenizer.vocab_size)
-        key = len(ids), enabled, self.compute_dtype, known
-        if key not in decoders:
-            decoders[key] = Decoder(self._cached_forward(len(ids)), self.config.block_size,
-                                    known, len(ids), enabled)
-        return decoders[key].run(ids, config)
+    def _check_ids(self, idx, flat: bool = False) -> list[np.ndarray]:
+        """The rows of idx, (T,) int32 each; with `flat` also idx (T,), as one row."""
+        try:
+            ids = idx.numpy() if isinstance(idx, Tensor) else idx
+            rows = [np.asarray(row.numpy() if isinstance(row, Tensor) else row) for row in ids]
+        except (TypeError, ValueError) as error:  # one number, or lists nested unevenly
+            raise ValueError("idx is no list of rows of token ids: give integers (B, T), or a list "
+                             "of lists of them") from error
+        if flat and rows and all(row.ndim == 0 for row in rows):
+            rows = [np.array(rows)]
+        if not rows:
+            raise ValueError("idx has no rows: give at least one, with at least one token")
+        return [self._check_row(row, i) for i, row in enumerate(rows)]
 
-    def _check_ids(self, idx) -> np.ndarray:
-        ids = np.asarray(idx.numpy() if isinstance(idx, Tensor) else idx)
-        if ids.ndim != 2 or ids.size == 0 or not np.issubdtype(ids.dtype, np.integer):
-            raise ValueError(f"idx has shape {ids.shape} and dtype {ids.dtype}: "
-                             "give integers (B, T) with at least one token")
+    def _check_row(self, ids: np.ndarray, number: int) -> np.ndarray:
+        if ids.ndim != 1 or ids.size == 0 or not np.issubdtype(ids.dtype, np.integer):
+            raise ValueError(f"row {number} of idx has shape {ids.shape} and dtype {ids.dtype}: "
+                             "give integers (T,), at least one")
         if ids.min() < 0 or ids.max() >= self.config.vocab_size:
             bad = ids.max() if ids.max() >= self.config.vocab_size else ids.min()
             raise ValueError(f"token id {bad} is outside the vocabulary 0.."
@@ -267,4 +301,10 @@ class LanguageModel:
         return model
 
 
-_DECODERS: weakref.WeakKeyDictionary[LanguageModel, dict] = weakref.WeakKeyDictionary()
+def _sample_config(max_new_tokens: int | None, max_tokens: int | None, **options) -> SampleConfig:
+    """A SampleConfig of options, and of a number of tokens under one of its two names."""
+    if max_new_tokens is not None and max_tokens is not None:
+        raise ValueError(f"max_new_tokens={max_new_tokens} and max_tokens={max_tokens} are two "
+                         "names of one option: give one of them")
+    count = max_new_tokens if max_tokens is None else max_tokens
+    return SampleConfig(**options | ({} if count is None else {"max_new_tokens": count}))

@@ -54,7 +54,6 @@ def attach(model, rank: int, alpha: float, targets: str, seed: int) -> None:
     """
     merge(model)
     layers, rng = linear_layers(model), np.random.default_rng([seed, rank])
-    model.forget_decoders()
     for name in _matching(targets, layers, "lora_targets"):
         N, C = layers[name].weight.shape
         a = rng.standard_normal((rank, C), dtype=np.float32) / np.float32(np.sqrt(C))
@@ -67,7 +66,6 @@ def merge(model) -> None:
         if layer.lora is not None:
             device.write(layer.weight, layer.weight.numpy() + layer.lora.matrix())
             layer.lora = None
-            model.forget_decoders()
 
 
 def is_adapter(name: str) -> bool:
@@ -96,7 +94,6 @@ def adopt(model, arrays: dict[str, np.ndarray], alpha: float | None, path: str |
             found[name] = layer, LoRA(a.astype(np.float32), b.astype(np.float32), alpha)
     for layer, adapter in found.values():
         layer.lora = adapter
-        model.forget_decoders()
 
 
 def check_same(model, file: checkpoint.Checkpoint) -> None:

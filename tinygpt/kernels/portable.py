@@ -84,13 +84,13 @@ def rope(x, cos, sin):
     return _barrier(reference.rope(x, cos, sin))
 
 
-def attention(q, k, v, offset=0, window=None, dropout_p=0.0, dropout_key=None):
+def attention(q, k, v, offset=0, window=None, dropout_p=0.0, dropout_key=None, start=None):
     B, H, T, D = q.shape
     G, S = k.shape[1:3]
     q = _barrier(q.reshape(B, G, H // G, T, D))
     k, v = _barrier(k.unsqueeze(2)), _barrier(v.unsqueeze(2))  # (B, G, 1, S, D)
     scores = _barrier(q @ k.transpose(-1, -2)).cast(dtypes.float32)  # (B, G, H/G, T, S)
-    mask = attention_mask(T, S, offset, window, q.device)
+    mask = attention_mask(T, S, offset, window, q.device, start)
     scores = mask.where(scores * (1 / math.sqrt(D)), -float("inf"))
     weights = _barrier((scores - scores.max(-1, keepdim=True).detach().contiguous()).exp())
     weights = _barrier(weights / _barrier(weights.sum(-1, keepdim=True))).cast(q.dtype)
@@ -98,9 +98,9 @@ def attention(q, k, v, offset=0, window=None, dropout_p=0.0, dropout_key=None):
     return _barrier(_barrier(weights @ v).reshape(B, H, T, D))
 
 
-def cached_attention(q, k, v, keys, values, offset, window=None):
+def cached_attention(q, k, v, keys, values, offset, window=None, start=None):
     write_cache(k, v, keys, values, offset)
-    return attention(q, keys, values, offset, window)
+    return attention(q, keys, values, offset, window, start=start)
 
 
 def cross_entropy(logits, targets, label_smoothing=0.0, z_loss=0.0):
