@@ -19,11 +19,12 @@ from tinygrad import Tensor
 from gpt import GPT
 from tinygpt import command, device
 from tinygpt.config import check_choice, check_range, parse_flags
-from tinygpt.data import TokenData, is_token_file, read_tokens
+from tinygpt.data import is_token_file, mean_bytes, read_tokens
 from tinygpt.documents import is_jsonl, read_documents, read_text
 from tinygpt.kernels.jit import compiled
 from tinygpt.pretrained import is_pretrained
 from tinygpt.report import bits_per_byte
+from tinygpt.token_files import Ids, chunks
 
 TASKS = ("text", "hellaswag", "lambada")
 
@@ -84,7 +85,7 @@ class Scorer:
         nats, hits = device.read(self.step(self.x, self.y))[:, :n]
         return nats, hits > 0.5
 
-    def text(self, ids: np.ndarray, stride: int) -> np.ndarray:
+    def text(self, ids: Ids, stride: int) -> np.ndarray:
         """Nats (n - 1,) of ids (n,) after the first. The window moves by stride, and but for the
         first one only what is new in it counts, so that a token sees block_size - stride before.
         """
@@ -103,7 +104,7 @@ class Scorer:
         return nats[-len(ending):], hits[-len(ending):]
 
 
-def score_text(model: GPT, text: str | np.ndarray, stride: int | None = None) -> dict[str, float]:
+def score_text(model: GPT, text: str | Ids, stride: int | None = None) -> dict[str, float]:
     """loss (nats per token), perplexity, bits_per_byte and the tokens of a text or of its ids (n,).
 
     The first token, which nothing comes before, is not scored, nor are its bytes. A model without
@@ -117,10 +118,10 @@ def score_text(model: GPT, text: str | np.ndarray, stride: int | None = None) ->
     ids = np.array(model.tokenizer.encode(text)) if isinstance(text, str) else text
     if len(ids) < 2:
         raise ValueError(f"the text has {len(ids)} tokens: give two or more")
-    if (largest := ids.max()) >= model.config.vocab_size:
+    if (largest := max(part.max() for part in chunks(ids))) >= model.config.vocab_size:
         raise ValueError(f"the text has token id {largest}, outside the model's vocabulary of "
                          f"{model.config.vocab_size}: is it another tokenizer's?")
-    each = TokenData(ids, ids[1:], model.tokenizer, "the text").bytes_per_token()
+    each = model.tokenizer and mean_bytes(ids, model.tokenizer, "the text", skip=1)
     loss = float(Scorer(model).text(ids, stride).astype(np.float64).mean())
     bits = {"bits_per_byte": bits_per_byte(loss, each)} if each else {}
     return {"loss": loss, "perplexity": math.exp(min(loss, 700)), **bits, "tokens": len(ids) - 1}

@@ -23,6 +23,7 @@ from tinygpt.schedule import context_length, learning_rate
 from tinygpt.signals import pending_signals
 from tinygpt.spikes import SpikeGuard
 from tinygpt.steps import Steps
+from tinygpt.tokenizer import up_to_end
 
 NOT_FINITE = 10  # steps in a row without a finite loss after which training stops
 
@@ -265,7 +266,7 @@ class Run:
             prompt = [int(self.data.val[0])]
         ids = self.model.stream([prompt], SampleConfig(max_new_tokens=200, seed=self.config.seed))
         with self._averaged(), self.devices.on_the_first(self.model):
-            text = tokenizer.decode(list(ids))
+            text = tokenizer.decode(list(up_to_end(tokenizer, ids)))
         self.report.line(f"sample {self.iter_num}:\n{text}\n")
 
     # ---- saving and resuming
@@ -283,6 +284,7 @@ class Run:
         path = self.model.save_checkpoint(self.iter_num, self.optimizer, self.out_dir, {
             "train_config": asdict(config), "best_val_loss": self.best_val_loss,
             "data_position": self.iter_num * config.gradient_accumulation_steps,
+            "data": self.data.describe(),
             "random_state": {"seed": config.seed}, "stale_evaluations": self.stale,
             "gradient_norms": self.spikes.norms}, self.ema)
         if best:
@@ -316,11 +318,14 @@ class Run:
             flag = "eval_only" if self.config.eval_only else "resume"
             raise ValueError(f"there is no checkpoint in {self.out_dir} to go on from: "
                              f"leave out --{flag}, or name another --out_dir")
-        theirs = checkpoint.load_metadata(path).get("tokenizer")
+        saved = checkpoint.load_metadata(path)
+        theirs = saved.get("tokenizer")
         ours = self.data.tokenizer and self.data.tokenizer.to_json()
         if theirs != ours:
             raise ValueError(f"{path} was trained with another tokenizer than the data has now: "
                              "use the same --data and --tokenizer, or start a new run")
+        if not self.config.eval_only:
+            self.data.check_same(path, saved.get("data"))
         optimizer = None if self.config.eval_only else self.optimizer
         facts = self.model.load_checkpoint(path, optimizer, self.ema)
         self.iter_num = facts["iter_num"]
@@ -343,7 +348,7 @@ class Run:
                              f"multiple of {size}, or another number of processes")
         self.ranks.check_same(**asdict(self.model.config), **{
             k: v for k, v in asdict(config).items() if k not in ("device", "threads")},
-            training_tokens=len(self.data.train), validation_tokens=len(self.data.val))
+            training_data=self.data.fingerprint)
 
     def _check_vocabulary(self) -> None:
         tokenizer, size = self.data.tokenizer, self.model.config.vocab_size

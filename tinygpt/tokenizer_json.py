@@ -9,6 +9,7 @@ import json
 from itertools import pairwise
 from pathlib import Path
 
+from tinygpt.documents import read_bytes
 from tinygpt.tokenizer import END_OF_TEXT, BPETokenizer, ByteTokenizer, Tokenizer
 
 _VISIBLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
@@ -54,16 +55,27 @@ def dump(tokenizer: Tokenizer | None, block_size: int) -> dict[str, dict]:
 
 def read(path: Path) -> Tokenizer | None:
     """The tokenizer of a tokenizer.json; None where there is none or it is not one of ours:
-    byte-level BPE with GPT-2's pattern, tokens in the order of merges, and end-of-text last."""
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-        tokens = _tokens(data)
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+    byte-level BPE with GPT-2's pattern, tokens in the order of merges, and end-of-text last.
+
+    Raises ValueError where it is no JSON, or cannot be read.
+    """
+    if not path.exists():
         return None
-    added = [(entry["id"], entry["content"]) for entry in data["added_tokens"]]
-    if tokens == [bytes([b]) for b in range(256)] and not added:
-        return ByteTokenizer()
-    return BPETokenizer.of(tokens) if added == [(len(tokens), END_OF_TEXT)] else None
+    raw = read_bytes(path)
+    try:
+        data = json.loads(raw)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged, it is no JSON ({getattr(error, 'msg', error)}): get "
+                         "it again, or delete it to use the model with another tokenizer"
+                         ) from error
+    try:
+        tokens = _tokens(data)
+        added = [(entry["id"], entry["content"]) for entry in data["added_tokens"]]
+        if tokens == [bytes([b]) for b in range(256)] and not added:
+            return ByteTokenizer()
+        return BPETokenizer.of(tokens) if added == [(len(tokens), END_OF_TEXT)] else None
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        return None
 
 
 def _tokens(data: dict) -> list[bytes]:
