@@ -401,7 +401,23 @@ def test_a_binary_file_is_named(tmp_path):
     assert str(path) in message and "binary" in message and " 8" in message
 
 
-@pytest.mark.parametrize("content", [b"caf\xe9", b"\xff\xfeh", b"cut \xe2\x82", b"\xed\xa0\x80"])
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32"])
+def test_utf16_is_named_with_what_converts_it(tmp_path, encoding):
+    path = tmp_path / "wide.txt"
+    path.write_bytes("The harbour sleeps, na\u00efve.".encode(encoding))
+    name = encoding.upper().replace("-LE", "LE").replace("-BE", "BE")
+    assert f"{path} is {name}, not UTF-8: convert it with iconv -f {name} -t UTF-8" in refusal(path)
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    path = tmp_path / "marked.txt"
+    path.write_bytes(b"\xef\xbb\xbfThe harbour\xef\xbb\xbf sleeps.\n")
+    assert "".join(decoded(load_data(path, "byte", 0))) == "The harbour\ufeff sleeps.\n"
+    path.write_bytes(b"\xef\xbb\xbfThe \xff")
+    assert "not UTF-8 at byte 7:" in refusal(path)
+
+
+@pytest.mark.parametrize("content", [b"caf\xe9", b"\xc3\x28h", b"cut \xe2\x82", b"\xed\xa0\x80"])
 def test_a_file_that_is_not_utf8_is_named(tmp_path, content):
     path = tmp_path / "latin.txt"
     path.write_bytes(content)

@@ -47,8 +47,17 @@ def open_file(path: Path, folder: int | None = None) -> BinaryIO:
                         "file that can") from error
     if (what := _what(os.fstat(descriptor).st_mode)) is not None:
         os.close(descriptor)
-        raise DataError(f"{path} is {what}, not a file: write its content to a file first")
+        remedy = "name a file in it" if what == "a folder" else "write its content to a file first"
+        raise DataError(f"{path} is {what}, not a file: {remedy}")
     return open(descriptor, "rb")
+
+
+def check_readable(path: Path) -> None:
+    """Raises DataError unless path is a regular file that can be opened."""
+    try:
+        open_file(path).close()
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({reason(error)}): name a file that can") from error
 
 
 def what_is_special(path: Path) -> str | None:

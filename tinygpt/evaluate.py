@@ -20,7 +20,7 @@ from gpt import GPT
 from tinygpt import command, device
 from tinygpt.config import check_choice, check_range, parse_flags
 from tinygpt.data import is_token_file, mean_bytes, read_tokens
-from tinygpt.documents import is_jsonl, read_documents, read_text
+from tinygpt.documents import check_readable, is_jsonl, read_documents, read_text
 from tinygpt.kernels.jit import compiled
 from tinygpt.pretrained import is_pretrained
 from tinygpt.report import bits_per_byte
@@ -162,29 +162,55 @@ def score_lambada(model: GPT, questions: list[dict]) -> dict[str, float]:
 def read_questions(path: str, task: str) -> list[dict]:
     """The questions of a task's .jsonl file. Raises ValueError that names a line that is none."""
     found = []
-    for number, line in enumerate(read_text(Path(path)).splitlines(), 1):
+    for number, line in enumerate(read_text(Path(path)).split("\n"), 1):
         if not line.strip():
             continue
         try:
             question = json.loads(line)
-            if task == "lambada":
-                good = " " in question["text"].strip()
-            else:
-                good = (isinstance(question["ctx"], str) and question["ctx"] != ""
-                        and all(isinstance(e, str) and e for e in question["endings"])
-                        and 0 <= int(question["label"]) < len(question["endings"]))
-        except (AttributeError, KeyError, TypeError, ValueError):
-            good = False
-        if not good:
-            raise ValueError(f"{path}:{number} is no question of {task}: give its published .jsonl")
+            wrong = _what_is_wrong(question, task)
+        except (ValueError, RecursionError):
+            wrong = "it is no JSON"
+        if wrong is not None:
+            raise ValueError(f"{path}:{number} is no question of {task} ({wrong}): give its "
+                             "published .jsonl")
         found.append(question)
     if not found:
         raise ValueError(f"{path} has no questions of {task}: give its published .jsonl")
     return found
 
 
+def _what_is_wrong(question, task: str) -> str | None:
+    """Why a JSON value is no question of a task, or None."""
+    if not isinstance(question, dict):
+        return "it is no JSON object"
+    if task == "lambada":
+        if not _is_text(text := question.get("text")) or " " not in text.strip():
+            return "its text is no string of two or more words"
+        return None
+    if not _is_text(question.get("ctx")):
+        return "its ctx is no string of text"
+    endings, label = question.get("endings"), question.get("label")
+    if not isinstance(endings, list) or len(endings) < 2 or not all(map(_is_text, endings)):
+        return "its endings are no list of two or more strings"
+    is_digits = isinstance(label, str) and label.isascii() and label.isdigit() and len(label) < 10
+    if type(label) is not int and not is_digits:
+        return "its label is no whole number"
+    if not 0 <= int(label) < len(endings):
+        return f"its label {label} is not the number of an ending, 0 to {len(endings) - 1}"
+    return None
+
+
+def _is_text(value) -> bool:
+    """Whether a JSON value is a string with something in it, and no half of a surrogate pair."""
+    return isinstance(value, str) and value != "" and not any("\ud800" <= c <= "\udfff"
+                                                              for c in value)
+
+
 def run(config: EvaluateConfig) -> dict[str, float]:
     """The scores that config asks for."""
+    path = Path(config.text)
+    if not is_token_file(path):
+        check_readable(path)
     device.choose(config.device)
     if is_pretrained(config.checkpoint):
         if config.ema:
@@ -193,7 +219,6 @@ def run(config: EvaluateConfig) -> dict[str, float]:
         model = GPT.from_pretrained(config.checkpoint, offline=config.offline)
     else:
         model = GPT.from_checkpoint(config.checkpoint, config.ema)
-    path = Path(config.text)
     if config.task == "text" and is_token_file(path):
         return score_text(model, read_tokens(path, model.tokenizer), config.stride)
     if model.tokenizer is None:

@@ -63,6 +63,9 @@ def build(folder: Path, files: list[Path], text_field: str, kind: str, vocab_siz
     type of the ids. Raises DataError; OSError where the disk does.
     """
     pieces = cut(files)
+    if len(pieces) < 2:
+        raise DataError(f"{files[0]} has no line break at which validation text could be cut off: "
+                        "break it into lines, or give several files")
     plan = {"pieces": list(map(asdict, pieces)), **signature}
     tokenizer = _prepare(folder, plan)
     if tokenizer is None:
