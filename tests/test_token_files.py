@@ -263,7 +263,7 @@ for n in range(rounds):
     while len(list(root.glob(f"ready_{n}_*"))) < 4:
         time.sleep(0.001)
     for again in range(3):
-        if number == 0 and sys.argv[4] == "small":  # a text of two contents, which takes the place of the other
+        if number == 0 and sys.argv[4] == "small":  # one text takes the place of another
             new = root / "new"
             new.write_text(("one\\n", "two\\n")[again % 2] * 50 + str(n))
             new.replace(root / "some.txt")

@@ -12,6 +12,7 @@ import os
 import secrets
 import shutil
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -140,7 +141,7 @@ class TokenFolder:
         wanted = self.meta.get(f"{name}_bytes", size)
         if size == 0 or size % dtype.itemsize or wanted != size:
             raise DataError(f"{path} is damaged: it has {size} bytes"
-                            + (f" instead of {wanted}" if wanted != size else "")
+                            + (f" instead of {wanted!a}" if wanted != size else "")
                             + f"; {self.remedy}")
         try:
             if size <= IN_MEMORY:
@@ -159,7 +160,8 @@ class TokenFolder:
     def _parse_meta(self, raw: bytes) -> dict:
         try:
             meta = parse_sealed(raw, old_keys=OLD_KEYS)
-            if set(meta) >= KEYS and meta["dtype"] in ("<u2", "<u4"):
+            if (set(meta) >= KEYS and meta["dtype"] in ("<u2", "<u4")
+                    and isinstance(meta["made_with"], str) and meta["made_with"].isprintable()):
                 load_tokenizer(meta["tokenizer"])
                 return meta
         except (ValueError, TypeError):
@@ -243,12 +245,7 @@ def _lock(path: Path) -> int | None:
         except OSError:
             return None
         try:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                print(f"waiting for another process, which makes {path.name[1:-5]}",
-                      file=sys.stderr)
-                fcntl.flock(lock, fcntl.LOCK_EX)
+            _wait_for(lock, path.name[1:-5])
             if os.path.samestat(os.fstat(lock), os.stat(path)):
                 return lock
         except FileNotFoundError:
@@ -260,6 +257,16 @@ def _lock(path: Path) -> int | None:
             os.close(lock)
             raise
         os.close(lock)
+
+
+def _wait_for(lock: int, what: str) -> None:
+    """Locks a file; says so where that takes more than a second. Raises OSError."""
+    for _ in range(20):
+        with suppress(BlockingIOError):
+            return fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        time.sleep(0.05)
+    print(f"waiting for another process, which makes the tokens of {what}", file=sys.stderr)
+    fcntl.flock(lock, fcntl.LOCK_EX)
 
 
 @contextmanager
