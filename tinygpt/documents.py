@@ -95,6 +95,15 @@ def checksum(file: BinaryIO) -> str:
     return found.hexdigest()
 
 
+def _checksum_of(path: Path) -> str:
+    """The checksum of a regular file. Raises DataError."""
+    try:
+        with open_file(path) as file:
+            return checksum(file)
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({reason(error)}): name a file that can") from error
+
+
 def read_text(path: Path) -> str:
     """A UTF-8 file, without a byte order mark. Raises DataError that names what is wrong."""
     return decode(path, read_bytes(path))
@@ -211,9 +220,8 @@ def check_encoding(path: Path, head: bytes) -> None:
 class TextFiles:
     """Text files that are read as one text, and the hashes that tell their content apart.
 
-    Files of more than `large` bytes together are never in memory as a whole. Of smaller ones the
-    content is read once: what is hashed is what `documents` gives. Raises DataError where one
-    cannot be read.
+    Files of more than `large` bytes together are never in memory as a whole. Raises DataError
+    where one cannot be read.
     """
 
     def __init__(self, files: list[Path], text_field: str, large: int):
@@ -226,7 +234,6 @@ class TextFiles:
             newest = max(changed for _, _, changed, _ in self._stats) / 1e9
             time.sleep(min(RECENT, max(0.0, newest + RECENT - time.time())))
             self._stats = self._stat()
-        self._content = None if self.is_large else [read_bytes(path) for path in files]
         self._hashes: list[str] | None = None
 
     def describe(self) -> dict:
@@ -254,21 +261,19 @@ class TextFiles:
                 raise DataError(f"{path} was changed while it was read: start again")
 
     def documents(self) -> list[str]:
-        """The documents in files that are not large. Raises DataError."""
-        return [text for path, raw in zip(self.files, self._content, strict=True)
+        """The documents in files that are not large; from then on the hashes are those of what was
+        read here. Raises DataError."""
+        contents = [read_bytes(path) for path in self.files]
+        self._hashes = [xxhash.xxh3_64_hexdigest(raw) for raw in contents]
+        return [text for path, raw in zip(self.files, contents, strict=True)
                 for text in documents_in(path, raw, self.text_field)]
 
     def _hash(self, known: dict[str, tuple]) -> list[str]:
-        if self._hashes is None and self._content is not None:
-            self._hashes = [xxhash.xxh3_64_hexdigest(raw) for raw in self._content]
-        elif self._hashes is None:
+        if self._hashes is None:
             self._hashes = []
             for path, stats in zip(self._paths, self._stats, strict=True):
                 before, digest = known.get(path, (None, ""))
-                if before != stats:
-                    with open_file(Path(path)) as file:
-                        digest = checksum(file)
-                self._hashes.append(digest)
+                self._hashes.append(digest if before == stats else _checksum_of(Path(path)))
         return self._hashes
 
     def _stat(self) -> list[list[int]]:
