@@ -208,14 +208,15 @@ def _is_text(value) -> bool:
 
 def run(config: EvaluateConfig) -> dict[str, float]:
     """The scores that config asks for."""
+    is_theirs = is_pretrained(config.checkpoint)
+    if is_theirs and config.ema:
+        raise ValueError(f"{config.checkpoint} has no moving average of the weights: leave out "
+                         "--ema")
     path = Path(config.text)
     if not is_token_file(path):
-        check_readable(path)
+        check_readable(path)  # before the model is loaded, which may take long
     device.choose(config.device)
-    if is_pretrained(config.checkpoint):
-        if config.ema:
-            raise ValueError(f"{config.checkpoint} has no moving average of the weights: leave out "
-                             "--ema")
+    if is_theirs:
         model = GPT.from_pretrained(config.checkpoint, offline=config.offline)
     else:
         model = GPT.from_checkpoint(config.checkpoint, config.ema)
