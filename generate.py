@@ -16,7 +16,7 @@ from tinygpt.bigram import Bigram
 from tinygpt.config import SampleConfig, check_choice, check_range, parse_flags
 from tinygpt.pretrained import is_pretrained, tokenizer_needed
 from tinygpt.quantize import KINDS
-from tinygpt.tokenizer import StreamDecoder
+from tinygpt.tokenizer import StreamDecoder, up_to_end
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,9 +107,10 @@ class StopFilter:
 
 
 def told(model: GPT, tokens: Iterable[int], stop: Sequence[str]) -> Iterator[str]:
-    """The text of each token up to the one that completes a stop, and then what was held back."""
+    """The text of each token up to the one that completes a stop, or to an end-of-text, and then
+    what was held back."""
     text, until = StreamDecoder(model.tokenizer), StopFilter(stop)
-    for token in tokens:
+    for token in up_to_end(model.tokenizer, tokens):
         yield until.push(text.push(token))
         if until.stopped:
             break

@@ -51,7 +51,11 @@ def train(model: GPT, train_config: TrainConfig, train_data, tokenizer=None) -> 
             if ranks.size > 1:
                 raise ValueError("--batch_size auto is for one process: say a number under mpirun")
             train_config = fit_batch_size(model, train_config, train_data)
-        run = Run(model, train_config, train_data, ranks)
+        try:
+            run = Run(model, train_config, train_data, ranks)
+        except ValueError:
+            train_data.forget()
+            raise
         try:
             return run.evaluate_only() if train_config.eval_only else run.train()
         finally:
@@ -131,6 +135,10 @@ def _settings(argv: list[str]) -> tuple[GPTConfig, TrainConfig]:
             raise ValueError(f"there is no run in {config.out_dir} to {what}, or name "
                              "another --out_dir")
         flags = _parse(["--config", str(saved), *argv])
+        had = _parse(["--config", str(saved)])["train"].tokenizer
+        if (asked := flags["train"].tokenizer) != had:
+            raise ValueError(f"tokenizer={asked!r}, but the run in {config.out_dir} has "
+                             f"--tokenizer {had}: leave out --tokenizer, or start a new run")
     return flags["model"], flags["train"]
 
 

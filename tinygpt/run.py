@@ -24,6 +24,7 @@ from tinygpt.signals import pending_signals
 from tinygpt.spikes import SpikeGuard
 from tinygpt.steps import Steps
 from tinygpt.tensorfile import BAD_VALUES
+from tinygpt.tokenizer import up_to_end
 
 NOT_FINITE = 10  # steps in a row without a finite loss after which training stops
 
@@ -273,7 +274,7 @@ class Run:
             prompt = [int(self.data.val[0])]
         ids = self.model.stream([prompt], SampleConfig(max_new_tokens=200, seed=self.config.seed))
         with self._averaged(), self.devices.on_the_first(self.model):
-            text = tokenizer.decode(list(ids))
+            text = tokenizer.decode(list(up_to_end(tokenizer, ids)))
         self.report.line(f"sample {self.iter_num}:\n{text}\n")
 
     # ---- saving and resuming
@@ -291,6 +292,7 @@ class Run:
         path = self.model.save_checkpoint(self.iter_num, self.optimizer, self.out_dir, {
             "train_config": asdict(config), "best_val_loss": self.best_val_loss,
             "data_position": self.iter_num * config.gradient_accumulation_steps,
+            "data": self.data.describe(),
             "random_state": {"seed": config.seed}, "stale_evaluations": self.stale,
             "gradient_norms": self.spikes.norms, "is_best": best}, self.ema)
         if best:
@@ -345,6 +347,8 @@ class Run:
             raise ValueError(f"{path} was trained with another tokenizer than the data has now: "
                              "use the same --data and --tokenizer, or start a new run")
         self._check_trained(path, header)
+        if not self.config.eval_only:
+            self.data.check_same(path, header.get("data"))
         optimizer = None if self.config.eval_only else self.optimizer
         header = self.model.load_checkpoint(path, optimizer, self.ema)
         if "iter_num" not in header:
@@ -382,7 +386,7 @@ class Run:
                              f"multiple of {size}, or another number of processes")
         self.ranks.check_same(**asdict(self.model.config), **{
             k: v for k, v in asdict(config).items() if k not in ("device", "threads")},
-            training_tokens=len(self.data.train), validation_tokens=len(self.data.val))
+            training_data=self.data.fingerprint)
 
     def _check_vocabulary(self) -> None:
         tokenizer, size = self.data.tokenizer, self.model.config.vocab_size
