@@ -136,11 +136,11 @@ def test_a_tokenizer_json_of_ten_tokens_is_not_ours(tmp_path):
     files["model"]["vocab"] = {chr(97 + i): i for i in range(10)} | {content: 10}
     files["added_tokens"][0]["id"] = 10
     (tmp_path / "tokenizer.json").write_text(json.dumps(files))
-    with pytest.raises(ValueError, match="tokenizer.json is damaged, or no byte-level BPE"):
+    with pytest.raises(ValueError, match=r"tokenizer\.json is damaged, or no byte-level BPE"):
         tokenizer_json.read(tmp_path / "tokenizer.json")
     del files["added_tokens"][0]["id"]
     (tmp_path / "tokenizer.json").write_text(json.dumps(files))
-    with pytest.raises(ValueError, match="tokenizer.json is damaged, or no byte-level BPE"):
+    with pytest.raises(ValueError, match=r"tokenizer\.json is damaged, or no byte-level BPE"):
         tokenizer_json.read(tmp_path / "tokenizer.json")
 
 
