@@ -11,7 +11,7 @@ from tinygpt import kernels
 from tinygpt.kernels.random import make_key
 
 # largest error, as a share of the largest number that is right
-TOLERANCE = {"float32": 2e-5, "bfloat16": 2e-2, "float16": 2e-3}
+TOLERANCE = {"float32": 2e-5, "bfloat16": 2e-2, "float16": 3e-3}
 WEIGHTS = ("weight", "bias")  # float32 whatever the activations are
 
 
