@@ -324,19 +324,18 @@ class GPT(LanguageModel):
             return logits
         return logits, Loss(self._loss(logits, targets, label_smoothing, z_loss), self.state_dict)
 
-    def gradients_in_little_memory(self, params: dict[str, Tensor], idx: Tensor, targets: Tensor,
-                                   dropout_key: Tensor | None = None, label_smoothing: float = 0.0,
-                                   z_loss: float = 0.0) -> tuple[Tensor, list[Tensor]]:
-        """The loss as above and its gradients by params, weights by name, with every block
-        computed a second time on the way back (see `tinygpt.recompute`)."""
+    def loss_in_little_memory(self, idx: Tensor, targets: Tensor,
+                              dropout_key: Tensor | None = None, label_smoothing: float = 0.0,
+                              z_loss: float = 0.0) -> tuple[Tensor, Chain]:
+        """The loss as above, and the chain of blocks whose `gradients` of that loss compute every
+        block a second time (see `tinygpt.recompute`)."""
         run = Pass(idx.shape[1], dropout_key=dropout_key)
         chain = Chain(self._embed(idx, run))
         for layer, block in enumerate(self.h):
             again = copy.copy(run)  # which draws the same dropout
             chain.append(functools.partial(block, run=run, layer=layer),
                          functools.partial(block, run=again, layer=layer))
-        loss = self._loss(self._head(chain.end), targets, label_smoothing, z_loss)
-        return loss, chain.gradients(loss, params)
+        return self._loss(self._head(chain.end), targets, label_smoothing, z_loss), chain
 
     def _loss(self, logits: Tensor, targets: Tensor, label_smoothing: float,
               z_loss: float) -> Tensor:

@@ -1,6 +1,6 @@
 """A whole train step (forward, backward, clipping, AdamW), ours and PyTorch's in turn.
 
-    python bench/train_step.py [A] [B] [124M] [--bfloat16] [--kernels portable]
+    python bench/train_step.py [A] [B] [124M] [--bfloat16 | --float16] [--kernels portable]
 """
 
 import argparse
@@ -49,7 +49,7 @@ def theirs(case: str, dtype: str, data: np.ndarray):
         rows = np.stack([data[i:i + T + 1] for i in rng.integers(0, len(data) - T - 1, B)])
         rows = torch.from_numpy(rows.astype(np.int64))
         optimizer.zero_grad(set_to_none=True)
-        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
+        with torch.autocast("cpu", getattr(torch, dtype), enabled=dtype != "float32"):
             loss = model(rows[:, :-1], rows[:, 1:].contiguous())
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -62,11 +62,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("cases", nargs="*", default=list(CASES), metavar="|".join(CASES))
     parser.add_argument("--bfloat16", action="store_true")
+    parser.add_argument("--float16", action="store_true")
     parser.add_argument("--kernels", default="auto", help="which of ours")
     parser.add_argument("--seconds", type=float, default=20, help="for each of the two")
     args = parser.parse_args()
     torch.set_num_threads(cpu_count())
-    dtype = "bfloat16" if args.bfloat16 else "float32"
+    dtype = "bfloat16" if args.bfloat16 else "float16" if args.float16 else "float32"
     for case in args.cases:
         data = np.random.default_rng(0).integers(0, CASES[case][-1], 100_000).astype(np.uint16)
         peers = {"ours": ours(case, dtype, args.kernels, data),

@@ -35,7 +35,8 @@ from tinygpt.kernels.random import make_key, random_bits
 
 NUMBERED = [(operation, n) for operation, cases in CASES.items() for n in range(len(cases))]
 OTHERS = [(o, n, i) for o, n in NUMBERED for i in implementations(o, but="reference")]
-IN_BFLOAT16 = [(o, i) for o in CASES for i in implementations(o)]
+IN_16_BITS = [(o, i, d) for o in CASES for i in implementations(o)
+              for d in ("bfloat16", "float16")]
 for_each_cross_entropy = pytest.mark.parametrize("implementation", implementations("cross_entropy"))
 
 
@@ -70,10 +71,9 @@ def test_equals_reference(operation, number, implementation):
     check(result(operation, number, implementation), result(operation, number, "reference"))
 
 
-@pytest.mark.parametrize("operation, implementation", IN_BFLOAT16)
-def test_bfloat16_is_close_to_float32(operation, implementation):
-    check(result(operation, 0, implementation, "bfloat16"), result(operation, 0, "reference"),
-          "bfloat16")
+@pytest.mark.parametrize("operation, implementation, dtype", IN_16_BITS)
+def test_16_bits_are_close_to_float32(operation, implementation, dtype):
+    check(result(operation, 0, implementation, dtype), result(operation, 0, "reference"), dtype)
 
 
 @pytest.mark.parametrize("implementation", kernels.IMPLEMENTATIONS)
@@ -141,12 +141,12 @@ def test_use_decides_what_auto_means(restore, monkeypatch):
 
 
 def test_what_is_asked_for_by_use_runs_or_raises(restore):
-    half = Tensor.ones(3, 4, dtype=dtypes.half).contiguous().realize()
-    with pytest.warns(UserWarning, match="no C kernel for swiglu of dtypes.half, dtypes.half"):
-        kernels.swiglu(half, half)
+    double = Tensor.ones(3, 4, dtype=dtypes.double).contiguous().realize()
+    with pytest.warns(UserWarning, match="no C kernel for swiglu of dtypes.double, dtypes.double"):
+        kernels.swiglu(double, double)
     kernels.use("cpu")
-    with pytest.raises(ValueError, match=r"'cpu' have no gelu for .*half"):
-        kernels.gelu(half)
+    with pytest.raises(ValueError, match=r"'cpu' have no gelu for .*double"):
+        kernels.gelu(double)
 
 
 def filled(*shape: int, dtype=dtypes.float32) -> Tensor:

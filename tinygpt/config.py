@@ -129,7 +129,8 @@ class TrainConfig:
     z_loss: float = field(default=0.0, metadata={
         "help": "weight of log(Z)^2 in the loss, which keeps logits small"})
     dtype: str = field(default="float32", metadata={
-        "help": "of activations: float32 or bfloat16; weights are kept in float32"})
+        "help": "of activations: float32, bfloat16, or float16, with the loss scaled so that "
+                "gradients do not underflow; weights are kept in float32"})
     eval_interval: int = field(default=250, metadata={
         "help": "steps between evaluations, each of which saves a checkpoint"})
     eval_iters: int = field(default=20, metadata={"help": "batches in an evaluation of a split"})
@@ -185,7 +186,7 @@ class TrainConfig:
                                      f"leave out --{flag}")
         check_choice(self, "optimizer", ("adamw", "lion", "muon", "adamw8bit"))
         check_choice(self, "schedule", ("cosine", "linear", "wsd", "constant"))
-        check_choice(self, "dtype", ("float32", "bfloat16"))
+        check_choice(self, "dtype", ("float32", "bfloat16", "float16"))
         check_choice(self, "kernels", ("auto", "cpu", "portable", "reference", "flash"))
         check_range(self, "threads", low=1, high=64)
         check_range(self, "devices", low=1)

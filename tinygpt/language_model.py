@@ -24,8 +24,8 @@ class LanguageModel:
     `_next_logits`, and says what it is in `kind` and `config_class`, a dataclass with block_size
     and vocab_size.
 
-    `compute_dtype` ("float32" or "bfloat16") is what activations are kept in; `tokenizer` is what
-    the weights were trained with, where that is known.
+    `compute_dtype` ("float32", "bfloat16" or "float16") is what activations are kept in;
+    `tokenizer` is what the weights were trained with, where that is known.
     """
 
     kind: str  # in a checkpoint's metadata

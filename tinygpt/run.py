@@ -16,6 +16,7 @@ from tinygpt.devices import Devices
 from tinygpt.kernels.cpu.launch import cpu_count
 from tinygpt.language_model import LanguageModel
 from tinygpt.loggers import check_loggers, make_loggers
+from tinygpt.loss_scale import LossScale
 from tinygpt.optim import EMA, make_optimizer
 from tinygpt.ranks import Ranks, checksum
 from tinygpt.report import Report, bits_per_byte
@@ -67,7 +68,9 @@ class Run:
         self.iter_num, self.best_val_loss = 0, float("inf")
         self.was_best = False  # whether the checkpoint that was resumed was the best
         self.stale = 0  # evaluations in a row without a new best
+        self.not_finite = 0  # steps in a row
         self.spikes = SpikeGuard(config.skip_spikes)
+        self.loss_scale = LossScale() if config.dtype == "float16" else None
         model.compute_dtype = config.dtype
         self._check_vocabulary()
         self.bytes_per_token = data.bytes_per_token()
@@ -158,7 +161,7 @@ class Run:
 
     def _loop(self, pending: list[int]) -> TrainResult:
         config = self.config
-        bad, losses, saved = 0, None, None
+        losses, saved = None, None
         began, first = time.perf_counter(), self.iter_num
         ended = self._ended()
         if self.iter_num >= config.max_iters:
@@ -174,16 +177,7 @@ class Run:
             self.iter_num += 1
             seconds = time.perf_counter() - start
             self.fresh += 1
-            if np.isfinite(loss + norm):
-                bad = 0
-                self.report.step(self.iter_num, loss, norm, lr, seconds, self.fresh == 1)
-                if norm > (limit := self.spikes.limit()):
-                    self.report.line(f"iter {self.iter_num}: gradient norm {norm:.4f} over "
-                                     f"{limit:.4f}: skipped")
-            else:
-                bad += 1
-                self._skipped(loss, norm, bad)
-            self.spikes.add(norm)
+            self._after_step(loss, norm, lr, seconds)
             if self.iter_num - first == 1:
                 self.report.remark(f"compiled in {time.perf_counter() - began:.1f} s; "
                                    "the steps from here on are fast")
@@ -238,7 +232,23 @@ class Run:
 
     def _step(self, lr: float) -> tuple[float, float]:
         """One training step: its loss, and the norm of its gradient before clipping."""
-        return self.steps.train(self.iter_num, self.batches.batch, lr, self.spikes.limit())
+        scale = self.loss_scale.scale if self.loss_scale else 1.0
+        return self.steps.train(self.iter_num, self.batches.batch, lr, self.spikes.limit(), scale)
+
+    def _after_step(self, loss: float, norm: float, lr: float, seconds: float) -> None:
+        """Logs a step, and lets its norm decide on the limit and the loss scale of the next."""
+        finite = bool(np.isfinite(loss + norm))
+        if finite:
+            self.not_finite = 0
+            self.report.step(self.iter_num, loss, norm, lr, seconds, self.fresh == 1)
+            if norm > (limit := self.spikes.limit()):
+                self.report.line(f"iter {self.iter_num}: gradient norm {norm:.4f} over "
+                                 f"{limit:.4f}: skipped")
+        else:
+            self._skipped(loss, norm)
+        self.spikes.add(norm)
+        if self.loss_scale and self.loss_scale.update(finite):
+            self.report.line(f"iter {self.iter_num}: loss scale {self.loss_scale.scale:.0f}")
 
     def _evaluate(self) -> tuple[float, float]:
         """Mean loss on windows spread over each split, in nats per token, of the weights' moving
@@ -256,10 +266,13 @@ class Run:
         """Puts the weights' moving average, where there is one, in their place for a while."""
         return self.ema.in_place() if self.ema else nullcontext()
 
-    def _skipped(self, loss: float, norm: float, count: int) -> None:
+    def _skipped(self, loss: float, norm: float) -> None:
         self.report.line(f"iter {self.iter_num}: loss {loss}, gradient norm {norm}: skipped")
-        if count >= NOT_FINITE:
-            raise ValueError(f"the loss was not finite for {count} steps, the last at "
+        # a gradient that a lower loss scale keeps finite is part of the normal course
+        if self.loss_scale is None or self.loss_scale.is_smallest or not np.isfinite(loss):
+            self.not_finite += 1
+        if self.not_finite >= NOT_FINITE:
+            raise ValueError(f"the loss was not finite for {self.not_finite} steps, the last at "
                              f"{self.iter_num}: lower --learning_rate, lengthen --warmup_iters, "
                              "or use --dtype float32; the checkpoints before are good")
 
@@ -294,7 +307,8 @@ class Run:
             "data_position": self.iter_num * config.gradient_accumulation_steps,
             "data": self.data.describe(),
             "random_state": {"seed": config.seed}, "stale_evaluations": self.stale,
-            "gradient_norms": self.spikes.norms, "is_best": best}, self.ema)
+            "gradient_norms": self.spikes.norms, "is_best": best,
+            **({"loss_scale": self.loss_scale.state_dict()} if self.loss_scale else {})}, self.ema)
         if best:
             self._mark_best(path)
         checkpoint.rotate(self.out_dir, config.keep)
@@ -358,6 +372,12 @@ class Run:
         self.stale = header.get("stale_evaluations", 0)
         if self.config.skip_spikes:
             self.spikes = SpikeGuard(self.config.skip_spikes, header.get("gradient_norms", ()))
+        if self.loss_scale and "loss_scale" in header:  # not where the run had another dtype
+            try:
+                self.loss_scale = LossScale(**header["loss_scale"])
+            except (TypeError, ValueError) as error:
+                raise checkpoint.CheckpointError(f"{path} has a loss_scale that cannot be used "
+                                                 f"({error}): use another one") from error
 
     def _check_trained(self, path: Path, header: dict) -> None:
         """Raises CheckpointError where a run trained other weights than this one would: its

@@ -28,6 +28,7 @@ class Steps:
         shape = config.batch_size, model.config.block_size
         self.x, self.y = self._rows(*shape), self._rows(*shape)
         self.lr, self.norm_limit = self._buffer(1), self._buffer(1)
+        self.loss_scale = self._buffer(1) if config.dtype == "float16" else None
         self.key = self._buffer(1, dtype=dtypes.uint32)
         self._evaluate = compiled(self._eval_step)
         if config.gradient_accumulation_steps > 1:
@@ -53,15 +54,20 @@ class Steps:
         else:
             self._accumulate = compiled(self._accumulate_step)
 
-    def train(self, number: int, batch, lr: float, norm_limit: float) -> tuple[float, float]:
+    def train(self, number: int, batch, lr: float, norm_limit: float,
+              loss_scale: float = 1.0) -> tuple[float, float]:
         """Training step `number`: its loss, and the norm of its gradient before clipping.
 
         batch(n) gives micro-batch n, ids and targets (B, T) int32. A step whose norm is above
-        norm_limit changes nothing.
+        norm_limit changes nothing. With float16 the loss is multiplied by loss_scale before the
+        backward pass; the loss and the norm that are returned are not. A gradient that overflows
+        gives a norm that is not finite and changes nothing.
         """
         micro = self.config.gradient_accumulation_steps
         device.write(self.lr, [lr])
         device.write(self.norm_limit, [norm_limit])
+        if self.loss_scale is not None:
+            device.write(self.loss_scale, [loss_scale])
         for n in self.ranks.share(range(number * micro, (number + 1) * micro)):
             self._load(*batch(n), *self.inputs)
             device.write(self.key, make_key(self.config.seed, n))
@@ -96,20 +102,28 @@ class Steps:
     # ---- what is compiled
 
     def _gradients(self, x: Tensor, y: Tensor, key: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """The loss, and the gradients of the loss times its scale."""
         config, model = self.config, self.model
         options = (key if model.config.dropout else None, config.label_smoothing, config.z_loss)
         if config.grad_checkpoint:
-            loss, grads = model.gradients_in_little_memory(self.params, x, y, *options)
+            loss, chain = model.loss_in_little_memory(x, y, *options)
+            grads = chain.gradients(self._scaled(loss), self.params)
         else:
             _, loss = model(x, y, *options)
-            grads = loss.gradient(*self.params.values())
+            grads = self._scaled(loss).gradient(*self.params.values())
         return loss, [kernels.stored(g.cast(dtypes.float32)) for g in grads]
+
+    def _scaled(self, loss: Tensor) -> Tensor:
+        return loss if self.loss_scale is None else loss * self.loss_scale.reshape(())
+
+    def _unscaled(self, x: Tensor) -> Tensor:
+        return x if self.loss_scale is None else x / self.loss_scale.reshape(())
 
     def _update(self, loss: Tensor, grads: list[Tensor], lr: Tensor) -> Tensor:
         """Clips and takes the optimizer's step where all is finite and the gradient no spike:
         (2,) loss and norm."""
-        norm = global_norm(grads).contiguous()
-        scale = clip_scale(norm, self.config.grad_clip).contiguous()
+        norm = self._unscaled(global_norm(grads)).contiguous()
+        scale = self._unscaled(clip_scale(norm, self.config.grad_clip)).contiguous()
         sound = (loss + norm).isfinite()
         if self.config.skip_spikes:
             sound = sound & (norm <= self.norm_limit.reshape(()))

@@ -1,7 +1,7 @@
 """The operations of the model, each one function whatever implements it.
 
     reference   plain Tensor code: the specification
-    cpu         C for float32 on the CPU (kernels/cpu/)
+    cpu         C for the CPU (kernels/cpu/)
     portable    Tensor code that tinygrad compiles well on every device
     tinygrad    tinygrad's own scaled_dot_product_attention (attention only)
     flash       UOps for a GPU's workgroups and tensor cores (attention only, kernels/flash.py)
@@ -9,7 +9,8 @@
 `implementation="auto"` takes the fastest one that can run: `cpu` where it can, `flash` on the
 devices of FLASH_WINS, else `portable`. `use()` narrows that for the whole process. An
 implementation asked for by name runs or raises ValueError, and so do shapes that do not fit one
-another. Activations are float32 or bfloat16; weights are float32 and are cast to their dtype.
+another. Activations are float32, bfloat16 or float16, and arithmetic inside is float32; weights
+are float32.
 """
 
 import functools

@@ -1,8 +1,9 @@
 """The specification of every operation, in plain Tensor code.
 
 Nothing here is tuned. Every other implementation has to agree with this one, forward and
-gradients, and tests and benchmarks measure against it alone. It takes float64 too, in which
-`tinygpt.check` differentiates. The docstrings of the operations are in
+gradients, and tests and benchmarks measure against it alone. Whatever the activations are,
+arithmetic is float32 (in float16 the square of 300 is infinite), or float64 where they are that, in
+which `tinygpt.check` differentiates. The docstrings of the operations are in
 `tinygpt/kernels/__init__.py`.
 """
 
@@ -23,10 +24,10 @@ def _wide(x):
 
 
 def linear(x, weight, bias=None, residual=None):
-    y = x @ weight.cast(x.dtype).T
+    y = _wide(x) @ weight.T
     if bias is not None:
-        y = y + bias.cast(x.dtype)
-    return y if residual is None else residual + y
+        y = y + bias
+    return (y if residual is None else residual + y).cast(x.dtype)
 
 
 def embedding(idx, weight):
@@ -59,13 +60,17 @@ def rms_norm(x, weight, eps=1e-5):
 
 
 def gelu(x, tanh=False):
+    z = _wide(x)
     if tanh:
-        return 0.5 * x * (1 + (math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x)).tanh())
-    return 0.5 * x * (1 + (x / math.sqrt(2)).erf())
+        z = 0.5 * z * (1 + (math.sqrt(2 / math.pi) * (z + 0.044715 * z * z * z)).tanh())
+    else:
+        z = 0.5 * z * (1 + (z / math.sqrt(2)).erf())
+    return z.cast(x.dtype)
 
 
 def swiglu(gate, up):
-    return gate * gate.sigmoid() * up
+    z = _wide(gate)
+    return (z * z.sigmoid() * up).cast(gate.dtype)
 
 
 def rope(x, cos, sin):
@@ -95,12 +100,12 @@ def attention_mask(T, S, offset, window, device, start=None):
 def attention(q, k, v, offset=0, window=None, dropout_p=0.0, dropout_key=None, start=None):
     B, H, T, D = q.shape
     G, S = k.shape[1:3]
-    q = q.reshape(B, G, H // G, T, D)
-    k, v = k.unsqueeze(2), v.unsqueeze(2)  # (B, G, 1, S, D)
-    scores = _wide(q @ k.transpose(-1, -2)) / math.sqrt(D)  # (B, G, H/G, T, S)
+    dtype, q = q.dtype, _wide(q).reshape(B, G, H // G, T, D)
+    k, v = (_wide(x).unsqueeze(2) for x in (k, v))  # (B, G, 1, S, D)
+    scores = q @ k.transpose(-1, -2) / math.sqrt(D)  # (B, G, H/G, T, S)
     mask = attention_mask(T, S, offset, window, q.device, start)
-    weights = mask.where(scores, -float("inf")).softmax(-1).cast(q.dtype)
-    return (dropout(weights, dropout_p, dropout_key) @ v).reshape(B, H, T, D)
+    weights = mask.where(scores, -float("inf")).softmax(-1)
+    return (dropout(weights, dropout_p, dropout_key) @ v).reshape(B, H, T, D).cast(dtype)
 
 
 def write_cache(k, v, keys, values, offset):

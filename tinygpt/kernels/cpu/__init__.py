@@ -1,4 +1,4 @@
-"""The operations in C, for float32 and bfloat16 on tinygrad's CPU device.
+"""The operations in C, for float32, bfloat16 and float16 on tinygrad's CPU device.
 
 Each C file stands beside this one and says what it computes. It is compiled once for a machine
 and takes its sizes when it runs. Arithmetic is float32 whatever the activations are, but for the
@@ -20,8 +20,9 @@ GEMM_STRIP, GEMM_SLICE = 1536, 512  # the greatest NC and the least KC of gemm.h
 
 WIDEST_HEAD = 2048  # whose tiles fit on the stack of a thread
 WITH_INTEGERS = ("embedding", "quantized_embedding", "cross_entropy", "adamw8bit", "draw")
-WITH_BFLOAT16 = ("linear", "quantized_linear", "layer_norm", "rms_norm", "gelu", "swiglu", "rope",
-                 "attention", "cached_attention", "cross_entropy", "draw")
+IN_16_BITS = ("linear", "quantized_linear", "layer_norm", "rms_norm", "gelu", "swiglu", "rope",
+              "attention", "cached_attention", "cross_entropy", "draw")
+C_TYPES = {dtypes.float32: "float", dtypes.bfloat16: "bf16", dtypes.float16: "f16"}
 
 
 def fits(operation: str, *tensors: Tensor | None) -> bool:
@@ -31,7 +32,7 @@ def fits(operation: str, *tensors: Tensor | None) -> bool:
         return False
     return all(str(t.device) == "CPU" and (
         t.dtype == dtypes.float32
-        or (t.dtype == dtypes.bfloat16 and operation in WITH_BFLOAT16)
+        or (t.dtype in C_TYPES and operation in IN_16_BITS)
         or (dtypes.is_int(t.dtype) and operation in WITH_INTEGERS)) for t in given)
 
 
@@ -68,7 +69,7 @@ def _gemv(x, weight, scale, bias, residual, gradient=None):
     N, K = weight.shape
     M = x.numel() // K
     arguments = [(ACT_OUT, "y"), (ACT_IN, "x"), (WEIGHT_IN, "w")]
-    inputs, defines = [x, weight], dict([_bf16(x), ("WEIGHT", 8 * weight.dtype.itemsize)])
+    inputs, defines = [x, weight], dict([_act(x), ("WEIGHT", 8 * weight.dtype.itemsize)])
     for kind, name, tensor in ((FLOAT_IN, "bias", bias), (ACT_IN, "residual", residual),
                                (FLOAT_IN, "scale", scale)):
         defines[name.upper()] = name if tensor is not None else 0
@@ -91,15 +92,15 @@ def _gemm(shape, a, b, sizes, bias=None, residual=None, ta=0, tb=0, sums=None, g
     out = _empty(*shape, dtype=dtype or a.dtype)
     outputs, inputs, arguments = [out], [a, b], [("c_t*", "c")]
     defines = {"BIAS": 0, "RESIDUAL": 0, "SUMS": 0, "PARTIAL": 0}
-    kinds = zip(("A_BF16", "B_BF16", "C_BF16"), (a, b, out), strict=True)
-    defines |= {name: int(t.dtype == dtypes.bfloat16) for name, t in kinds}
-    if defines["A_BF16"] and (kind := amx()):
+    matrices = zip(("a_t", "b_t", "c_t"), (a, b, out), strict=True)
+    defines |= {name: C_TYPES[t.dtype] for name, t in matrices}
+    if a.dtype == dtypes.bfloat16 and (kind := amx()):
         defines |= {"AMX": 1, "AMX_EMULATED": int(kind == "emulated")}
     if sums:
         outputs.append(_empty(M))
         arguments.append((FLOAT_OUT, "sums"))
         defines["SUMS"] = "sums"
-    if defines["C_BF16"] and K > GEMM_SLICE:
+    if out.dtype != dtypes.float32 and K > GEMM_SLICE:
         outputs.append(_empty(M, min(N, GEMM_STRIP)))
         arguments.append((FLOAT_OUT, "partial"))
         defines["PARTIAL"] = "partial"
@@ -149,7 +150,7 @@ def rms_norm(x, weight, eps=1e-5):
 def _norm(x, weight, bias, eps, rms):
     C = x.shape[-1]
     N = x.numel() // C
-    shape, with_bias, kind = x.shape, bias is not None, _bf16(x)
+    shape, with_bias, kind = x.shape, bias is not None, _act(x)
     weight, bias = weight.float(), bias if bias is None else bias.float()
 
     def gradient(dy: Tensor, made: list[Tensor]) -> list[Tensor | None]:
@@ -181,7 +182,7 @@ def swiglu(gate, up):
 def _activation(kind: str, *inputs: Tensor) -> Tensor:
     n, shapes, dtype = inputs[0].numel(), [x.shape for x in inputs], inputs[0].dtype
     names = [(ACT_IN, name) for name in ("x", "up")[:len(inputs)]]
-    shared = (_bf16(inputs[0]), (kind, 1), ("UP", "up" if len(inputs) == 2 else 0))
+    shared = (_act(inputs[0]), (kind, 1), ("UP", "up" if len(inputs) == 2 else 0))
 
     def gradient(dy: Tensor, _) -> list[Tensor]:
         outputs = [(ACT_OUT, name) for name in ("out", "out_up")[:len(inputs)]]
@@ -202,7 +203,7 @@ def rope(x, cos, sin):
     shape = memory.shape
 
     def turn(x: Tensor, backward: int, gradient=None) -> Tensor:
-        kernel = Kernel("rope.c", defines=(_bf16(x), ("BACKWARD", backward)))
+        kernel = Kernel("rope.c", defines=(_act(x), ("BACKWARD", backward)))
         return kernel([_empty(*shape, dtype=x.dtype)], [x, cos, sin],
                       (B, H, T, D, *strides), gradient)[0]
 
@@ -222,7 +223,7 @@ def attention(q, k, v, offset=0, window=None, dropout_p=0.0, dropout_key=None, s
     flops = 2 * B * H * D * T * (2 * S - T)
     names = list("qkv")[:len(inputs)]
     known = [(ACT_IN, name) for name in names]
-    kind = (_bf16(q), *zip("QKV", names * (3 // len(names)), strict=True))
+    kind = (_act(q), *zip("QKV", names * (3 // len(names)), strict=True))
 
     def gradient(dy: Tensor, made: list[Tensor]) -> list[Tensor | None]:
         outputs = [_empty(*x.shape, dtype=x.dtype if n else dtypes.float32)
@@ -279,7 +280,7 @@ def cached_attention(q, k, v, keys, values, offset, window=None, start=None):
     arguments = (*((ACT_OUT, name) for name in ("out", "keys", "values")),
                  *((ACT_IN, name) for name in "qkv"), ("const int*", "offset"), *more)
     kernel = Kernel("attention_decode.c", arguments,
-                    (_bf16(q), ("START", "start" if padding else 0)))
+                    (_act(q), ("START", "start" if padding else 0)))
     return kernel.in_place(
         [_empty(B, H, T, D, dtype=q.dtype), keys, values], [*sources, _number(offset), *padding],
         (B, H, *keys.shape[1:], window or 0, *places), flops=4 * B * H * D * keys.shape[2])[0]
@@ -306,16 +307,16 @@ def _strided(x: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
     return x, (H * T * D, T * D, D)
 
 
-def _bf16(x: Tensor) -> tuple[str, int]:
-    """The define that says what activations are."""
-    return "BF16", int(x.dtype == dtypes.bfloat16)
+def _act(x: Tensor) -> tuple[str, str]:
+    """The define that names the type of activations in C."""
+    return "act", C_TYPES[x.dtype]
 
 
 def cross_entropy(logits, targets, label_smoothing=0.0, z_loss=0.0):
     N, V = logits.shape
     targets = targets.cast(dtypes.int32)
     options = constants(dtypes.float32, label_smoothing, z_loss)
-    kind, sizes = (_bf16(logits),), (N, V)
+    kind, sizes = (_act(logits),), (N, V)
 
     def gradient(dloss: Tensor, made: list[Tensor]) -> list[Tensor | None]:
         dx = Kernel("cross_entropy_backward.c", defines=kind)(

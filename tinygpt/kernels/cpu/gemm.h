@@ -7,9 +7,9 @@
  * Columns of C go in strips of NC and the depth in slices of KC; all threads pack the slice of B
  * into panels of GN columns, then each task packs rows of A and multiplies.
  *
- * ta, tb: 1 where A (K x M) or B (N x K) is stored transposed. A_BF16, B_BF16, C_BF16: 1 where that
- * matrix is bfloat16; bias is float32, the residual of C's type. With ta the column sums of A's
- * storage, the gradient of a bias, are written to `sums` where there is one. A C in bfloat16 is
+ * ta, tb: 1 where A (K x M) or B (N x K) is stored transposed. The defines a_t, b_t and c_t name the
+ * matrices' types; bias is float32, the residual of C's type. With ta the column sums of A's
+ * storage, the gradient of a bias, are written to `sums` where there is one. A C of 16 bits is
  * summed up in `partial` (M x MIN(N, NC)) where the depth has several slices. A C that is
  * `symmetric` is computed above its diagonal and copied below.
  */
@@ -43,22 +43,6 @@
 #define NC (GN * (512 / GN))
 #define KC 512
 #endif
-#endif
-
-#if A_BF16
-typedef bf16 a_t;
-#else
-typedef float a_t;
-#endif
-#if B_BF16
-typedef bf16 b_t;
-#else
-typedef float b_t;
-#endif
-#if C_BF16
-typedef bf16 c_t;
-#else
-typedef float c_t;
 #endif
 
 typedef struct {
@@ -101,11 +85,8 @@ HOT void product(pool_t* pool, gemm_t* g) {
 
 /* where sums of earlier slices stand for C[i][jc + j ...] */
 HOT float* partial_sums(const gemm_t* g, long i, long j) {
-#if C_BF16
-  return g->partial + i * MIN(g->N, NC) + j;
-#else
-  return g->c + i * g->N + g->jc + j;
-#endif
+  if (sizeof(c_t) < sizeof(float)) return g->partial + i * MIN(g->N, NC) + j;
+  return (float*)g->c + i * g->N + g->jc + j;
 }
 
 /* x, LANES sums of this slice, to C[i][jc + j ...]: on top of what earlier slices left, and behind

@@ -12,7 +12,8 @@ typedef unsigned uint16 __attribute__((ext_vector_type(16)));
 typedef bf16 bf16x16 __attribute__((ext_vector_type(16), aligned(2)));
 
 /* 16 numbers from p on, those from the n-th on zero */
-#define LOAD16(p, n) BY_TYPE(p, load16)(p, n)
+#define LOAD16(p, n) \
+  _Generic((p), float*: load16_f32, const float*: load16_f32, default: load16_bf16)(p, n)
 HOT float16 load16_f32(const float* p, long n) {
   if (n >= 16) return (float16)*(const float16_unaligned*)p;
   float some[16];

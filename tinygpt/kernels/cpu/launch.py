@@ -43,7 +43,8 @@ WORKSPACE_BYTES = 64 << 20  # for packed matrices and partial sums; touched only
 
 @functools.cache
 def source(file: str, **defines: str | int) -> tuple[str, str]:
-    """A C file with its includes and defines, and a name for it."""
+    """A C file with its includes and defines, and a name for it, in which numbers and types (whose
+    names are in lower case) stand."""
     def read(name: str) -> str:
         text = (FOLDER / name).read_text(encoding="utf-8")
         return re.sub(r'^#include "(.*)"$', lambda m: included(m[1]), text, flags=re.M)
@@ -57,7 +58,7 @@ def source(file: str, **defines: str | int) -> tuple[str, str]:
         return read(name)
 
     name = "_".join([file.removesuffix(".c"), *(f"{k}{v}" for k, v in defines.items()
-                                                if isinstance(v, int))]).lower()
+                                                if isinstance(v, int) or k.islower())]).lower()
     lines = [f"#define {k} {v}\n" for k, v in (defines | {"NAME": name}).items()]
     return name, f"// for {processor()}\n" + "".join(lines) + read(file)
 

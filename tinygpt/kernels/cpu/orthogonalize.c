@@ -8,6 +8,9 @@
  * Each thread takes a matrix at a time; where there are more threads than matrices, all of them work
  * on each product. dims has R and C of every matrix; scratch is 4 x N x N, of the largest N, for each
  * thread that takes a matrix. */
+#define a_t float
+#define b_t float
+#define c_t float
 #include "gemm.h"
 #include "square_sum.h"
 

@@ -1,9 +1,10 @@
 /* Vectors of float32 through clang's vector extensions: 16 lanes with AVX-512, 8 with AVX, 4 with
  * NEON or SSE, from one source. ROWS x COLS is the block that a micro kernel keeps in registers.
  *
- * Activations, `act`, are float32, or with BF16 1 bfloat16, the upper half of a float32. LOAD and
- * STORE move vectors and GET and PUT numbers of either kind, as the pointer says; what is computed
- * is float32. bfloat16 is rounded to the nearest, ties to even. */
+ * Activations have the type that the define `act` names: float, bf16 (bfloat16, the upper half of
+ * a float32) or f16 (IEEE's half precision). LOAD and STORE move vectors and GET and PUT numbers of
+ * each type, as the pointer says; arithmetic is float32. Numbers are rounded to the nearest, ties
+ * to even; those above 65504 become infinite in f16. */
 #if defined(__AVX512F__)
 #define LANES 16
 #define ROWS 8
@@ -40,13 +41,11 @@ typedef float float4 __attribute__((ext_vector_type(4), aligned(4)));
 typedef unsigned short bf16;
 typedef bf16 vbf16 __attribute__((ext_vector_type(LANES), aligned(2)));
 typedef bf16 bf16x4 __attribute__((ext_vector_type(4), aligned(2)));
-#if BF16
-typedef bf16 act;
-#else
-typedef float act;
-#endif
+typedef struct { unsigned short bits; } f16;
 
-#define BY_TYPE(p, f) _Generic((p), float*: f##_f32, const float*: f##_f32, default: f##_bf16)
+#define BY_TYPE(p, f) \
+  _Generic((p), float*: f##_f32, const float*: f##_f32, f16*: f##_f16, const f16*: f##_f16, \
+           default: f##_bf16)
 #define LOAD(p) BY_TYPE(p, load)(p)
 #define LOAD4(p) BY_TYPE(p, load4)(p)
 #define STORE(p, v) BY_TYPE(p, store)(p, v)
@@ -75,6 +74,54 @@ HOT void put_bf16(bf16* p, float x) {
   const unsigned bits = __builtin_bit_cast(unsigned, x);
   *p = (bf16)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
+
+#if defined(__F16C__) || defined(__AVX512F__) || defined(__aarch64__)
+typedef _Float16 vf16 __attribute__((ext_vector_type(LANES), aligned(2)));
+typedef _Float16 f16x4 __attribute__((ext_vector_type(4), aligned(2)));
+HOT vfloat load_f16(const f16* p) { return __builtin_convertvector(*(const vf16*)p, vfloat); }
+HOT float4 load4_f16(const f16* p) {
+  return __builtin_convertvector(*(const f16x4*)p, float4);
+}
+HOT void store_f16(f16* p, vfloat v) { *(vf16*)p = __builtin_convertvector(v, vf16); }
+HOT float get_f16(const f16* p) { return (float)*(const _Float16*)p; }
+HOT void put_f16(f16* p, float x) { *(_Float16*)p = (_Float16)x; }
+#else
+/* No instruction converts: exponent and mantissa move to their place in the other type, whose
+ * exponent has another bias. */
+typedef unsigned short vf16 __attribute__((ext_vector_type(LANES), aligned(2)));
+HOT vfloat load_f16(const f16* p) {
+  const vuint h = __builtin_convertvector(*(const vf16*)p, vuint);
+  const vuint size = (vuint)((vfloat)((h & 0x7fff) << 13) * 0x1p112f);
+  const vuint exponent = (vuint)((h & 0x7c00) == 0x7c00) & 0x7f800000; /* infinite, or NaN */
+  return (vfloat)(size | exponent | (h & 0x8000) << 16);
+}
+HOT vuint select_bits(vint mask, vuint yes, vuint no) {
+  return (yes & (vuint)mask) | (no & ~(vuint)mask);
+}
+HOT void store_f16(f16* p, vfloat v) {
+  const vuint bits = (vuint)v, size = bits & 0x7fffffff;
+  const vuint normal = (size - (112u << 23) + 0xfff + ((size >> 13) & 1)) >> 13;
+  const vuint small = (vuint)((vfloat)size + 0.5f) - 0x3f000000; /* the sum rounds to 2^-24 */
+  const vuint nan = (vuint)(size > 0x7f800000) & 0x200;
+  vuint h = select_bits(size < (113u << 23), small, normal);
+  h = select_bits(size >= 0x477ff000, 0x7c00 | nan, h);          /* 65520 and above */
+  *(vf16*)p = __builtin_convertvector(h | (bits >> 16 & 0x8000), vf16);
+}
+HOT float get_f16(const f16* p) {
+  f16 some[LANES] = {*p};
+  return load_f16(some)[0];
+}
+HOT void put_f16(f16* p, float x) {
+  f16 some[LANES];
+  store_f16(some, (vfloat)x);
+  *p = some[0];
+}
+HOT float4 load4_f16(const f16* p) {
+  f16 some[LANES] = {p[0], p[1], p[2], p[3]};
+  const vfloat x = load_f16(some);
+  return (float4){x[0], x[1], x[2], x[3]};
+}
+#endif
 
 /* n rounded down to whole vectors */
 #define VECTOR_END(n) ((n) / LANES * LANES)
