@@ -6,7 +6,6 @@ from operations import check, cotangent, draw, implementations, run
 from test_gpt import ids, make
 from tinygrad import Tensor, dtypes
 
-from gpt import KVCache
 from tinygpt import kernels
 from tinygpt.kernels import portable
 from tinygpt.kernels.cases import heads
@@ -81,21 +80,20 @@ def test_products_of_16_bits_as_on_a_gpu(case, dtype, monkeypatch):
 
 
 @pytest.mark.parametrize("implementation", ["auto", "portable"])
-def test_cached_decoding_is_the_full_forward(implementation, rng, monkeypatch):
+def test_cached_decoding_is_the_full_forward(implementation, rng):
     model = make(n_layer=1, position="rope", norm="rmsnorm", activation="swiglu", n_kv_head=2)
     x = ids(rng, 2, 8)
     right = model(Tensor(x)).numpy()
-    model.compute_dtype, made = "float16", []
-    monkeypatch.setattr("gpt.KVCache", lambda *args: made.append(KVCache(*args)) or made[-1])
+    model.compute_dtype = "float16"
     kernels.use(implementation)
     try:
         whole = model(Tensor(x)).cast(dtypes.float32).numpy()
-        forward = model._cached_forward(2)
-        steps = [forward(Tensor(x[:, :6]), 0, 5).numpy()]
-        steps += [forward(Tensor(x[:, p:p + 1]), p, 0).numpy() for p in (6, 7)]
+        cache = model._new_cache(2)
+        steps = [model._next_logits(Tensor(x[:, :6]), cache, 0, 5).numpy()]
+        steps += [model._next_logits(Tensor(x[:, p:p + 1]), cache, p, 0).numpy() for p in (6, 7)]
     finally:
         kernels.use("auto")
-    assert made[0].layers[0][0].dtype == dtypes.float16
+    assert cache.layers[0][0].dtype == dtypes.float16
     for ours in (np.stack(steps, axis=1), whole[:, 5:]):
         assert 1e-6 < np.abs(ours - right[:, 5:]).max() / np.abs(right).max() < 5e-3
 

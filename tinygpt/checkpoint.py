@@ -56,6 +56,7 @@ VALUES = {
     "stale_evaluations": ("a number of evaluations", _is_count),
     "best_val_loss": ("a number", _is_number),
     "is_best": ("true or false", lambda v: isinstance(v, bool)),
+    "loss_scale": ("an object", lambda v: isinstance(v, dict)),
     "gradient_norms": ("a list of numbers",
                        lambda v: isinstance(v, list) and all(map(_is_number, v))),
 }
