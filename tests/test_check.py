@@ -134,11 +134,19 @@ def run(*args) -> subprocess.CompletedProcess:
                           capture_output=True, text=True, timeout=200)
 
 
-def test_a_trained_model(tmp_path, monkeypatch, capsys):
+def test_a_trained_model(tmp_path, capsys):
     model = GPT(TINY)
-    done = run("--checkpoint", model.save_checkpoint(1, None, tmp_path))
+    path = model.save_checkpoint(1, None, tmp_path)
+    done = run("--checkpoint", path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "4 of 4 checks are ok"
+
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-100] + bytes(50) + whole[-50:])
+    assert check.main(["--checkpoint", str(path)]) == 1
+    *_, row, last = capsys.readouterr().out.splitlines()
+    assert re.match(rf"weights +FAILED +inf .*{path}", row)
+    assert last == "1 of 2 checks are ok; FAILED: weights"
 
     weight = model.h[0].mlp.c_fc.weight
     array = weight.numpy()
@@ -146,10 +154,8 @@ def test_a_trained_model(tmp_path, monkeypatch, capsys):
     weight.assign(Tensor(array)).realize()
     finding = check.check_weights(model)
     assert not finding.ok and (finding.error, finding.where) == (1, "1 of h.0.mlp.c_fc.weight")
-    monkeypatch.setattr(check, "checkpoint_checks", lambda config: [
-        ("weights are finite", lambda: finding), ("nan", lambda: check.Finding(np.nan, 1.0))])
-    assert check.main(["--checkpoint", "x"]) == 1
-    assert capsys.readouterr().out.endswith("FAILED: weights are finite; nan\n")
+    bad = check.worst([check.Finding(0.5, 1.0), check.Finding(np.nan, 1.0), finding])
+    assert not bad.ok and np.isnan(bad.error)
 
 
 def test_a_mistake_gets_one_line_and_status_2(tmp_path, capsys):

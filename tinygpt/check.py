@@ -22,7 +22,7 @@ from tinygrad import Tensor
 from tinygrad.helpers import Context
 
 from gpt import GPT, GPTConfig
-from tinygpt import command, device, kernels
+from tinygpt import checkpoint, command, device, kernels
 from tinygpt.config import TrainConfig, check_choice, check_range, parse_flags
 from tinygpt.kernels import cases
 from tinygpt.kernels.jit import compiled
@@ -333,10 +333,19 @@ def code_checks(config: CheckConfig, folder: Path) -> list[Check]:
 
 
 def checkpoint_checks(config: CheckConfig) -> list[Check]:
+    """Of a model that can be read at all. Raises ValueError where there is none."""
     path = config.checkpoint
-    model = GPT.from_pretrained(path) if is_pretrained(path) else GPT.from_checkpoint(path)
+    if is_pretrained(path):
+        model = GPT.from_pretrained(path)
+    else:
+        checkpoint.load_metadata(path)
+        try:
+            model = GPT.from_checkpoint(path)
+        except checkpoint.CheckpointError as error:
+            damage = Finding(math.inf, 0, str(error))
+            return [("weights", lambda: damage)]
     prompt = max(1, min(PROMPT, model.config.block_size - WRITTEN // 2))
-    return [("weights are finite", lambda: check_weights(model)),
+    return [("weights", lambda: check_weights(model)),
             ("gradients", lambda: check_gradients(model, config.kernels)),
             ("cached decoding", lambda: check_decoding(model, prompt, WRITTEN))]
 
