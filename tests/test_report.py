@@ -176,11 +176,13 @@ def test_a_falling_loss_is_no_spike(make, capsys):
 def test_the_plot_is_a_png_that_is_redrawn_at_every_evaluation(make, tmp_path, capsys):
     report = make(log_interval=1)
     report.evaluation(0, 5.0, 5.5, 1e-5, None)
+    report.draw()
     assert not (tmp_path / "loss.png").exists()  # there is nothing to see yet
     pictures = []
     for n in (1, 10):
         report.step(n, 4.0, 0.5, 1e-5, 0.01, compiled=False)
         report.evaluation(n, 4.0 - n / 10, 4.5, 1e-5, None)
+        report.draw()
         picture = (tmp_path / "loss.png").read_bytes()
         assert picture.startswith(b"\x89PNG\r\n\x1a\n") and picture.endswith(b"IEND\xaeB`\x82")
         pictures.append(picture)

@@ -10,9 +10,10 @@ from pathlib import Path
 import numpy as np
 
 from tinygpt import checkpoint, device, lora
-from tinygpt.config import SampleConfig, TrainConfig, to_json
+from tinygpt.config import SampleConfig, TrainConfig
 from tinygpt.data import Batches, TokenData
 from tinygpt.devices import Devices
+from tinygpt.flags import to_json
 from tinygpt.kernels.cpu.launch import cpu_count
 from tinygpt.language_model import LanguageModel
 from tinygpt.loggers import check_loggers, make_loggers
@@ -96,12 +97,13 @@ class Run:
     # ---- the run
 
     def train(self) -> TrainResult:
+        self._check_kernels()
         with self._only_run(), pending_signals() as pending:
             self.report = self._make_report(None)
             self._greet()
             self._try_out()
             out_dir, loggers = None, ()
-            if self.ranks.first:
+            if self.ranks.first and not self._ended():
                 self._make_room()
                 config, out_dir = self.config, self.out_dir
                 loggers = make_loggers(config.tensorboard, config.wandb, out_dir,
@@ -115,6 +117,10 @@ class Run:
     def _only_run(self):
         """Keeps other runs out of out_dir."""
         return checkpoint.locked(self.out_dir) if self.ranks.first else nullcontext()
+
+    def _check_kernels(self) -> None:
+        """Raises ValueError where the kernels that are asked for lack an operation of the model."""
+        self.model(self.steps.x, self.steps.y)  # which is not realized
 
     def _try_out(self) -> None:
         """Finds out what cannot be run before any file is touched."""
@@ -184,6 +190,7 @@ class Run:
             if ended or self.iter_num % config.eval_interval == 0:
                 losses = self._evaluate()
                 saved = self._save(losses[1])
+                self.report.draw()
                 ended = ended or self._ended()
             if config.sample_interval and self.iter_num % config.sample_interval == 0 and not ended:
                 self._sample()
@@ -298,7 +305,7 @@ class Run:
         if self.config.eval_only:
             best = self._best_path()
             return self._resume(best if best.exists() else checkpoint.newest(self.out_dir))
-        checkpoint.make_out_dir(self.out_dir)
+        checkpoint.check_out_dir(self.out_dir)
         if self.config.resume:
             self._resume(self.ranks.from_first(checkpoint.newest(self.out_dir)))
 
@@ -306,8 +313,6 @@ class Run:
         """Moves a former run aside, unless it is gone on with, and says what this one is."""
         if not self.config.resume and (moved := checkpoint.set_aside(self.out_dir)):
             self.report.remark(f"the run in {self.out_dir} is now in {moved}")
-        if self._ended():
-            return
         settings = to_json(self.model.config, replace(self.config, resume=False))
         checkpoint.write_atomically(self.out_dir / "config.json", settings.encode())
 
