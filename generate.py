@@ -272,7 +272,8 @@ def _check_memory(model: GPT, length: int, count: int) -> None:
     c = model.config
     cache = 0 if model.kind == "bigram" else 2 * c.n_layer * c.kv_heads * c.head_size * c.block_size
     device.check_memory(count * (4 * cache + 4 * c.vocab_size + 16 * length),
-                        f"num_samples={count} texts at once", "ask for fewer")
+                        f"num_samples={count} texts of {length} tokens", "ask for fewer or shorter "
+                        "ones")
 
 
 def run(what: GenerateConfig, config: SampleConfig) -> None:
@@ -311,9 +312,9 @@ def run(what: GenerateConfig, config: SampleConfig) -> None:
         ids, prompt = [0], model.tokenizer.decode([0])
     if not ids:
         raise ValueError("the prompt is empty: give at least one character")
+    _check_memory(model, len(ids) + config.max_new_tokens, what.num_samples)
     print(f"{path}, {device.describe()}", file=sys.stderr)
     if what.num_samples > 1 or what.json or what.out_dir:
-        _check_memory(model, len(ids) + config.max_new_tokens, what.num_samples)
         return write_many(model, prompt, ids, config, what)
     _put(prompt)
     if what.interactive:

@@ -126,7 +126,7 @@ def default() -> str:
         name = Device.DEFAULT
     except (RuntimeError, AssertionError) as error:
         raise DeviceError(NO_COMPILER) from error
-    _open(name, f"{name!r}")
+    _open(name, f"DEV={DEV}" if DEV.device else repr(name))
     if name.startswith("CPU"):
         compilations()  # which Ctrl-C does not reach
     return name

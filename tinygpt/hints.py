@@ -103,7 +103,7 @@ _WORDS = {  # what has no single flag here
     "char": "use --tokenizer char", "bpe": "use --tokenizer bpe", "byte": "use --tokenizer byte",
     "muon": "use --optimizer muon", "adamw": "use --optimizer adamw",
     "sgd": "use --optimizer adamw, lion, muon or adamw8bit",
-    "head_dim": "it is --n_embd divided by --n_head", 
+    "head_dim": "it is --n_embd divided by --n_head",
     "head_size": "it is --n_embd divided by --n_head",
     "early_stop": "use --patience 5", "save_best": "best.safetensors is always saved",
     "no_bias": "use --bias false",

@@ -115,10 +115,10 @@ def trainable(weights: dict[str, Tensor], freeze: str | None) -> dict[str, Tenso
     """Those of the weights that training changes: the adapters where there are any, else all; but
     for those whose names a pattern of freeze matches. Raises ValueError where none is left, or
     where a pattern matches nothing."""
-    frozen = set(_matching(freeze, weights, "freeze")) if freeze else set()
     adapted = any(".lora." in name for name in weights)
-    left = {name: w for name, w in weights.items()
-            if name not in frozen and (".lora." in name or not adapted)}
+    left = {name: w for name, w in weights.items() if ".lora." in name or not adapted}
+    frozen = set(_matching(freeze, left, "freeze")) if freeze else set()
+    left = {name: w for name, w in left.items() if name not in frozen}
     if not left:
         raise ValueError(f"freeze={freeze!r} leaves nothing to train: choose fewer patterns")
     return left
