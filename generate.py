@@ -208,7 +208,6 @@ def converse(model: GPT, ids: list[int], config: SampleConfig, stop: Sequence[st
     A line goes on the text so far, the last block_size tokens of which are kept; an empty one only
     lets the model write on. The line break that ends a line is not part of the text.
     """
-    print("type, and it continues; Ctrl-C ends a text, Ctrl-D the conversation", file=sys.stderr)
     between, turn = "", 0
     while line := read_line():
         line = line.removesuffix("\n")
@@ -316,6 +315,8 @@ def run(what: GenerateConfig, config: SampleConfig) -> None:
     print(f"{path}, {device.describe()}", file=sys.stderr)
     if what.num_samples > 1 or what.json or what.out_dir:
         return write_many(model, prompt, ids, config, what)
+    if what.interactive:
+        print("type, and it continues; Ctrl-C ends a text, Ctrl-D the command", file=sys.stderr)
     _put(prompt)
     if what.interactive:
         return converse(model, ids, config, what.stop)

@@ -12,6 +12,7 @@ from dataclasses import Field, InitVar, dataclass, field, fields
 from numbers import Integral, Real
 from typing import get_args
 
+LARGEST = 2 ** 64  # of whole numbers: what no machine can count, and numpy cannot hold
 RULES = {"low", "high", "above", "below", "choices", "empty", "auto", "needs", "fixed", "section",
          "positional"}
 
@@ -69,9 +70,9 @@ def _check_number(f: Field, value) -> int | float:
              "above": ("above", lambda v, b: v > b), "below": ("below", lambda v, b: v < b)}
     given = [(*tests[rule], bound) for rule, bound in f.metadata.items() if rule in tests]
     try:
-        finite = math.isfinite(value)
+        finite = math.isfinite(value) and (kind is float or value < LARGEST)
     except OverflowError:
-        finite = kind is int
+        finite = False
     if not finite or not all(holds(value, bound) for _, holds, bound in given):
         wanted = " and ".join(f"{words} {bound}" for words, _, bound in given)
         raise ValueError(f"{f.name}={str(value)[:40]} is out of range: choose a finite value "

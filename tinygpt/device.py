@@ -85,9 +85,8 @@ class _Cursor(sqlite3.Cursor):
         try:
             return super().execute(sql, parameters)
         except sqlite3.Error as error:
-            if "no such table" in str(error):  # which tinygrad expects
-                raise
-            give_up_cache(error)
+            if "no such table" not in str(error):  # as long as nothing is in it
+                give_up_cache(error)
             return super().execute("SELECT NULL WHERE 0")
 
 
@@ -105,12 +104,11 @@ def check_cache() -> None:
         os.makedirs(os.path.dirname(CACHEDB), exist_ok=True)
         cache = sqlite3.connect(CACHEDB, timeout=60, isolation_level="IMMEDIATE", factory=_Cache)
         sqlite3.Connection.cursor(cache).execute("PRAGMA journal_mode=WAL").fetchone()
+        if not os.access(CACHEDB, os.W_OK):
+            raise PermissionError("it cannot be written")
         helpers._db_connection = cache
-        writable = os.access(CACHEDB, os.W_OK)
-    except (OSError, sqlite3.Error):
-        writable = False
-    if not writable:
-        CACHELEVEL.value = 0
+    except (OSError, sqlite3.Error) as error:
+        give_up_cache(error)
 
 
 def prefer_cpu() -> None:
