@@ -114,7 +114,7 @@ def in_child(work: Callable[[], object]) -> int:
             status = work() or 0
         except SystemExit as end:
             status = end.code
-        except BaseException:
+        except BaseException:  # noqa: BLE001 - what a command lets through is what is looked for
             sys.excepthook(*sys.exc_info())
         finally:
             sys.stdout.flush()

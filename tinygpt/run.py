@@ -25,6 +25,7 @@ from tinygpt.signals import pending_signals
 from tinygpt.spikes import SpikeGuard
 from tinygpt.steps import Steps
 
+MOMENTS = {"adamw": 2, "muon": 1, "lion": 1, "adamw8bit": 0.5}  # numbers of state for a weight
 NOT_FINITE = 10  # steps in a row without a finite loss after which training stops
 
 
@@ -78,6 +79,7 @@ class Run:
             lora.attach(model, config.lora_rank, config.lora_alpha, config.lora_targets,
                         config.seed)
         self.params = lora.trainable(model.state_dict(), config.freeze)
+        self._check_memory()
         self.devices = Devices(config)
         owned = self.devices.owned(self.params)
         self.optimizer = make_optimizer(owned, config)
@@ -349,6 +351,16 @@ class Run:
         self.ranks.check_same(**asdict(self.model.config), **{
             k: v for k, v in asdict(config).items() if k not in ("device", "threads")},
             training_tokens=len(self.data.train), validation_tokens=len(self.data.val))
+
+    def _check_memory(self) -> None:
+        """Raises ValueError where training does not fit whatever the batch size is."""
+        config = self.config
+        trained = sum(p.numel() for p in self.params.values()) / config.devices
+        needed = 4 * (self.model.num_params() * (2 if config.ema else 1)
+                      + trained * (1 + MOMENTS[config.optimizer]))
+        device.check_memory(int(needed), "the weights, their gradients and the optimizer's state",
+                            "make the model smaller (--n_layer, --n_embd, --vocab_size), or take "
+                            "--optimizer adamw8bit or --lora_rank")
 
     def _check_vocabulary(self) -> None:
         tokenizer, size = self.data.tokenizer, self.model.config.vocab_size
