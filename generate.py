@@ -158,12 +158,11 @@ def draw_many(model: GPT, ids: list[int], config: SampleConfig, stop: Sequence[s
 
 
 def write_many(model: GPT, prompt: str, ids: list[int], config: SampleConfig,
-               what: GenerateConfig) -> None:
-    """Writes what.num_samples continuations to stdout, as text or as JSON lines, or to files.
+               what: GenerateConfig, folder: Path | None) -> None:
+    """Writes what.num_samples continuations to stdout, as text or as JSON lines, or into a folder.
 
     The seconds in a JSON line are those of the whole batch.
     """
-    folder = _folder_for_samples(what.out_dir) if what.out_dir else None
     start, count = time.perf_counter(), what.num_samples
     drawn = draw_many(model, ids, config, what.stop, count)
     seconds, tokens = time.perf_counter() - start, count * config.max_new_tokens
@@ -176,7 +175,7 @@ def write_many(model: GPT, prompt: str, ids: list[int], config: SampleConfig,
             _put(json.dumps({"sample": number, "prompt": prompt, "text": text,
                              "tokens": length, "seconds": round(seconds, 4),
                              "seed": config.seed}) + "\n")
-        elif not what.out_dir:
+        elif not folder:
             _put(f"--- sample {number} of {count} ---\n{prompt}{text}\n")
     print(f"{tokens} tokens in {seconds:.2f} s ({tokens / seconds:,.1f} tokens/s, "
           "compilation included)", file=sys.stderr)
@@ -312,9 +311,10 @@ def run(what: GenerateConfig, config: SampleConfig) -> None:
     if not ids:
         raise ValueError("the prompt is empty: give at least one character")
     _check_memory(model, len(ids) + config.max_new_tokens, what.num_samples)
+    folder = _folder_for_samples(what.out_dir) if what.out_dir else None
     print(f"{path}, {device.describe()}", file=sys.stderr)
     if what.num_samples > 1 or what.json or what.out_dir:
-        return write_many(model, prompt, ids, config, what)
+        return write_many(model, prompt, ids, config, what, folder)
     if what.interactive:
         print("type, and it continues; Ctrl-C ends a text, Ctrl-D the command", file=sys.stderr)
     _put(prompt)

@@ -88,11 +88,14 @@ class GPTConfig:
         tables += self.block_size if self.position == "learned" else 0
         return C * tables + self.n_layer * block + norm
 
-    def check_memory(self) -> None:
-        """Raises ValueError where the weights of such a model do not fit into memory."""
+    def check_memory(self, copies: float = 1) -> None:
+        """Raises ValueError where such a model does not fit into memory, or not with as many
+        numbers for each weight as a run keeps."""
         count = self.num_params()
-        device.check_memory(4 * count, f"the model's {count:,} weights", "choose a smaller "
-                            "n_layer, n_embd, n_inner, vocab_size or block_size")
+        what = f"the model's {count:,} weights" + (", with what training keeps of each,"
+                                                   if copies > 1 else "")
+        device.check_memory(int(4 * copies * count), what, "choose a smaller n_layer, n_embd, "
+                            "n_inner, vocab_size or block_size")
 
     @property
     def is_gated(self) -> bool:

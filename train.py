@@ -21,7 +21,7 @@ from tinygpt.data import TokenData, load_data
 from tinygpt.flags import Settings, parse_flags, read_settings
 from tinygpt.loggers import check_loggers
 from tinygpt.ranks import Ranks, world
-from tinygpt.run import Interrupted, Run, TrainResult
+from tinygpt.run import MOMENTS, Interrupted, Run, TrainResult
 from tinygpt.schedule import context_length
 from tinygpt.tokenizer import load_tokenizer
 
@@ -184,7 +184,9 @@ def _model_and_data(flags: Settings):
     shape, config = flags["model"], flags["train"]
     if config.init_from != "scratch":
         return _pretrained(flags)
-    replace(shape, vocab_size=1).check_memory()  # at least, before text is tokenized for it
+    part = config.lora_rank or config.freeze or config.devices > 1
+    # what it takes at least, before text is tokenized for it
+    replace(shape, vocab_size=1).check_memory(1 if part else 2 + MOMENTS[config.optimizer])
     data = load_data(config.data, config.tokenizer, shape.vocab_size, shape.block_size,
                      config.text_field)
     size = data.tokenizer.vocab_size

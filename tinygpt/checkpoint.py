@@ -150,7 +150,10 @@ def model_kind(facts: dict) -> str:
 
 def check_kind(path: str | Path, facts: dict, kind: str) -> None:
     """Raises CheckpointError where a checkpoint is not of the model `kind`."""
-    if (theirs := model_kind(facts)) != kind:
+    if (theirs := model_kind(facts)) not in ("gpt", "bigram"):
+        raise CheckpointError(f"{path} has a model {theirs!r}, which is none that there is here: "
+                              "use another one")
+    if theirs != kind:
         raise CheckpointError(f"{path} has a {theirs} model, not a {kind} model: train with "
                               f"--model {theirs}, or start a new run")
 

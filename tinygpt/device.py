@@ -125,17 +125,17 @@ def default() -> str:
     except (RuntimeError, AssertionError) as error:
         raise DeviceError(NO_COMPILER) from error
     _open(name, f"DEV={DEV}" if DEV.device else repr(name))
-    if name.startswith("CPU"):
-        compilations()  # which Ctrl-C does not reach
     return name
 
 
-def _open(canonical: str, name: str) -> None:
-    """Raises DeviceError, which has the name in it, where a device cannot be opened."""
+def _open(device: str, name: str) -> str:
+    """The canonical name of a device. Raises DeviceError, with `name` in it, where it cannot be
+    opened."""
     try:
-        if canonical.startswith("CPU"):
+        canonical = Device.canonicalize(device)
+        if canonical.partition(":")[0] == "CPU":
             _check_compiler()  # before tinygrad looks for one and fails in its own words
-            compilations()
+            compilations()  # which Ctrl-C does not reach
         else:
             Device[canonical]
     except DeviceError:
@@ -145,6 +145,7 @@ def _open(canonical: str, name: str) -> None:
                           "that tinygrad knows") from error
     except Exception as error:  # whatever a driver raises: the device cannot be opened
         raise DeviceError(f"device {name} cannot be used here: {_first_line(error)}") from error
+    return canonical
 
 
 def _first_line(error: Exception) -> str:
@@ -176,11 +177,9 @@ def choose(name: str, index: int = 0) -> str:
     if index and ":" not in name and not (kind := choose(name)).startswith("CPU"):
         return choose(f"{kind}:{index}")
     if name.lower() != "auto":
-        canonical = Device.canonicalize(name.upper())
-        if canonical.startswith("CPU:"):
+        if name.upper().startswith("CPU:") and name[4:] != "0":
             raise DeviceError(f"there is no device {name!r}: there is one CPU, cpu")
-        _open(canonical, repr(name))
-        DEV.value = canonical
+        DEV.value = _open(name.upper(), repr(name))
         default.cache_clear()
     return default()
 

@@ -55,6 +55,9 @@ def attach(model, rank: int, alpha: float, targets: str, seed: int) -> None:
     model.forget_decoders()
     for name in _matching(targets, layers, "lora_targets"):
         N, C = layers[name].weight.shape
+        if rank > min(N, C):
+            raise ValueError(f"lora_rank={rank} is above {min(N, C)}, the highest rank that {name} "
+                             "can have: choose a smaller one")
         a = rng.standard_normal((rank, C), dtype=np.float32) / np.float32(np.sqrt(C))
         layers[name].lora = LoRA(a, np.zeros((N, rank), np.float32), alpha)
 
