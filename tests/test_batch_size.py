@@ -102,4 +102,4 @@ def test_batch_size_auto_keeps_what_the_preset_has(words):
     found = command._settings(["--preset", "gpt2", *words, "--out_dir", "x"])["train"]
     assert found.auto_batch_size and found.out_dir == "x"
     assert (found.batch_size, found.gradient_accumulation_steps) == (12, 40)
-    assert not command._parse([])["train"].auto_batch_size
+    assert not command._settings([])["train"].auto_batch_size
