@@ -22,7 +22,7 @@ from tinygpt import checkpoint, command, device, kernels, lora
 from tinygpt.bigram import Bigram
 from tinygpt.config import SampleConfig, check, setting
 from tinygpt.flags import parse_flags, read_file
-from tinygpt.pretrained import is_pretrained
+from tinygpt.pretrained import is_pretrained, tokenizer_needed
 from tinygpt.quantize import KINDS
 from tinygpt.signals import pending_signals
 from tinygpt.tokenizer import StreamDecoder
@@ -287,7 +287,8 @@ def run(what: GenerateConfig, config: SampleConfig) -> None:
     if is_pretrained(path):
         if what.ema:
             raise ValueError(f"{path} has no moving average of the weights: leave out --ema")
-        model = GPT.from_pretrained(path, offline=what.offline)
+        with tokenizer_needed(what.export is None):
+            model = GPT.from_pretrained(path, offline=what.offline)
     else:
         kind = checkpoint.model_kind(checkpoint.load_metadata(path))
         model = (Bigram if kind == "bigram" else GPT).from_checkpoint(path, what.ema)

@@ -9,7 +9,6 @@ Shapes, after each line that changes one:
 import copy
 import functools
 import math
-import weakref
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -17,10 +16,12 @@ import numpy as np
 from tinygrad import Tensor, UOp, dtypes
 from tinygrad.nn.state import get_state_dict
 
-from tinygpt import checkpoint, device, kernels, lora, pretrained
+from tinygpt import device, kernels, lora, pretrained
 from tinygpt.config import SampleConfig, TrainConfig, check, setting
 from tinygpt.kernels.jit import constant
-from tinygpt.kernels.random import next_key
+from tinygpt.kernels.loss import Loss
+from tinygpt.kernels.random import counter, new_key, next_key
+from tinygpt.kernels.training import is_training
 from tinygpt.language_model import LanguageModel
 from tinygpt.quantize import quantize, refuse_quantized
 from tinygpt.recompute import Chain
@@ -227,18 +228,22 @@ class KVCache:
     """Keys and values of the positions that a model has seen, so that it need not see them again.
 
     Two tensors (B, G, S, D) a layer with S = block_size; position p of the text lies at index p.
+    With start (B,) int32 the text of row b begins at index start[b], and before it is padding.
     """
 
-    def __init__(self, config: GPTConfig, batch_size: int, dtype=dtypes.float32):
+    def __init__(self, config: GPTConfig, batch_size: int, dtype=dtypes.float32,
+                 start: Tensor | None = None, device: str | tuple[str, ...] | None = None):
+        self.start = start
         shape = (batch_size, config.kv_heads, config.block_size, config.head_size)
         def empty() -> Tensor:
-            return Tensor.zeros(shape, dtype=dtype).contiguous().realize()
+            return Tensor.zeros(shape, dtype=dtype).to(device).contiguous().realize()
         self.layers = [(empty(), empty()) for _ in range(config.n_layer)]
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, position: int | UOp,
                window: int | None) -> Tensor:
         """Keeps k and v (B, G, T, D) at position; what q (B, H, T, D) gathers from all so far."""
-        return kernels.cached_attention(q, k, v, *self.layers[layer], position, window)
+        return kernels.cached_attention(q, k, v, *self.layers[layer], position, window,
+                                        self.start)
 
 
 class Pass:
@@ -253,6 +258,13 @@ class Pass:
         cos, sin = rope_tables(config.block_size, config.head_size, config.rope_theta, device)
         here = slice(self.position, self.position + self.T)
         return cos[here], sin[here]
+
+    def positions(self, wpe: Embedding) -> Tensor:
+        """Rows of wpe at the positions of this pass: (T, C), or (B, T, C) after padding."""
+        if self.cache is None or self.cache.start is None:
+            return wpe.weight[self.position:self.position + self.T]
+        start = self.cache.start.unsqueeze(1)  # (B, 1)
+        return wpe((counter(self.T, start.device) + self.position - start).maximum(0))
 
     def next_dropout_key(self) -> Tensor | None:
         if self._key is not None:
@@ -299,7 +311,9 @@ class GPT(LanguageModel):
             else:
                 array = rng.standard_normal(shape, dtype=np.float32) * np.float32(std)
             return Tensor(array).realize()
+        self._build(config, draw)
 
+    def _build(self, config: GPTConfig, draw) -> None:
         C = config.n_embd
         self.wte = Embedding(draw, config.vocab_size, C)
         self.wpe = Embedding(draw, config.block_size, C) if config.position == "learned" else None
@@ -312,20 +326,25 @@ class GPT(LanguageModel):
                  z_loss: float = 0.0) -> Tensor | tuple[Tensor, Tensor]:
         """Logits (B, T, V) of the token after each position of idx (B, T) int, T <= block_size.
 
-        With targets (B, T) int, -1 where none counts: (logits, loss), the loss a scalar in nats.
-        Dropout acts only where dropout_key (1,) uint32 says how. Raises ValueError on a wrong
-        shape.
+        With targets (B, T) int, negative where none counts: (logits, loss), the loss a scalar in
+        nats. Dropout follows dropout_key (1,) uint32; without one it acts where Tensor.training is
+        set (Context(TRAINING=1) from tinygrad 0.14 on) and is drawn by tinygrad's generator. Raises
+        ValueError on a wrong shape, and on an id outside the vocabulary, except while a TinyJit
+        captures the call and no value can be read.
         """
         if idx.ndim != 2 or not 1 <= idx.shape[1] <= self.config.block_size:
             raise ValueError(f"idx has shape {idx.shape}: give (B, T) with 1 <= T <= "
                              f"block_size={self.config.block_size}")
+        if targets is not None and targets.shape != idx.shape:
+            raise ValueError(f"targets has shape {targets.shape}, idx {idx.shape}: "
+                             "give one target a position")
+        self._check_tokens(idx, targets)
+        if dropout_key is None and self.config.dropout and is_training():
+            dropout_key = new_key(idx.device)
         logits = self._head(self._features(idx, Pass(idx.shape[1], dropout_key=dropout_key)))
         if targets is None:
             return logits
-        if targets.shape != idx.shape:
-            raise ValueError(f"targets has shape {targets.shape}, idx {idx.shape}: "
-                             "give one target a position")
-        return logits, self._loss(logits, targets, label_smoothing, z_loss)
+        return logits, Loss(self._loss(logits, targets, label_smoothing, z_loss), self.state_dict)
 
     def gradients_in_little_memory(self, params: dict[str, Tensor], idx: Tensor, targets: Tensor,
                                    dropout_key: Tensor | None = None, label_smoothing: float = 0.0,
@@ -358,7 +377,7 @@ class GPT(LanguageModel):
         """What goes into the first block: idx (B, T) -> (B, T, C)."""
         x = self.wte(idx)  # (B, T, C)
         if self.wpe is not None:
-            x = x + self.wpe.weight[run.position:run.position + run.T]
+            x = x + run.positions(self.wpe)
         return kernels.dropout(x.cast(self.compute_dtype), self.config.dropout,
                                run.next_dropout_key())
 
@@ -366,16 +385,17 @@ class GPT(LanguageModel):
         """(B, T, C) -> logits (B, T, V)."""
         return (self.lm_head or self.wte.unembed)(self.ln_f(x))
 
-    def _cached_forward(self, batch_size: int):
-        """A function of tokens (B, T), their position and a row of them, over a cache of its own,
-        that gives the logits (B, V) after that row."""
-        cache = KVCache(self.config, batch_size, self.compute_dtype)
-        model = weakref.proxy(self)  # the model owns its decoders, not the reverse
+    @property
+    def device(self) -> str | tuple[str, ...]:
+        return self.wte.weight.device
 
-        def forward(tokens: Tensor, position: UOp | int, row: UOp | int) -> Tensor:
-            x = model._features(tokens, Pass(tokens.shape[1], position, cache))
-            return model._head(x[:, row:row + 1])[:, 0].cast(dtypes.float32)
-        return forward
+    def _new_cache(self, batch_size: int, start: Tensor | None = None) -> KVCache:
+        return KVCache(self.config, batch_size, self.compute_dtype, start, self.device)
+
+    def _next_logits(self, tokens: Tensor, cache: KVCache, position: UOp | int,
+                     row: UOp | int) -> Tensor:
+        x = self._features(tokens, Pass(tokens.shape[1], position, cache))
+        return self._head(x[:, row:row + 1])[:, 0].cast(dtypes.float32)
 
     # ---- weights and sizes
 
@@ -384,7 +404,7 @@ class GPT(LanguageModel):
 
         It can then be neither trained nor saved. Raises ValueError where it is quantized already.
         """
-        self.forget_decoders()  # which hold the matrices
+        self.free_decoders()  # which hold the matrices
         lora.merge(self)
         quantize(self, kind)
         return self
@@ -421,30 +441,22 @@ class GPT(LanguageModel):
 
     # ---- checkpoints, and the world outside
 
-    def _facts(self) -> dict:
-        return super()._facts() | {"lora_alpha": lora.alpha_of(self)}
+    @classmethod
+    def shapes(cls, config: GPTConfig) -> dict[str, tuple[int, ...]]:
+        """The shape of every weight of a model of that configuration, by its name; allocates
+        nothing."""
+        model, shapes = cls.__new__(cls), {}
+
+        def draw(shape: tuple[int, ...], std: float | None) -> Tensor:
+            weight = Tensor.empty(0)
+            shapes[weight] = shape
+            return weight
+        model._build(config, draw)
+        return {name: shapes[weight] for name, weight in model.state_dict().items()}
 
     @classmethod
-    def _for_tensors(cls, config: GPTConfig, tensors: dict[str, np.ndarray], facts: dict,
-                     path: str | Path) -> "GPT":
-        layers = {name.split(".")[1] for name in tensors if name.startswith("h.")}
-        found = tensors.get("wte.weight", np.empty(0)).shape
-        inner = tensors.get("h.0.mlp.c_fc.weight", np.empty(0)).shape
-        if (len(layers), found, inner) != (config.n_layer, (config.vocab_size, config.n_embd),
-                                           (config.inner_size, config.n_embd)):
-            raise checkpoint.CheckpointError(f"{path} does not hold the model that its header "
-                                             "describes: use another one")
-        model = cls(config, seed=None)
-        lora.adopt(model, tensors, facts.get("lora_alpha") or 0.0, path)
-        return model
-
-    @classmethod
-    def from_checkpoint(cls, path: str | Path, ema: bool = False) -> "GPT":
-        """The model that a checkpoint holds, with its tokenizer, and LoRA merged; with ema the
-        moving average of its weights. Raises ValueError."""
-        model = super().from_checkpoint(path, ema)
-        lora.merge(model)
-        return model
+    def _undrawn(cls, config: GPTConfig) -> "GPT":
+        return cls(config, seed=None)
 
     @classmethod
     def from_pretrained(cls, name: str | Path, *, offline: bool = False, **options) -> "GPT":
@@ -455,9 +467,10 @@ class GPT(LanguageModel):
         options are fields of GPTConfig: a block_size that is smaller than the model's crops it, a
         dropout is taken, any other has to be the model's own. Raises ValueError.
         """
-        found = pretrained.open_pretrained(name, offline)
-        model = cls(cls._config_of({"model_config": found.configured(options)}, name), seed=None)
-        found.fill(model.state_dict())
+        with pretrained.open_pretrained(name, offline) as found:
+            config = cls._config_of({"model_config": found.configured(options)}, name)
+            model = cls.fitting(config, found.shapes(config.block_size), found.path)
+            found.fill(model.state_dict())
         model.tokenizer = found.tokenizer
         return model
 

@@ -20,10 +20,10 @@ from tinygpt.config import PRESETS, TrainConfig
 from tinygpt.data import TokenData, load_data
 from tinygpt.flags import Settings, parse_flags, read_settings
 from tinygpt.loggers import check_loggers
+from tinygpt.pretrained import tokenizer_needed
 from tinygpt.ranks import Ranks, world
 from tinygpt.run import MOMENTS, Interrupted, Run, TrainResult
 from tinygpt.schedule import context_length
-from tinygpt.tokenizer import load_tokenizer
 
 SETTINGS = {f.name: f for cls in (GPTConfig, TrainConfig) for f in fields(cls)}
 # flags that act on an evaluation, and those that have nothing to act on in a bigram model
@@ -206,12 +206,13 @@ def _pretrained(flags: Settings) -> tuple[GPT, TokenData]:
     if config.resume or config.eval_only:
         path = checkpoint.newest(Path(config.out_dir))
     if path is not None:
-        saved = checkpoint.load_metadata(path).get("tokenizer")
         model = GPT(shape, seed=None)
-        model.tokenizer = load_tokenizer(saved) if saved else None
+        with checkpoint.Checkpoint(path) as file:
+            model.tokenizer = checkpoint.tokenizer_of(file)
     else:
         options = {f.name: getattr(shape, f.name) for f in fields(shape) if f.name in flags.given}
-        model = GPT.from_pretrained(config.init_from, offline=config.offline, **options)
+        with tokenizer_needed("tokenizer" not in flags.given):
+            model = GPT.from_pretrained(config.init_from, offline=config.offline, **options)
         _check_tokenizer(model, config, flags.typed)
     if model.tokenizer is None and config.tokenizer in ("bpe", "char"):
         raise ValueError(f"{config.init_from} comes with no tokenizer that can be read here: pass "

@@ -67,7 +67,7 @@ CASES = {
         (dict(logits=(17, 509)), dict(targets=ids((17,), 509, -1), label_smoothing=0.1,
                                       z_loss=0.01)),
         (dict(logits=(17, 509)), dict(targets=ids((17,), 509))),
-        (dict(logits=(3, 7)), dict(targets=np.array([6, 2, 0], np.int32), ignore_index=2)),
+        (dict(logits=(3, 7)), dict(targets=np.array([6, -100, 0], np.int32))),
         (dict(logits=(1, 1)), dict(targets=np.array([0], np.int32), z_loss=0.5)),
     ],
 }
@@ -131,8 +131,8 @@ def np_attention(q, k, v, offset=0, window=None, dropout_p=0.0, dropout_key=None
     return (np_dropout(weights, dropout_p, dropout_key) if dropout_p else weights) @ v
 
 
-def np_cross_entropy(logits, targets, label_smoothing=0.0, z_loss=0.0, ignore_index=-1):
-    rows, counted = np.arange(len(targets)), targets != ignore_index
+def np_cross_entropy(logits, targets, label_smoothing=0.0, z_loss=0.0):
+    rows, counted = np.arange(len(targets)), targets >= 0
     top = logits.max(-1)
     log_z = np.log(np.exp(logits - top[:, None]).sum(-1)) + top
     wanted = ((1 - label_smoothing) * logits[rows, targets] + label_smoothing * logits.mean(-1))

@@ -88,9 +88,10 @@ def test_symbolic_offset_and_slices_of_one_matrix_under_the_jit(implementation):
         x = kernels.linear(x, unit, implementation=implementation)  # what a kernel made
         q, k, v = (part.reshape(B, 1, -1, D).transpose(1, 2)
                    for part in x.split([H * D, G * D, G * D], dim=-1))
-        first = kernels.cached_attention(q, k, v, *cache[0], offset, None, implementation)
+        first = kernels.cached_attention(q, k, v, *cache[0], offset, None,
+                                         implementation=implementation)
         return kernels.cached_attention(first, k * 2, v * 2, *cache[1], offset, 4,
-                                        implementation).realize()
+                                        implementation=implementation).realize()
 
     position = UOp.variable("position", 0, S - 1)
     for p in range(S):
@@ -101,3 +102,34 @@ def test_symbolic_offset_and_slices_of_one_matrix_under_the_jit(implementation):
         first = np_attention(q[:, :, -1:], k, v, p)
         right = np_attention(first, 2 * k, 2 * v, p, 4)
         assert np.abs(y - right).max() <= 5e-6 * np.abs(right).max(), p
+
+
+@pytest.mark.parametrize(("implementation", "dtype"), [
+    ("reference", "float32"), ("portable", "float32"), ("cpu", "float32"), ("cpu", "bfloat16")])
+@pytest.mark.parametrize("shape", [(4, 4, 2, 1, 300, 7, 299, None), (5, 6, 2, 1, 90, 33, 70, 20),
+                                   (2, 2, 1, 1, 200, 16, 199, None), (4, 2, 2, 5, 13, 6, 7, 4),
+                                   (3, 2, 1, 64, 300, 20, 200, None)],
+                         ids=lambda s: "-".join(map(str, s)))
+def test_rows_that_begin_later_do_not_see_the_padding(shape, implementation, dtype):
+    """Each is as if its keys before start were not there. Padding sees itself, and is finite."""
+    B, H, G, T, S, D, offset, window = shape
+    arrays = draw(B, H, G, T, S, D)
+    start = np.array([0, offset, offset // 2, offset + T - 1, 1])[:B]
+    for b in range(B):
+        for name in ("keys", "values"):
+            arrays[name][b, :, :start[b]] *= 1e4
+    inputs = {name: Tensor(a).cast(dtype).contiguous().realize() for name, a in arrays.items()}
+    arrays = {name: x.float().numpy() for name, x in inputs.items()}
+    y = kernels.cached_attention(**inputs, offset=offset, window=window,
+                                 start=Tensor(start.astype(np.int32)).realize(),
+                                 implementation=implementation).float().numpy()
+    keys, values = (a.astype(np.float64) for a in after(arrays, offset))
+    assert np.isfinite(y).all()
+    for b, first in enumerate(start):
+        pad = max(0, first - offset)  # queries that are padding themselves
+        right = np_attention(arrays["q"][b:b + 1, :, pad:], keys[b:b + 1, :, first:],
+                             values[b:b + 1, :, first:], max(offset - first, 0), window)
+        error = np.abs(y[b:b + 1, :, pad:] - right).max() / np.abs(right).max()
+        assert error <= (5e-6 if dtype == "float32" else 2e-2), b
+        own = values[b, :, offset:offset + pad].repeat(H // G, axis=0)
+        np.testing.assert_allclose(y[b, :, :pad], own, rtol=1e-6)

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from gpt import GPT
@@ -85,10 +84,10 @@ def test_permissions_follow_the_umask(tmp_path, tensors, umask, mode):
 
 
 def test_shapes_are_compared_by_name(tensors):
-    checkpoint.check_shapes({"a": np.zeros((2, 3))}, {"a": (2, 3)})
-    for arrays in ({"a": np.zeros((3, 2))}, {}, {"a": np.zeros((2, 3)), "b": np.zeros(1)}):
+    checkpoint.check_shapes({"a": (2, 3)}, {"a": (2, 3)})
+    for shapes in ({"a": (3, 2)}, {}, {"a": (2, 3), "b": (1,)}):
         with pytest.raises(CheckpointError, match=r"file.*(a|b)"):
-            checkpoint.check_shapes(arrays, {"a": (2, 3)}, "file")
+            checkpoint.check_shapes(shapes, {"a": (2, 3)}, "file")
 
 
 def test_another_setting_is_named_with_both_values():
@@ -100,20 +99,17 @@ def test_another_setting_is_named_with_both_values():
 
 # ---- a save that fails, or is killed
 
-@pytest.mark.parametrize("error", [
-    OSError(28, "No space left on device"), SafetensorError("I/O error: No space left on device")],
-    ids=["OSError", "SafetensorError"])
-@pytest.mark.parametrize("step", ["save_file", "os.fsync"])
-def test_a_save_that_fails_changes_nothing(tmp_path, tensors, monkeypatch, error, step):
+@pytest.mark.parametrize("step", ["checkpoint.write", "tensorfile.os.fsync"])
+def test_a_save_that_fails_changes_nothing(tmp_path, tensors, monkeypatch, step):
     path = checkpoint.save(tmp_path / "ckpt_7.safetensors", tensors, FACTS)
     before = files(tmp_path)
 
     def fails(*args):
-        if step == "save_file":
-            args[1].write_bytes(b"the first half")
-        raise error
+        if step == "checkpoint.write":
+            args[0].write_bytes(b"the first half")
+        raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(f"tinygpt.checkpoint.{step}", fails)
+    monkeypatch.setattr(f"tinygpt.{step}", fails)
     with pytest.raises(CheckpointError, match=r"ckpt_7.*No space left") as caught:
         checkpoint.save(path, tensors | {"more": np.ones(9)}, FACTS)
     assert "\n" not in str(caught.value) and files(tmp_path) == before
@@ -246,7 +242,7 @@ def test_a_hostile_header_is_refused(tmp_path, header, body, length):
     refused(raw_file(tmp_path / "x.safetensors", header, body, length))
 
 
-@pytest.mark.parametrize("dtype, size", [("BF16", 2), ("F8_E4M3", 1), ("F8_E5M2", 1)])
+@pytest.mark.parametrize("dtype, size", [("F8_E4M3", 1), ("F8_E5M2", 1)])
 def test_a_dtype_that_numpy_lacks_is_refused(tmp_path, dtype, size):
     one = {"dtype": dtype, "shape": [1], "data_offsets": [0, size]}
     refused(raw_file(tmp_path / "x.safetensors", {"__metadata__": META, "a": one}, b"1" * size))

@@ -28,6 +28,19 @@ def test_equals_numpy(B, V, temperature, implementation, rng):
 
 
 @for_each
+def test_rows_with_keys_of_their_own(implementation, rng):
+    """Each is drawn as it is where all rows have its key."""
+    logits = Tensor(rng.standard_normal((4, 33), dtype=np.float32)).realize()
+    keys = np.concatenate([make_key(number) for number in (5, 0, 5, 7)])
+    got = kernels.draw(logits, Tensor(keys), Tensor([0.9]), implementation).numpy()
+    for row, key in enumerate(keys):
+        alike = kernels.draw(logits, Tensor([key], dtype="uint32"), Tensor([0.9]), implementation)
+        assert alike.numpy()[row] == got[row]
+    with pytest.raises(ValueError, match="draw cannot take"):
+        kernels.draw(logits, Tensor(keys[:3]), implementation=implementation)
+
+
+@for_each
 @pytest.mark.parametrize("V", [3, 16, 37, 20011])
 def test_without_a_key_the_first_of_the_largest(V, implementation, rng):
     logits = rng.integers(-3, 3, (5, V)).astype(np.float32)

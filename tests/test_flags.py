@@ -319,15 +319,16 @@ def saved(tmp_path, monkeypatch):
 
 @pytest.fixture
 def drawn(monkeypatch):
-    """What decoders are told, in the place of drawing: the ids and the SampleConfig."""
-    told = []
+    """What decoders are given, in the place of drawing: the lengths of the prompts and the
+    SampleConfig."""
+    given = []
 
-    def run(decoder, ids, config):
-        told.append((ids.shape, config))
-        yield from np.full((config.max_new_tokens, len(ids)), ord("a"))
+    def run(decoder, model, prompts, config):
+        given.append((tuple(map(len, prompts)), config))
+        yield from np.full((config.max_new_tokens, len(prompts)), ord("a"))
 
     monkeypatch.setattr(Decoder, "run", run)
-    return told
+    return given
 
 
 @pytest.mark.parametrize("samples", [1, 3])
@@ -337,7 +338,7 @@ def test_every_option_of_a_draw_reaches_the_decoder(saved, drawn, samples):
     assert options.keys() == {f.name for f in fields(SampleConfig)}
     flags = [f"--{name}={value}" for name, value in options.items()]
     assert generate.main([*flags, "--prompt", "ab", f"--num_samples={samples}"]) == 0
-    assert drawn == [((samples, 2), SampleConfig(**options))]
+    assert drawn == [((2,) * samples, SampleConfig(**options))]
 
 
 @pytest.mark.parametrize("samples", [1, 2])

@@ -1,6 +1,6 @@
 """Low-rank adapters and frozen weights: what changes, what is saved, and what it equals."""
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -9,6 +9,7 @@ from tinygrad import Tensor
 from gpt import GPT, GPTConfig
 from tinygpt import checkpoint, lora
 from tinygpt.config import TrainConfig
+from tinygpt.tokenizer import ByteTokenizer, CharTokenizer
 from train import train
 
 pytestmark = pytest.mark.usefixtures("without_samples")
@@ -125,6 +126,59 @@ def test_adapters_of_another_model_and_files_without_any_are_refused(tmp_path):
     plain = GPT(TINY).save_checkpoint(1, None, tmp_path)
     with pytest.raises(ValueError, match="no LoRA adapters"):
         lora.load(GPT(TINY), plain)
+
+
+def test_adapters_are_tied_to_the_tokenizer_and_the_configuration(tmp_path):
+    """Of models of the same shapes; dropout and a cropped context make no other model."""
+    def with_tokenizer(tokenizer, **changes) -> GPT:
+        model = GPT(replace(TINY, **changes))
+        model.tokenizer = tokenizer
+        return model
+
+    trained = with_adapters()
+    trained.tokenizer = ByteTokenizer()
+    path = lora.save(trained, trained.state_dict(), {"model_config": asdict(TINY)}, tmp_path)
+    other = CharTokenizer("".join(map(chr, range(32, 288))))
+    refusals = ((with_tokenizer(other), "'byte' of 256 ids .*, but the model has 'char' of 256"),
+                (with_tokenizer(ByteTokenizer(), activation="gelu_tanh"),
+                 "activation='gelu', but this one has activation=gelu_tanh"))
+    for model, says in refusals:
+        before = logits(model)
+        with pytest.raises(ValueError, match=says) as caught:
+            lora.load(model, path)
+        assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+        assert np.array_equal(logits(model), before)
+    good = with_tokenizer(ByteTokenizer(), dropout=0.1)
+    lora.load(good, path)
+    np.testing.assert_allclose(logits(good), logits(trained), atol=1e-5)
+    lora.load(GPT(TINY), path)  # whose tokenizer is not known
+
+
+def test_a_resumed_run_keeps_its_adapters_settings(config, text):
+    config = replace(config, lora_rank=2, lora_alpha=8.0)
+    train(GPT(TINY), replace(config, max_iters=2), text)
+    for changes, says in ((dict(lora_alpha=3.0), "lora_alpha=8.0, but lora_alpha=3.0"),
+                          (dict(lora_rank=3), "lora_rank=2, but lora_rank=3"),
+                          (dict(lora_rank=0), "lora_rank=2, but lora_rank=0"),
+                          (dict(lora_targets="h.*.mlp.c_fc"), "but lora_targets=h.*.mlp.c_fc"),
+                          (dict(freeze="h.0.*"), "freeze=None, but freeze=h.0.* was asked for")):
+        with pytest.raises(ValueError) as caught:
+            train(GPT(TINY), replace(config, resume=True, **changes), text)
+        message = str(caught.value)
+        assert says in message and "ckpt_2.safetensors" in message and "\n" not in message
+        assert "use the same" in message
+
+
+def test_a_script_that_loads_adapters_of_another_alpha_or_rank_is_told(tmp_path):
+    path = with_adapters().save_checkpoint(1, None, tmp_path)
+    for rank, alpha, says in ((3, 5.0, "lora_alpha=6.0, but lora_alpha=5.0"),
+                              (2, 6.0, "lora_rank=3, but lora_rank=2")):
+        model = GPT(TINY)
+        lora.attach(model, rank, alpha, "h.*.attn.c_attn,h.1.mlp.*", 0)
+        with pytest.raises(ValueError, match=says):
+            model.load_checkpoint(path)
+    with pytest.raises(ValueError, match="lora_rank=3, but lora_rank=0"):
+        GPT(TINY).load_checkpoint(path)
 
 
 def test_export_and_quantize_merge_first(tmp_path):

@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 from tinygrad import Tensor
 
+import generate
+import train
 from gpt import GPT, GPTConfig
-from tinygpt import pretrained, tensorfile
+from tinygpt import evaluate, lora, pretrained, tensorfile
 from tinygpt.tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer
 
 torch = pytest.importorskip("torch")
@@ -182,6 +184,68 @@ def test_what_our_model_lacks_is_refused_in_one_line_that_names_it(tmp_path, nam
     assert says in str(caught.value) and "\n" not in str(caught.value)
 
 
+WRONG = [float("inf"), float("nan"), "7", [7], {"a": 1}, True, 10**400, -1]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A GPT-2 and a Llama of transformers, and what their config.json has."""
+    found = {}
+    for name in ("gpt2", "llama"):
+        folder = tmp_path_factory.mktemp(name)
+        saved(folder, name)
+        found[name] = folder / "config.json", json.loads((folder / "config.json").read_text())
+    return found
+
+
+@pytest.mark.parametrize(("name", "setting", "values"), [
+    *(("gpt2", setting, [*WRONG, 1.5, 10**9]) for setting in (
+        "n_layer", "n_head", "n_embd", "n_inner", "n_positions", "vocab_size")),
+    *(("llama", setting, [*WRONG, 1.5, 10**9]) for setting in (
+        "num_hidden_layers", "num_attention_heads", "hidden_size", "intermediate_size",
+        "num_key_value_heads", "vocab_size", "head_dim")),
+    ("llama", "max_position_embeddings", [*WRONG, 1.5]),
+    ("gpt2", "layer_norm_epsilon", [*WRONG, 0]), ("llama", "rms_norm_eps", [*WRONG, 0]),
+    *((name, setting, [*WRONG[:5], 1]) for name, setting in (
+        ("gpt2", "tie_word_embeddings"), ("gpt2", "activation_function"), ("gpt2", "model_type"),
+        ("llama", "model_type"), ("llama", "attention_bias"), ("llama", "mlp_bias"),
+        ("llama", "hidden_act"), ("gpt2", "scale_attn_weights")))])
+def test_settings_of_the_wrong_type_or_size_end_at_once_in_a_line(folders, name, setting, values):
+    """Before memory is asked for, or names are made."""
+    path, settings = folders[name]
+    try:
+        for value in values:
+            path.write_text(json.dumps(settings | {setting: value}))
+            with pytest.raises(ValueError) as caught:
+                GPT.from_pretrained(path.parent)
+            assert str(path.parent) in str(caught.value), value
+            assert "\n" not in str(caught.value) and len(str(caught.value)) < 600, value
+    finally:
+        path.write_text(json.dumps(settings))
+
+
+@pytest.mark.parametrize("rope", [5, "linear", [1], {"rope_type": 5}, {"rope_type": ["a"]},
+                                  {"rope_theta": "x"}, {"rope_theta": float("inf")},
+                                  {"rope_type": "default", "partial_rotary_factor": "x"}], ids=str)
+@pytest.mark.parametrize("setting", ["rope_parameters", "rope_scaling"])
+def test_rope_settings_of_the_wrong_type_are_refused(folders, setting, rope):
+    path, settings = folders["llama"]
+    try:
+        path.write_text(json.dumps(settings | {"rope_parameters": None, setting: rope}))
+        with pytest.raises(ValueError, match=str(path)) as caught:
+            GPT.from_pretrained(path.parent)
+        assert "\n" not in str(caught.value)
+    finally:
+        path.write_text(json.dumps(settings))
+
+
+def test_a_checkpoint_with_adapters_says_how_to_merge_them(tmp_path):
+    model = GPT(GPTConfig(**OWN))
+    lora.attach(model, 1, 1.0, "h.*", 0)
+    with pytest.raises(ValueError, match=r"LoRA adapters.*--export"):
+        GPT.from_pretrained(model.save_checkpoint(1, None, tmp_path))
+
+
 @pytest.mark.parametrize("damage", [
     lambda p: p.write_bytes(p.read_bytes()[:-1]), lambda p: p.write_bytes(p.read_bytes()[:100]),
     lambda p: p.write_bytes(b""), lambda p: p.write_bytes(p.read_bytes() + b"\0"),
@@ -190,6 +254,8 @@ def test_what_our_model_lacks_is_refused_in_one_line_that_names_it(tmp_path, nam
     lambda p: p.write_bytes(p.read_bytes().replace(b'[97,80]', b'[97,81]', 1)),
     lambda p: p.unlink(), lambda p: (p.parent / "config.json").unlink(),
     lambda p: (p.parent / "config.json").write_text("{"),
+    lambda p: (p.parent / "config.json").write_text("[" * 100_000),
+    lambda p: ((p.parent / "config.json").unlink(), os.mkfifo(p.parent / "config.json")),
     lambda p: (p.parent / "config.json").write_text("[]")])
 def test_damaged_folders_are_refused_in_one_line(tmp_path, damage):
     saved(tmp_path, "gpt2")
@@ -222,8 +288,8 @@ def test_a_model_is_never_in_memory_twice(tmp_path):
         return peak
 
     assert peak_of(lambda: model.save_pretrained(tmp_path / "out")) < 1.3 * largest
-    found = pretrained.open_pretrained(tmp_path / "out")
-    assert peak_of(lambda: found.fill(model.state_dict())) < 1.3 * largest
+    with pretrained.open_pretrained(tmp_path / "out") as found:
+        assert peak_of(lambda: found.fill(model.state_dict())) < 1.3 * largest
 
 
 # ---- exports
@@ -310,7 +376,9 @@ def test_gpt2s_own_tokenizer_survives_the_way_through_tokenizer_json(tmp_path, g
     lambda d: d["model"]["merges"].reverse(), lambda d: d["model"]["merges"].pop(),
     lambda d: d["added_tokens"].append({"id": 9, "content": "<x>"}),
     lambda d: d.update(post_processor={"type": "TemplateProcessing"}),
-    lambda d: d.clear(), lambda d: d["model"]["vocab"].update(a="b")])
+    lambda d: d.clear(), lambda d: d["model"]["vocab"].update(a="b"),
+    lambda d: d["added_tokens"][0].pop("id"), lambda d: d.update(added_tokens=[5]),
+    lambda d: d["model"].update(vocab={"abcdefghij"[i]: i for i in range(10)}, merges=[])])
 def test_a_tokenizer_json_of_another_kind_is_not_taken_for_ours(tmp_path, text, change):
     model = GPT(GPTConfig(**OWN | dict(vocab_size=300)))
     model.tokenizer = BPETokenizer.train(text, 280)
@@ -319,7 +387,31 @@ def test_a_tokenizer_json_of_another_kind_is_not_taken_for_ours(tmp_path, text, 
     data = json.loads(path.read_text())
     change(data)
     path.write_text(json.dumps(data))
-    assert GPT.from_pretrained(tmp_path / "x").tokenizer is None
+    with pytest.warns(pretrained.TokenizerWarning, match=r"x/tokenizer\.json is damaged, or"):
+        assert GPT.from_pretrained(tmp_path / "x").tokenizer is None
+    with pretrained.tokenizer_needed(), pytest.raises(ValueError, match=r"tokenizer\.json"):
+        GPT.from_pretrained(tmp_path / "x")
+
+
+def test_a_gpt2_with_a_tokenizer_json_that_cannot_be_read_does_not_get_gpt2s(tmp_path, gpt2_files):
+    model = GPT(GPTConfig(**OWN | dict(vocab_size=50257, n_embd=2)), seed=None)
+    model.tokenizer = BPETokenizer.of([bytes([b]) for b in range(256)])
+    model.save_pretrained(tmp_path / "x")
+    path = tmp_path / "x" / "tokenizer.json"
+    for text in ("{", "[" * 9999, '{"version": "1.0"}'):
+        path.write_text(text)
+        with pytest.warns(pretrained.TokenizerWarning, match=r"tokenizer\.json"):
+            assert GPT.from_pretrained(tmp_path / "x").tokenizer is None
+    path.unlink()
+    assert GPT.from_pretrained(tmp_path / "x").tokenizer.vocab_size == 50257
+
+
+def test_a_tokenizer_of_more_ids_than_the_model_is_not_taken(tmp_path):
+    model = GPT(GPTConfig(**OWN))
+    model.tokenizer = ByteTokenizer()
+    model.save_pretrained(tmp_path / "x")
+    with pytest.warns(pretrained.TokenizerWarning, match="256 ids, but the model vocab_size=97"):
+        assert GPT.from_pretrained(tmp_path / "x").tokenizer is None
 
 
 def test_tokens_that_no_merge_makes_are_not_exported(tmp_path):
@@ -398,6 +490,26 @@ def test_a_fine_tune_that_cannot_be_gets_one_line_and_status_2(command, folder, 
                    env={"XDG_CACHE_HOME": str(tmp_path / "cache")})
     assert done.returncode == 2 and says in done.stderr
     assert len(done.stderr.splitlines()) == 1 and not (tmp_path / "checkpoints").exists()
+
+
+def test_a_damaged_tokenizer_json_is_an_error_where_a_tokenizer_is_needed(folder, text_file,
+                                                                          tmp_path, capsys):
+    (folder / "tokenizer.json").write_text("{")
+    ids = tmp_path / "ids.bin"
+    np.arange(40, dtype=np.uint16).tofile(ids)
+    start = ("--init_from", str(folder), "--data", str(text_file), "--out_dir", str(tmp_path / "o"))
+    needing = ((generate.main, ["--checkpoint", str(folder)]), (train.main, [*start]),
+               (evaluate.main, [str(folder), str(text_file)]))
+    for main, flags in needing:
+        assert main(flags) == 2
+        err = capsys.readouterr().err
+        assert len(err.splitlines()) == 1 and f"{folder / 'tokenizer.json'} is damaged" in err
+    assert not (tmp_path / "o").exists()
+    for main, flags in ((generate.main, ["--checkpoint", str(folder), "--export",
+                                         str(tmp_path / "out")]),
+                        (evaluate.main, [str(folder), str(ids)])):
+        with pytest.warns(pretrained.TokenizerWarning, match=r"tokenizer\.json is damaged"):
+            assert main(flags) == 0
 
 
 @pytest.mark.parametrize("left", [0, 7, 500])

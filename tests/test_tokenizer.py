@@ -19,6 +19,7 @@ from tinygpt.tokenizer import (
     ByteTokenizer,
     CharTokenizer,
     StreamDecoder,
+    fingerprint,
     load_tokenizer,
     make_tokenizer,
 )
@@ -310,3 +311,15 @@ def test_without_files_and_network_gpt2_says_what_to_do(fresh_gpt2, monkeypatch,
 def test_a_kind_that_there_is_not_is_refused():
     with pytest.raises(ValueError, match="no tokenizer 'foo': choose bpe, gpt2, char or byte"):
         make_tokenizer("foo", "text", 300)
+
+
+def test_a_fingerprint_says_whether_two_tokenizers_are_the_same():
+    tokens = [bytes([b]) for b in range(256)]
+    tokenizers = [ByteTokenizer(), CharTokenizer("ab"), CharTokenizer("ba"), CharTokenizer("abc"),
+                  *(BPETokenizer.of(tokens + more) for more in ([b"ab"], [b"ba"], [b"ab", b"ba"]))]
+    prints = [fingerprint(t) for t in tokenizers]
+    assert len(set(prints)) == len(prints) and all(len(p) == 16 for p in prints)
+    again = [load_tokenizer(json.loads(json.dumps(t.to_json()))) for t in tokenizers]
+    assert [fingerprint(t) for t in again] == prints
+    assert fingerprint(ByteTokenizer()) == "e91c57d204089fad"  # files keep it: it may not change
+    assert fingerprint(None) is None

@@ -11,7 +11,7 @@ import pytest
 from tiny import FLAGS, TINY, losses
 
 from gpt import GPT
-from tinygpt import checkpoint
+from tinygpt import checkpoint, lora
 from tinygpt.data import load_data
 from tinygpt.kernels import use
 from tinygpt.report import Report
@@ -127,12 +127,65 @@ def test_one_batch_overfits(config, tmp_path):
 def test_a_non_finite_loss_changes_nothing_and_stops_with_advice(config, text):
     model = GPT(TINY)
     poisoned = weights(model)
-    poisoned["ln_f.bias"][3] = np.nan
+    poisoned["ln_f.weight"] *= np.float32(3e38)  # finite, but its logits are not
     model.load_state_dict(poisoned)
     with pytest.raises(ValueError, match="--learning_rate"):
         train(model, replace(config, max_iters=50), text)
     for name, w in weights(model).items():
         assert np.array_equal(w, poisoned[name], equal_nan=True), name
+
+
+def test_a_run_of_weights_that_are_not_finite_saves_nothing(config, text, tmp_path):
+    """However few its steps are, all of which are skipped."""
+    model = GPT(TINY)
+    model.load_state_dict(weights(model) | {"ln_f.bias": np.full(TINY.n_embd, np.nan)})
+    config = replace(config, max_iters=2, eval_interval=2)
+    with pytest.raises(ValueError, match=r"ln_f\.bias has NaN or infinite values") as caught:
+        train(model, config, text)
+    assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
+    run = Run(GPT(TINY), config, load_data(text, "byte", 256))
+    path = run._save(3.0)
+    before = {p: p.read_bytes() for p in path.parent.iterdir()}
+    run.model.load_state_dict(weights(model))
+    with pytest.raises(ValueError, match=r"model\.ln_f\.bias has NaN or infinite values"):
+        run._save(2.0)
+    assert {p: p.read_bytes() for p in path.parent.iterdir()} == before
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_a_run_killed_between_a_save_and_its_mark_is_marked_when_it_resumes(config, text, tmp_path,
+                                                                            rank):
+    config, out = replace(config, lora_rank=rank), tmp_path / "out"
+    best = [out / checkpoint.BEST, *([out / lora.FILE] if rank else [])]
+    train(GPT(TINY), replace(config, max_iters=3), text)
+    older = [path.read_bytes() for path in best]
+    result = train(GPT(TINY), replace(config, resume=True), text)
+    header = checkpoint.load_metadata(result.last)
+    assert header["is_best"] and header["iter_num"] == 6  # the tiny run improves all the time
+    marked = [path.read_bytes() for path in best]
+    assert marked[0] == result.last.read_bytes()
+    for path, content in zip(best, older, strict=True):
+        path.unlink()  # a link to the checkpoint
+        path.write_bytes(content)
+    train(GPT(TINY), replace(config, resume=True), text)
+    assert [path.read_bytes() for path in best] == marked
+    best[0].unlink()
+    train(GPT(TINY), replace(config, resume=True), text)
+    assert best[0].read_bytes() == marked[0]
+
+
+def test_a_checkpoint_that_is_not_the_best_is_not_marked_when_its_run_resumes(config, text,
+                                                                              tmp_path):
+    run = Run(GPT(TINY), config, load_data(text, "byte", 256))
+    for n, loss in enumerate((3.0, 2.0, 2.5), 1):
+        run.iter_num = n
+        run._save(loss)
+    best = checkpoint.load_metadata(tmp_path / "out" / checkpoint.BEST)
+    assert best["iter_num"] == 2 and best["best_val_loss"] == 2.0
+    resumed = Run(GPT(TINY), replace(config, resume=True), load_data(text, "byte", 256))
+    assert resumed.iter_num == 3
+    resumed._finish_marking()
+    assert checkpoint.load_metadata(tmp_path / "out" / checkpoint.BEST) == best
 
 
 def test_dropout_is_fresh_at_every_step(config, text):

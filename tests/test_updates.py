@@ -49,7 +49,7 @@ def test_orthogonalize_has_room_for_every_thread_that_there_is(monkeypatch):
     monkeypatch.setattr(Tensor, "empty", lambda *shape, **options: made.append(shape)
                         or empty(*shape, **options))
     kernels.orthogonalize(*[Tensor.ones(5, 7)] * 16, implementation="cpu")
-    assert made[-1] == (min(threads, 16), 4, 5, 5)
+    assert (min(threads, 16), 4, 5, 5) in made
 
 
 @pytest.mark.parametrize("implementation", implementations("square_sum"))

@@ -1,14 +1,13 @@
 """The baseline that a GPT has to beat: the next token is guessed from the last one alone."""
 
-import weakref
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 from tinygrad import Tensor
 
-from tinygpt import checkpoint, device, kernels
+from tinygpt import device, kernels
 from tinygpt.config import check, setting
+from tinygpt.kernels.loss import Loss
 from tinygpt.language_model import LanguageModel
 
 
@@ -43,18 +42,23 @@ class Bigram(LanguageModel):
     def __call__(self, idx: Tensor, targets: Tensor | None = None, dropout_key=None,
                  label_smoothing: float = 0.0, z_loss: float = 0.0):
         """Logits (B, T, V) for idx (B, T) int32; with targets (B, T) int32 also the loss."""
+        self._check_tokens(idx, targets)
         logits = kernels.embedding(idx, self.table)  # (B, T, V)
         if targets is None:
             return logits
-        return logits, kernels.cross_entropy(logits.reshape(-1, self.config.vocab_size),
-                                             targets.reshape(-1), label_smoothing, z_loss)
+        loss = kernels.cross_entropy(logits.reshape(-1, self.config.vocab_size),
+                                     targets.reshape(-1), label_smoothing, z_loss)
+        return logits, Loss(loss, self.state_dict)
 
-    def _cached_forward(self, batch_size: int):
-        model = weakref.proxy(self)  # which owns its decoders, not the reverse
+    @property
+    def device(self) -> str | tuple[str, ...]:
+        return self.table.device
 
-        def forward(tokens: Tensor, position, row) -> Tensor:
-            return kernels.embedding(tokens[:, row:row + 1], model.table)[:, 0]  # (B, V)
-        return forward
+    def _new_cache(self, batch_size: int, start: Tensor | None = None) -> None:
+        """None: a token is all that is seen."""
+
+    def _next_logits(self, tokens: Tensor, cache: None, position, row) -> Tensor:
+        return kernels.embedding(tokens[:, row:row + 1], self.table)[:, 0]
 
     def quantize(self, kind: str) -> "Bigram":
         raise ValueError("a bigram model is not quantized: leave out --quantize")
@@ -74,9 +78,10 @@ class Bigram(LanguageModel):
         return 0
 
     @classmethod
-    def _for_tensors(cls, config: BigramConfig, tensors: dict[str, np.ndarray], facts: dict,
-                     path: str | Path) -> "Bigram":
-        if tensors.get("table", np.empty(0)).shape != (config.vocab_size, config.vocab_size):
-            raise checkpoint.CheckpointError(f"{path} does not hold the table that its header "
-                                             "describes: use another one")
+    def shapes(cls, config: BigramConfig) -> dict[str, tuple[int, ...]]:
+        """The shape of the table, by its name."""
+        return {"table": (config.vocab_size, config.vocab_size)}
+
+    @classmethod
+    def _undrawn(cls, config: BigramConfig) -> "Bigram":
         return cls(config)

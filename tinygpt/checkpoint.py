@@ -1,8 +1,8 @@
 """Checkpoints: one safetensors file each, written whole or not at all, and never unpickled.
 
-`ckpt_<iter>.safetensors` is what a run can go on from, `best.safetensors` the one with the lowest
-validation loss. Tensors are named `model.*`, `optimizer.*`; the header's `__metadata__` holds one
-JSON string per fact.
+`ckpt_<iter>.safetensors` is what a run resumes from, `best.safetensors` the one with the lowest
+validation loss. Tensors are named `model.*`, `optimizer.*`, `ema.*`; the values of the header's
+`__metadata__` are JSON.
 """
 
 import fcntl
@@ -15,8 +15,10 @@ from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from tinygrad import Tensor, dtypes
+
+from tinygpt.tensorfile import NAMES, TensorFile, TensorFileError, one_line, write
+from tinygpt.tokenizer import Tokenizer, load_tokenizer
 
 FORMAT = "tinygpt-1"
 BEST = "best.safetensors"
@@ -24,8 +26,87 @@ RUN_FILES = ("ckpt_*.safetensors", BEST, "lora.safetensors", "metrics.jsonl", "l
              "tensorboard", "config.json")
 
 
-class CheckpointError(ValueError):
+class CheckpointError(TensorFileError):
     """A checkpoint that is missing, damaged, does not fit, or cannot be written."""
+
+
+def _is_count(value) -> bool:
+    return type(value) is int and 0 <= value < 2**53
+
+
+def _is_number(value) -> bool:
+    """Whether a JSON value is a number or infinite: the best loss is, before an evaluation."""
+    return (type(value) is float and value == value) or (
+        type(value) is int and abs(value) < 2**53)
+
+
+def _is_positive(value) -> bool:
+    return _is_number(value) and 0 < value < float("inf")
+
+
+# What a header's values are; a script may add others of its own
+VALUES = {
+    "model": ("gpt or bigram", lambda v: v in ("gpt", "bigram")),
+    "model_config": ("an object", lambda v: isinstance(v, dict)),
+    "train_config": ("an object", lambda v: isinstance(v, dict)),
+    "tokenizer": ("an object or null", lambda v: v is None or isinstance(v, dict)),
+    "lora_tokenizer": ("an object or null", lambda v: v is None or isinstance(v, dict)),
+    "lora_alpha": ("a number above 0 or null", lambda v: v is None or _is_positive(v)),
+    "iter_num": ("a number of steps", _is_count),
+    "stale_evaluations": ("a number of evaluations", _is_count),
+    "best_val_loss": ("a number", _is_number),
+    "is_best": ("true or false", lambda v: isinstance(v, bool)),
+    "gradient_norms": ("a list of numbers",
+                       lambda v: isinstance(v, list) and all(map(_is_number, v))),
+}
+
+
+class Checkpoint(TensorFile):
+    """An open checkpoint: `header` has its metadata, checked. Raises CheckpointError."""
+
+    error = CheckpointError
+    remedy = "use another one"
+
+    def __init__(self, path: str | Path):
+        if not os.path.isfile(path):
+            raise CheckpointError(f"there is no checkpoint {path}: train one with train.py, "
+                                  "or name another")
+        super().__init__(path)
+        try:
+            self.header = self._checked()
+        except CheckpointError:
+            self.close()
+            raise
+
+    def part(self, prefix: str) -> dict[str, tuple[int, ...]]:
+        """The shapes of the tensors whose names begin with prefix, under what follows it."""
+        return part(self.shapes, prefix)
+
+    def read_part(self, prefix: str) -> dict[str, np.ndarray]:
+        """The tensors whose names begin with prefix, under what follows it."""
+        return {name: self.read(prefix + name) for name in self.part(prefix)}
+
+    def _checked(self) -> dict:
+        if not is_ours(self) or "model_config" not in self.metadata:
+            raise CheckpointError(f"{self.path} was not saved by this project")
+        try:
+            header = {k: json.loads(v) for k, v in self.metadata.items()}
+        except (ValueError, RecursionError) as error:
+            raise CheckpointError(f"{self.path} has damaged metadata ({one_line(error)}): "
+                                  "use another one") from error
+        _check_values(header, self.path)
+        return header
+
+
+def _check_values(header: dict, path: Path) -> None:
+    for key, (kind, holds) in VALUES.items():
+        if key in header and not holds(header[key]):
+            raise CheckpointError(f"{path} has {key}={one_line(header[key])}, which is not {kind}")
+
+
+def is_ours(file: TensorFile) -> bool:
+    """Whether an open safetensors file says that this project wrote it."""
+    return file.metadata.get("format") == json.dumps(FORMAT)
 
 
 def name(iter_num: int) -> str:
@@ -33,29 +114,55 @@ def name(iter_num: int) -> str:
     return f"ckpt_{iter_num}.safetensors"
 
 
-def save(path: Path, tensors: dict[str, np.ndarray], facts: dict) -> Path:
-    """Writes tensors and facts (JSON values) to path, atomically, and returns path.
+def tokenizer_of(file: Checkpoint) -> Tokenizer | None:
+    """The tokenizer in a checkpoint's metadata. Raises CheckpointError."""
+    if not file.header.get("tokenizer"):
+        return None
+    try:
+        tokenizer = load_tokenizer(file.header["tokenizer"])
+    except ValueError as error:
+        raise CheckpointError(f"{file.path} has a tokenizer that cannot be used "
+                              f"({one_line(error)}): use another one") from error
+    size = file.header["model_config"].get("vocab_size")
+    if not isinstance(size, int) or tokenizer.vocab_size > size:
+        raise CheckpointError(f"{file.path} has a tokenizer of {tokenizer.vocab_size} ids, but "
+                              f"vocab_size={one_line(size)}: use another one")
+    return tokenizer
+
+
+def save(path: Path, tensors: dict[str, np.ndarray], metadata: dict) -> Path:
+    """Writes tensors and metadata (JSON values) to path, atomically, and returns path.
 
     The file appears under its name only when it is whole and on the disk. Raises CheckpointError
-    where it cannot be written; what stood at path before stays.
+    where it cannot be written, metadata has a value that cannot be read back, or a tensor has NaN
+    or infinite values; what stood at path before stays.
     """
-    facts = facts | {"format": FORMAT, "tinygrad": version("tinygrad")}
-    metadata = {k: json.dumps(v) for k, v in facts.items()}
+    texts = _as_json(metadata | {"format": FORMAT, "tinygrad": version("tinygrad")}, path)
+    # the widest first, so that each tensor is aligned
+    order = sorted(tensors, key=lambda name: -tensors[name].itemsize)
+    like = {name: (tensors[name].shape, NAMES[tensors[name].dtype]) for name in order}
     part = path.with_name(f".{path.name}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, part, metadata)
-        part.chmod(0o666 & ~_umask())
-        with open(part, "rb") as file:
-            os.fsync(file.fileno())
+        write(part, like, (tensors[name] for name in order), texts)
         part.replace(path)
         _sync_folder(path.parent)
-    except (OSError, SafetensorError) as error:
+    except (OSError, TensorFileError) as error:
         with suppress(OSError):
             part.unlink()
         raise CheckpointError(f"{path} cannot be written ({error}): "
                               "what was saved before is untouched") from error
     return path
+
+
+def _as_json(metadata: dict, path: Path) -> dict[str, str]:
+    try:
+        texts = {k: json.dumps(v) for k, v in metadata.items()}
+    except (TypeError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"the metadata for {path} cannot be written as JSON "
+                              f"({one_line(error)})") from error
+    _check_values({k: json.loads(text) for k, text in texts.items()}, path)
+    return texts
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -88,51 +195,53 @@ def mark_best(path: Path) -> None:
         raise CheckpointError(f"{path.with_name(BEST)} cannot be written ({error})") from error
 
 
-def load(path: str | Path) -> tuple[dict[str, np.ndarray], dict]:
-    """The tensors and the facts of a checkpoint. Raises CheckpointError."""
-    facts = load_metadata(path)
+def is_of_step(path: Path, iter_num: int) -> bool:
+    """Whether a readable checkpoint of that many steps is at path."""
     try:
-        with safe_open(path, framework="numpy") as file:
-            names = list(file.keys())
-            return {k: file.get_tensor(k) for k in names}, facts
-    except (OSError, SafetensorError, AttributeError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path} is damaged ({error}): use another one") from error
+        return load_metadata(path).get("iter_num") == iter_num
+    except CheckpointError:
+        return False
+
+
+def load(path: str | Path) -> tuple[dict[str, np.ndarray], dict]:
+    """The tensors and the metadata of a checkpoint. Raises CheckpointError."""
+    with Checkpoint(path) as file:
+        return file.read_part(""), file.header
 
 
 def load_metadata(path: str | Path) -> dict:
-    """The facts of a checkpoint, without its tensors. Raises CheckpointError."""
-    if not os.path.isfile(path):
-        raise CheckpointError(f"there is no checkpoint {path}: train one with train.py, "
-                              "or name another")
-    try:
-        with safe_open(path, framework="numpy") as file:
-            metadata = file.metadata() or {}
-    except (OSError, SafetensorError, ValueError) as error:
-        raise CheckpointError(f"{path} is no whole safetensors file ({error}): "
-                              "use another one") from error
-    if metadata.get("format") != json.dumps(FORMAT) or "model_config" not in metadata:
-        raise CheckpointError(f"{path} was not saved by this project")
-    try:
-        return {k: json.loads(v) for k, v in metadata.items()}
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} has damaged metadata ({error}): use another one") from error
+    """The metadata of a checkpoint, without its tensors. Raises CheckpointError."""
+    with Checkpoint(path) as file:
+        return file.header
 
 
-def part(tensors: dict[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
-    """The tensors whose names begin with prefix, under what follows it."""
-    return {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
+def part(named: dict, prefix: str) -> dict:
+    """What has a name that begins with prefix, under what follows it."""
+    return {k.removeprefix(prefix): v for k, v in named.items() if k.startswith(prefix)}
 
 
-def check_shapes(arrays: dict[str, np.ndarray], wanted: dict[str, tuple],
+def check_shapes(theirs: dict[str, tuple], ours: dict[str, tuple],
                  path: str | Path = "the state") -> None:
-    """Raises CheckpointError unless the arrays have exactly the wanted names and shapes."""
-    for key in sorted(set(wanted) ^ set(arrays)):
-        raise CheckpointError(f"{path} {'has no' if key in wanted else 'has an unknown'} "
+    """Raises CheckpointError unless theirs has exactly the names and shapes of ours."""
+    for key in sorted(set(ours) ^ set(theirs)):
+        raise CheckpointError(f"{path} {'has no' if key in ours else 'has an unknown'} "
                               f"tensor {key}")
-    for key, shape in wanted.items():
-        if tuple(arrays[key].shape) != tuple(shape):
-            raise CheckpointError(f"{path} has {key} of shape {tuple(arrays[key].shape)}, "
+    for key, shape in ours.items():
+        if tuple(theirs[key]) != tuple(shape):
+            raise CheckpointError(f"{path} has {key} of shape {tuple(theirs[key])}, "
                                   f"the model needs {tuple(shape)}")
+
+
+def check_arrays(arrays: dict[str, np.ndarray], state: dict[str, Tensor],
+                 path: str | Path = "the state") -> None:
+    """Raises CheckpointError unless the arrays have the names, the shapes and the kinds of number
+    of a state's tensors."""
+    check_shapes({k: a.shape for k, a in arrays.items()}, {k: t.shape for k, t in state.items()},
+                 path)
+    for key, tensor in state.items():
+        if (arrays[key].dtype.kind == "f") != dtypes.is_float(tensor.dtype):
+            raise CheckpointError(f"{path} has {key} in {arrays[key].dtype}, where "
+                                  f"{tensor.dtype.name} is needed: use another one")
 
 
 def check_same(path: str | Path, theirs: dict, ours: dict, ignore: tuple[str, ...] = ()) -> None:
@@ -143,14 +252,14 @@ def check_same(path: str | Path, theirs: dict, ours: dict, ignore: tuple[str, ..
                                   "asked for: use the same, or start a new run")
 
 
-def model_kind(facts: dict) -> str:
+def model_kind(header: dict) -> str:
     """The model that a checkpoint's metadata names: "gpt" or "bigram"."""
-    return facts.get("model", "gpt")
+    return header.get("model", "gpt")
 
 
-def check_kind(path: str | Path, facts: dict, kind: str) -> None:
+def check_kind(path: str | Path, header: dict, kind: str) -> None:
     """Raises CheckpointError where a checkpoint is not of the model `kind`."""
-    if (theirs := model_kind(facts)) not in ("gpt", "bigram"):
+    if (theirs := model_kind(header)) not in ("gpt", "bigram"):
         raise CheckpointError(f"{path} has a model {theirs!r}, which is none that there is here: "
                               "use another one")
     if theirs != kind:
@@ -256,12 +365,6 @@ def _numbered(out_dir: Path) -> list[Path]:
 def _iter_num(path: Path) -> int:
     found = re.fullmatch(r"ckpt_(\d+)", path.stem)
     return int(found[1]) if found else -1
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _sync_folder(folder: Path) -> None:

@@ -64,7 +64,6 @@ class Devices:
         if len(self.names) > 1:
             for weight in model.state_dict().values():
                 weight.replace(weight.to(self.names[0]).contiguous().realize())
-            model.forget_decoders()
 
     @contextmanager
     def on_the_first(self, model):
@@ -77,7 +76,7 @@ class Devices:
             for name, weight in model.state_dict().items():
                 weight.replace(kept[name])
             if len(self.names) > 1:
-                model.forget_decoders()
+                model.free_decoders()  # which hold the weights of the first device
 
     def _place(self, tensor: Tensor, axis: int | None) -> Tensor:
         if len(self.names) > 1:

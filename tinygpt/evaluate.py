@@ -22,7 +22,7 @@ from tinygpt.data import TokenData, is_token_file, read_tokens
 from tinygpt.documents import is_jsonl, read_documents, read_text
 from tinygpt.flags import parse_flags
 from tinygpt.kernels.jit import compiled
-from tinygpt.pretrained import is_pretrained
+from tinygpt.pretrained import is_pretrained, tokenizer_needed
 from tinygpt.report import bits_per_byte
 
 TASKS = ("text", "hellaswag", "lambada")
@@ -183,15 +183,17 @@ def run(config: EvaluateConfig) -> dict[str, float]:
     device.choose(config.device)
     if config.offline and not is_pretrained(config.checkpoint):
         raise ValueError(f"{config.checkpoint} is never downloaded: leave out --offline")
+    path = Path(config.text)
+    has_ids = config.task == "text" and is_token_file(path)
     if is_pretrained(config.checkpoint):
         if config.ema:
             raise ValueError(f"{config.checkpoint} has no moving average of the weights: leave out "
                              "--ema")
-        model = GPT.from_pretrained(config.checkpoint, offline=config.offline)
+        with tokenizer_needed(not has_ids):
+            model = GPT.from_pretrained(config.checkpoint, offline=config.offline)
     else:
         model = GPT.from_checkpoint(config.checkpoint, config.ema)
-    path = Path(config.text)
-    if config.task == "text" and is_token_file(path):
+    if has_ids:
         return score_text(model, read_tokens(path, model.tokenizer), config.stride)
     if model.tokenizer is None:
         raise ValueError(f"{config.checkpoint} has no tokenizer that can be read here: give a file "

@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from tinygpt.tensorfile import one_line
 from tinygpt.tokenizer import BPETokenizer, Tokenizer
 
 ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
@@ -31,56 +32,108 @@ class Family:
     transposed: bool
     ignored: tuple[str, ...]
     required: dict[str, object]
-    read: Callable[[dict, str], dict]
+    read: Callable[["Settings"], dict]
     write: Callable[[dict, Tokenizer | None], dict]
 
 
 def require(settings: dict, required: dict[str, object], path: str) -> None:
     """Raises PretrainedError where a setting has another value than the required one."""
     for name, value in required.items():
-        if settings.get(name, value) not in (value, None):
-            raise PretrainedError(f"{path} has {name}={settings[name]!r}, which our model lacks: "
-                                  f"it reads {name}={value!r} only")
+        given = settings.get(name)
+        if given is not None and (
+                given != value or isinstance(given, bool) != isinstance(value, bool)):
+            raise PretrainedError(f"{path} has {name}={one_line(given)}, which our model lacks: it "
+                                  f"reads {name}={value!r} only")
 
 
-def _read_gpt2(settings: dict, path: str) -> dict:
-    def get(name: str, default):
-        return default if settings.get(name) is None else settings[name]
-    activation = get("activation_function", "gelu_new")
-    if activation not in ACTIVATIONS:
-        raise PretrainedError(f"{path} has activation_function={activation!r}, which our model "
-                              f"lacks: it reads {', '.join(ACTIVATIONS)}")
-    return dict(block_size=int(get("n_positions", 1024)), vocab_size=int(get("vocab_size", 50257)),
-                n_layer=int(get("n_layer", 12)), n_head=int(get("n_head", 12)),
-                n_embd=int(get("n_embd", 768)), n_inner=settings.get("n_inner"),
-                norm_eps=float(get("layer_norm_epsilon", 1e-5)), bias=True,
+class Settings:
+    """What a config.json has, each setting by the type that it must have.
+
+    A setting that is missing or null has the default. Raises PretrainedError that names the file,
+    the setting and its value where it is of another type.
+    """
+
+    def __init__(self, settings: dict, path: str):
+        self.settings, self.path = settings, path
+
+    def size(self, name: str, default: int | None) -> int | None:
+        return self._get(name, default, "a whole number of 1 or more",
+                         lambda v: type(v) is int and 1 <= v < 2**53)
+
+    def number(self, name: str, default: float) -> float:
+        return float(self._get(name, default, "a number above 0", _is_positive))
+
+    def switch(self, name: str, default: bool) -> bool:
+        return self._get(name, default, "true or false", lambda v: isinstance(v, bool))
+
+    def text(self, name: str, default: str) -> str:
+        return self._get(name, default, "a name", lambda v: isinstance(v, str))
+
+    def group(self, name: str) -> "Settings":
+        """A group of settings, {} where there is none."""
+        group = self._get(name, {}, "an object", lambda v: isinstance(v, dict))
+        return Settings(group, self.path)
+
+    def choice(self, name: str, default: str, choices) -> str:
+        value = self.text(name, default)
+        if value not in choices:
+            raise PretrainedError(f"{self.path} has {name}={one_line(value)}, which our model "
+                                  f"lacks: it reads {', '.join(choices)}")
+        return value
+
+    def _get(self, name: str, default, kind: str, holds: Callable):
+        value = self.settings.get(name)
+        if value is None:
+            return default
+        if not holds(value):
+            raise PretrainedError(f"{self.path} has {name}={one_line(value)}, which is not {kind}")
+        return value
+
+
+def _is_positive(value) -> bool:
+    return type(value) in (int, float) and 0 < value < 1e300
+
+
+def _read_gpt2(settings: Settings) -> dict:
+    activation = settings.choice("activation_function", "gelu_new", ACTIVATIONS)
+    return dict(block_size=settings.size("n_positions", 1024),
+                vocab_size=settings.size("vocab_size", 50257),
+                n_layer=settings.size("n_layer", 12), n_head=settings.size("n_head", 12),
+                n_embd=settings.size("n_embd", 768), n_inner=settings.size("n_inner", None),
+                norm_eps=settings.number("layer_norm_epsilon", 1e-5), bias=True,
                 activation=ACTIVATIONS[activation],
-                tie_weights=bool(get("tie_word_embeddings", True)))
+                tie_weights=settings.switch("tie_word_embeddings", True))
 
 
-def _read_llama(settings: dict, path: str) -> dict:
-    def get(name: str, default):
-        return default if settings.get(name) is None else settings[name]
-    heads, width = int(get("num_attention_heads", 32)), int(get("hidden_size", 4096))
-    if get("head_dim", width // heads) != width / heads:
-        raise PretrainedError(f"{path} has head_dim={settings['head_dim']}, which our model lacks: "
-                              f"its heads have hidden_size / num_attention_heads = {width / heads}")
-    bias = bool(get("attention_bias", False))
-    if bool(get("mlp_bias", False)) != bias:
-        raise PretrainedError(f"{path} has attention_bias={bias} and mlp_bias={not bias}: our "
-                              "model has biases in both or in neither")
-    rope = get("rope_parameters", None) or get("rope_scaling", {})
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind != "default" or rope.get("partial_rotary_factor", 1) != 1:
-        raise PretrainedError(f"{path} has rope_type={kind!r}, which our model lacks: it reads "
-                              "unscaled RoPE only")
-    return dict(block_size=int(get("max_position_embeddings", 2048)),
-                vocab_size=int(get("vocab_size", 32000)), n_layer=int(get("num_hidden_layers", 32)),
-                n_head=heads, n_kv_head=int(get("num_key_value_heads", heads)), n_embd=width,
-                n_inner=int(get("intermediate_size", 11008)), bias=bias, norm="rmsnorm",
-                norm_eps=float(get("rms_norm_eps", 1e-6)), activation="swiglu", position="rope",
-                rope_theta=float(rope.get("rope_theta", get("rope_theta", 10000.0))),
-                tie_weights=bool(get("tie_word_embeddings", False)))
+def _read_llama(settings: Settings) -> dict:
+    heads, width = settings.size("num_attention_heads", 32), settings.size("hidden_size", 4096)
+    size = settings.size("head_dim", None)
+    if size is not None and size * heads != width:
+        raise PretrainedError(f"{settings.path} has head_dim={size}, which our model lacks: its "
+                              f"heads have hidden_size / num_attention_heads = {width / heads}")
+    bias = settings.switch("attention_bias", False)
+    if settings.switch("mlp_bias", False) != bias:
+        raise PretrainedError(f"{settings.path} has attention_bias={bias} and mlp_bias={not bias}: "
+                              "our model has biases in both or in neither")
+    return dict(block_size=settings.size("max_position_embeddings", 2048),
+                vocab_size=settings.size("vocab_size", 32000),
+                n_layer=settings.size("num_hidden_layers", 32), n_head=heads,
+                n_kv_head=settings.size("num_key_value_heads", heads), n_embd=width,
+                n_inner=settings.size("intermediate_size", 11008), bias=bias, norm="rmsnorm",
+                norm_eps=settings.number("rms_norm_eps", 1e-6), activation="swiglu",
+                position="rope", rope_theta=_rope_theta(settings),
+                tie_weights=settings.switch("tie_word_embeddings", False))
+
+
+def _rope_theta(settings: Settings) -> float:
+    """The base of RoPE, which older files have outside the group of its other settings."""
+    groups = [settings.group(name) for name in ("rope_parameters", "rope_scaling")]
+    rope = next((group for group in groups if group.settings), groups[0])
+    kind = rope.text("rope_type", rope.text("type", "default"))
+    if kind != "default" or rope.number("partial_rotary_factor", 1) != 1:
+        raise PretrainedError(f"{settings.path} has rope_type={one_line(kind)}, which our model "
+                              "lacks: it reads unscaled RoPE only")
+    return rope.number("rope_theta", settings.number("rope_theta", 10000.0))
 
 
 def _write_gpt2(config: dict, tokenizer: Tokenizer | None) -> dict:

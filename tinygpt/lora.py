@@ -4,6 +4,7 @@ LoRA (arXiv:2106.09685): y = W x + alpha / rank * B A x, of which only A (rank, 
 are trained. A is drawn, B begins as zeros, so that the model begins as it was.
 """
 
+from dataclasses import asdict
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import numpy as np
 from tinygrad import Tensor
 
 from tinygpt import checkpoint, device, kernels
+from tinygpt.tokenizer import Tokenizer, fingerprint
 
 FILE = "lora.safetensors"
 
@@ -52,7 +54,6 @@ def attach(model, rank: int, alpha: float, targets: str, seed: int) -> None:
     """
     merge(model)
     layers, rng = linear_layers(model), np.random.default_rng([seed, rank])
-    model.forget_decoders()
     for name in _matching(targets, layers, "lora_targets"):
         N, C = layers[name].weight.shape
         if rank > min(N, C):
@@ -68,45 +69,93 @@ def merge(model) -> None:
         if layer.lora is not None:
             device.write(layer.weight, layer.weight.numpy() + layer.lora.matrix())
             layer.lora = None
-            model.forget_decoders()
 
 
-def adopt(model, arrays: dict[str, np.ndarray], alpha: float, path: str | Path) -> None:
+def is_adapter(name: str) -> bool:
+    """Whether a weight of that name belongs to an adapter."""
+    return name.endswith((".lora.a", ".lora.b"))
+
+
+def adopt(model, arrays: dict[str, np.ndarray], alpha: float | None, path: str | Path) -> None:
     """Gives a GPT the adapters among arrays, `<layer>.lora.a` and `.lora.b`.
 
-    Raises CheckpointError where they do not fit its layers.
+    Raises CheckpointError where they do not fit its layers, or have no alpha.
     """
     layers, found = linear_layers(model), {}
+    if arrays and alpha is None:
+        raise checkpoint.CheckpointError(f"{path} has LoRA adapters, but no lora_alpha in its "
+                                         "metadata: use another one")
     for name in arrays:
-        if not name.endswith(".lora.a"):
-            continue
-        layer, a = layers.get(name.removesuffix(".lora.a")), arrays[name]
-        b = arrays.get(name.removesuffix("a") + "b")
-        if layer is None or b is None or a.ndim != 2 or b.ndim != 2 or (
-                (b.shape[0], a.shape[1]) != layer.weight.shape or a.shape[0] != b.shape[1]):
+        prefix, _, kind = name.rpartition(".")
+        layer = layers.get(prefix.removesuffix(".lora"))
+        a, b = arrays.get(f"{prefix}.a"), arrays.get(f"{prefix}.b")
+        if layer is None or a is None or b is None or a.ndim != 2 or b.ndim != 2 or (
+                (b.shape[0], a.shape[1]) != layer.weight.shape or not a.shape[0] == b.shape[1] > 0):
             raise checkpoint.CheckpointError(f"{path} has {name}, which does not fit the model: "
                                              "use the one that it was trained on")
-        found[name] = layer, LoRA(a.astype(np.float32), b.astype(np.float32), alpha)
+        if kind == "a":
+            found[name] = layer, LoRA(a.astype(np.float32), b.astype(np.float32), alpha)
     for layer, adapter in found.values():
         layer.lora = adapter
-        model.forget_decoders()
 
 
-def save(model, weights: dict[str, Tensor], facts: dict, out_dir: Path) -> Path:
+def check_same(model, file: checkpoint.Checkpoint) -> None:
+    """Raises CheckpointError that names the setting in which the adapters of a model, which has
+    been trained no further than `attach`, differ from those in a checkpoint of it."""
+    ranks = [sum(shape[:1]) for name, shape in file.shapes.items() if name.endswith(".lora.a")]
+    theirs = {"lora_rank": ranks[0] if ranks else 0, "lora_alpha": file.header.get("lora_alpha")}
+    ours = {"lora_rank": next((a.a.shape[0] for a in adapters(model)), 0),
+            "lora_alpha": alpha_of(model)}
+    checkpoint.check_same(file.path, theirs, ours)
+
+
+def save(model, weights: dict[str, Tensor], metadata: dict, out_dir: Path) -> Path:
     """Writes the adapters alone, of weights by name, into out_dir; returns the file's path."""
-    tensors = {f"lora.{k}": w.numpy() for k, w in weights.items() if ".lora." in k}
-    return checkpoint.save(out_dir / FILE, tensors, facts | {"lora_alpha": alpha_of(model)})
+    tensors = {f"lora.{k}": w.numpy() for k, w in weights.items() if is_adapter(k)}
+    return checkpoint.save(out_dir / FILE, tensors, metadata | {
+        "lora_alpha": alpha_of(model), "lora_tokenizer": _identity(model.tokenizer)})
 
 
 def load(model, path: str | Path) -> None:
-    """Merges the adapters that `save` wrote into a GPT. Raises CheckpointError."""
-    tensors, facts = checkpoint.load(path)
-    arrays = checkpoint.part(tensors, "lora.")
-    if not arrays or "lora_alpha" not in facts:
-        raise checkpoint.CheckpointError(f"{path} has no LoRA adapters: name the {FILE} of a run "
-                                         "with --lora_rank")
-    adopt(model, arrays, facts["lora_alpha"], path)
+    """Merges the adapters that `save` wrote into a GPT. Raises CheckpointError, with nothing
+    changed, where they were trained on a model of another configuration or tokenizer."""
+    with checkpoint.Checkpoint(path) as file:
+        if not file.part("lora.") or file.header.get("lora_alpha") is None:
+            raise checkpoint.CheckpointError(f"{path} has no LoRA adapters: name the {FILE} of a "
+                                             "run with --lora_rank")
+        _check_base(model, file)
+        arrays = {k: file.read_float(f"lora.{k}") for k in file.part("lora.")}
+    adopt(model, arrays, file.header["lora_alpha"], path)
     merge(model)
+
+
+def _check_base(model, file: checkpoint.Checkpoint) -> None:
+    """Raises CheckpointError where adapters belong to another model; neither a context that was
+    cropped nor dropout makes it another."""
+    theirs, ours = file.header["model_config"], asdict(model.config)
+    for key in theirs.keys() & ours.keys() - {"block_size", "dropout"}:
+        if theirs[key] != ours[key]:
+            raise checkpoint.CheckpointError(
+                f"{file.path} has adapters that were trained on a model with {key}="
+                f"{checkpoint.one_line(theirs[key])}, but this one has {key}={ours[key]}: use the "
+                "one that they were trained on")
+    theirs, ours = file.header.get("lora_tokenizer"), _identity(model.tokenizer)
+    if theirs and ours and theirs != ours:
+        raise checkpoint.CheckpointError(
+            f"{file.path} has adapters that were trained with the tokenizer "
+            f"{_named(theirs)}, but the model has {_named(ours)}: use the one that they were "
+            "trained on")
+
+
+def _identity(tokenizer: Tokenizer | None) -> dict | None:
+    return tokenizer and {"kind": tokenizer.kind, "vocab_size": tokenizer.vocab_size,
+                          "fingerprint": fingerprint(tokenizer)}
+
+
+def _named(identity: dict) -> str:
+    kind, size, digest = (checkpoint.one_line(identity.get(key)) for key in (
+        "kind", "vocab_size", "fingerprint"))
+    return f"{kind} of {size} ids with the fingerprint {digest}"
 
 
 def alpha_of(model) -> float | None:

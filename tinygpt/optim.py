@@ -11,7 +11,7 @@ import numpy as np
 from tinygrad import Tensor
 
 from tinygpt import kernels
-from tinygpt.checkpoint import CheckpointError, check_shapes
+from tinygpt.checkpoint import CheckpointError, check_arrays
 from tinygpt.config import TrainConfig
 from tinygpt.kernels.blockwise import BLOCK
 
@@ -62,7 +62,7 @@ class Optimizer:
             raise CheckpointError(f"{path} has the state of the optimizer {_maker(arrays)}, not of "
                                   f"{_maker(state)}: use --optimizer {_maker(arrays)}, or start "
                                   "a new run")
-        check_shapes(arrays, {k: t.shape for k, t in state.items()}, path)
+        check_arrays(arrays, state, path)
         for name, tensor in state.items():
             tensor.assign(Tensor(arrays[name])).realize()
 
@@ -222,7 +222,7 @@ class EMA:
     def load_state_dict(self, arrays: dict[str, np.ndarray], path="the state") -> None:
         """Takes averages of the same names and shapes; raises ValueError, changing nothing, else.
         """
-        check_shapes(arrays, {k: t.shape for k, t in self.weights.items()}, path)
+        check_arrays(arrays, self.weights, path)
         for name, average in self.weights.items():
             average.assign(Tensor(arrays[name])).realize()
 

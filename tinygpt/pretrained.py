@@ -7,6 +7,8 @@ import json
 import os
 import shutil
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,9 +17,17 @@ import numpy as np
 from tinygpt import checkpoint, device, tokenizer_json
 from tinygpt.documents import DataError
 from tinygpt.download import fetch
-from tinygpt.families import ACTIVATIONS, FAMILIES, Family, PretrainedError, require
-from tinygpt.tensorfile import TensorFile, write
-from tinygpt.tokenizer import BPETokenizer, Tokenizer, load_tokenizer
+from tinygpt.families import (
+    ACTIVATIONS,
+    FAMILIES,
+    Family,
+    PretrainedError,
+    Settings,
+    require,
+)
+from tinygpt.lora import is_adapter
+from tinygpt.tensorfile import TensorFile, TensorFileError, one_line, write
+from tinygpt.tokenizer import BPETokenizer, Tokenizer
 
 NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 HUB = "https://huggingface.co/openai-community"
@@ -26,13 +36,23 @@ INDEX = "model.safetensors.index.json"
 
 @dataclass(frozen=True)
 class Pretrained:
-    """A model in files: the fields of its GPTConfig, its tokenizer, and where its weights are."""
+    """A model in open files: the fields of its GPTConfig, its tokenizer, and where its weights are.
+
+    The files close with a `with` statement.
+    """
 
     path: str
     config: dict
     tokenizer: Tokenizer | None
     plan: dict[str, list[tuple[TensorFile, str]]]
     transposed: bool
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_) -> None:
+        for file in {file for sources in self.plan.values() for file, _ in sources}:
+            file.close()
 
     def configured(self, options: dict) -> dict:
         """The fields of the GPTConfig with options in it: a smaller block_size, a dropout.
@@ -48,28 +68,50 @@ class Pretrained:
         given = {k: v for k, v in options.items() if v is not None}
         return self.config | given
 
-    def fill(self, weights: dict) -> None:
-        """Writes the model into weights, realized Tensors by name, one after another.
-
-        A position table that is longer than ours is cropped. Raises PretrainedError.
-        """
+    def shapes(self, block_size: int) -> dict[str, tuple[int, ...]]:
+        """The shape of every weight by our name; a position table that is longer than block_size
+        is cropped. Raises PretrainedError where parts of one do not fit together."""
+        shapes = {}
         for name, sources in self.plan.items():
-            array = self._array(name, sources)
-            if name == "wpe.weight" and name in weights:
-                array = array[:weights[name].shape[0]]
-            wanted = weights[name].shape if name in weights else None
-            if array.shape != wanted:
-                raise PretrainedError(f"{self.path} has {name} of shape {array.shape}, its "
-                                      f"configuration needs {wanted}")
-            device.write(weights[name], array)
-            del array  # before the next one is read
-        for name in weights.keys() - self.plan.keys():
-            raise PretrainedError(f"{self.path} has no tensor {name}")
+            first, *others = [file.shapes[source] for file, source in sources]
+            if any(shape[1:] != first[1:] or not shape for shape in others):
+                raise PretrainedError(f"{self.path} has parts of {name} with shapes {first} and "
+                                      f"{', '.join(map(str, others))}, which do not fit together")
+            rows = first[:1] and (sum(shape[0] for shape in (first, *others)),)
+            shape = (*rows, *first[1:])
+            if name == "wpe.weight" and shape:
+                shape = (min(shape[0], block_size), *shape[1:])
+            shapes[name] = shape[::-1] if self._is_transposed(name, shape) else shape
+        return shapes
 
-    def _array(self, name: str, sources: list[tuple[TensorFile, str]]) -> np.ndarray:
-        arrays = [file.read(source) for file, source in sources]
+    def fill(self, weights: dict) -> None:
+        """Writes the model into weights, realized Tensors by name whose shapes are those of
+        `shapes`, one after another. Raises TensorFileError where one is damaged."""
+        for name, weight in weights.items():
+            array = self._array(name)[:weight.shape[0]]
+            device.write(weight, array)
+            del array  # before the next one is read
+
+    def _array(self, name: str) -> np.ndarray:
+        arrays = [file.read_float(source) for file, source in self.plan[name]]
         array = arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
-        return array.T if self.transposed and _is_linear(name) and array.ndim == 2 else array
+        return array.T if self._is_transposed(name, array.shape) else array
+
+    def _is_transposed(self, name: str, shape: tuple[int, ...]) -> bool:
+        return self.transposed and _is_linear(name) and len(shape) == 2
+
+
+class TokenizerWarning(UserWarning, ValueError):
+    """A pretrained model has a tokenizer that cannot be used here."""
+
+
+@contextmanager
+def tokenizer_needed(needed: bool = True):
+    """Within it, a TokenizerWarning is raised as an error where a tokenizer is needed."""
+    with warnings.catch_warnings():
+        if needed:
+            warnings.simplefilter("error", TokenizerWarning)
+        yield
 
 
 def is_pretrained(path: str | Path) -> bool:
@@ -97,30 +139,28 @@ def open_pretrained(name: str | Path, offline: bool = False,
     if path.is_file() and _is_ours(path):
         return _own(path)
     folder = path if path.is_dir() else path.parent
-    settings = _read_json(folder / "config.json")
-    kind = settings.get("model_type")
-    if kind not in FAMILIES:
-        what = f"model_type {kind!r}" if kind else "no model_type"
-        raise PretrainedError(f"{folder / 'config.json'} has {what}: only {' and '.join(FAMILIES)} "
-                              "models are read; of a run of ours name the .safetensors file")
-    family = FAMILIES[kind]
-    require(settings, family.required, str(folder))
-    try:
-        config = family.read(settings, str(folder))
-    except (TypeError, ValueError, ZeroDivisionError) as error:
-        if isinstance(error, PretrainedError):
-            raise
-        raise PretrainedError(f"{folder / 'config.json'} has settings that cannot be used "
-                              f"({error})") from error
-    plan = _plan(family, config, _tensors(path), str(folder))
+    kind, config = _read_config(folder / "config.json")
+    plan = _plan(FAMILIES[kind], config, _tensors(path), str(folder))
     return Pretrained(str(name), config, _tokenizer(folder, kind, config["vocab_size"]), plan,
-                      family.transposed)
+                      FAMILIES[kind].transposed)
+
+
+def _read_config(path: Path) -> tuple[str, dict]:
+    """The family that a config.json names, and the fields of GPTConfig. Raises PretrainedError."""
+    settings = _read_json(path)
+    kind = settings.get("model_type")
+    if not isinstance(kind, str) or kind not in FAMILIES:
+        what = f"model_type {one_line(kind)}" if kind else "no model_type"
+        raise PretrainedError(f"{path} has {what}: only {' and '.join(FAMILIES)} models are read; "
+                              "of a run of ours name the .safetensors file")
+    require(settings, FAMILIES[kind].required, str(path))
+    return kind, FAMILIES[kind].read(Settings(settings, str(path)))
 
 
 def _downloaded(name: str, offline: bool, base_url: str) -> Path:
     """The folder in the cache with the files of one of NAMES."""
     folder = device.cache_dir() / "pretrained" / name
-    for file, check in (("config.json", _read_json), ("model.safetensors", TensorFile)):
+    for file, check in (("config.json", _read_json), ("model.safetensors", _check_file)):
         path = folder / file
         if path.is_file():
             continue
@@ -135,9 +175,15 @@ def _downloaded(name: str, offline: bool, base_url: str) -> Path:
     return folder
 
 
+def _check_file(path: Path) -> None:
+    TensorFile(path).close()
+
+
 # ---- what a folder holds
 
 def _read_json(path: Path) -> dict:
+    if path.exists() and not path.is_file():
+        raise PretrainedError(f"{path} is not a file: a pretrained model needs its config.json")
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -157,7 +203,8 @@ def _tensors(path: Path) -> dict[str, tuple[TensorFile, str]]:
         files = [path / "model.safetensors"]
         if not files[0].is_file() and (path / INDEX).is_file():
             shards = _read_json(path / INDEX).get("weight_map")
-            if not isinstance(shards, dict) or any(Path(str(n)).name != n for n in shards.values()):
+            if not isinstance(shards, dict) or not shards or any(
+                    not isinstance(n, str) or Path(n).name != n for n in shards.values()):
                 raise PretrainedError(f"{path / INDEX} has no weight_map of files beside it")
             files = [path / name for name in sorted(set(shards.values()))]
     if not files[0].is_file():
@@ -177,7 +224,7 @@ def _plan(family: Family, config: dict, found: dict[str, tuple[TensorFile, str]]
     """Which tensors make each of ours. Raises PretrainedError where one is missing, left over, or
     where a size in the configuration is not that of the tensors."""
     plan, used = {}, set()
-    for ours, theirs in _names(family, config).items():
+    for ours, theirs in _names(family, config):
         for name in theirs:
             if name not in found:
                 raise PretrainedError(f"{path} has no tensor {name}, which its configuration needs")
@@ -186,7 +233,7 @@ def _plan(family: Family, config: dict, found: dict[str, tuple[TensorFile, str]]
         tied = name == "lm_head.weight" and config["tie_weights"]
         if not tied and not name.endswith(family.ignored):
             raise PretrainedError(f"{path} has a tensor {name} that its configuration does not "
-                                  "tell of")
+                                  "have")
     for table, rows in (("wte.weight", "vocab_size"), ("wpe.weight", "block_size")):
         for file, name in plan.get(table, []):
             wanted = config[rows], config["n_embd"]
@@ -196,17 +243,16 @@ def _plan(family: Family, config: dict, found: dict[str, tuple[TensorFile, str]]
     return plan
 
 
-def _names(family: Family, config: dict) -> dict[str, tuple[str, ...]]:
-    """Ours -> theirs, of every layer, for that configuration."""
-    names = {}
+def _names(family: Family, config: dict) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """Our name and theirs of every tensor for that configuration, which may claim any number of
+    layers."""
     for ours, theirs in family.tensors.items():
         if ours.endswith(".bias") and not config["bias"]:
             continue
         for i in range(config["n_layer"]) if "{}" in ours else (0,):
-            names[ours.format(i)] = tuple(name.format(i) for name in theirs)
+            yield ours.format(i), tuple(name.format(i) for name in theirs)
     if not config["tie_weights"]:
-        names["lm_head.weight"] = ("lm_head.weight",)
-    return names
+        yield "lm_head.weight", ("lm_head.weight",)
 
 
 def _is_linear(name: str) -> bool:
@@ -214,31 +260,45 @@ def _is_linear(name: str) -> bool:
 
 
 def _tokenizer(folder: Path, kind: str, vocab_size: int) -> Tokenizer | None:
-    found = tokenizer_json.read(folder / "tokenizer.json")
-    if found is None and kind == "gpt2" and vocab_size == 50257:
-        try:
+    """The tokenizer of a folder; GPT-2's where a GPT-2 of that vocabulary comes with no
+    tokenizer.json. Warns where one is there that cannot be used."""
+    path, found = folder / "tokenizer.json", None
+    try:
+        if path.exists():
+            found = tokenizer_json.read(path)
+        elif kind == "gpt2" and vocab_size == 50257:
             found = BPETokenizer()
-        except ValueError as error:
-            warnings.warn(f"{folder} is read without its tokenizer: {error}", stacklevel=2)
-    return found if found is None or found.vocab_size <= vocab_size else None
+        if found is not None and found.vocab_size > vocab_size:
+            raise ValueError(f"{path} has {found.vocab_size} ids, but the model vocab_size="
+                             f"{vocab_size}")
+    except ValueError as error:
+        warnings.warn(f"{folder} is read without its tokenizer: {error}", TokenizerWarning,
+                      stacklevel=4)
+        return None
+    return found
 
 
 # ---- our own checkpoints
 
 def _is_ours(path: str | Path) -> bool:
-    return TensorFile(path).metadata.get("format") == json.dumps(checkpoint.FORMAT)
+    with TensorFile(path) as file:
+        return checkpoint.is_ours(file)
 
 
 def _own(path: Path) -> Pretrained:
-    facts, file = checkpoint.load_metadata(path), TensorFile(path)
-    checkpoint.check_kind(path, facts, "gpt")
-    plan = {name.removeprefix("model."): [(file, name)] for name in file.shapes
-            if name.startswith("model.")}
-    config = facts["model_config"]
-    wanted = (config.get("vocab_size"), config.get("n_embd"))
-    if file.shapes.get("model.wte.weight") != wanted:
-        raise PretrainedError(f"{path} does not hold the model that its header describes")
-    tokenizer = load_tokenizer(facts["tokenizer"]) if facts.get("tokenizer") else None
+    file = checkpoint.Checkpoint(path)
+    try:
+        checkpoint.check_kind(path, file.header, "gpt")
+        config = file.header["model_config"]
+        adapted = [name for name in file.part("model.") if is_adapter(name)]
+        if adapted:
+            raise PretrainedError(f"{path} has LoRA adapters: merge them with python generate.py "
+                                  f"--checkpoint {path} --export FOLDER, and name that folder")
+        tokenizer = checkpoint.tokenizer_of(file)
+    except ValueError:
+        file.close()
+        raise
+    plan = {name: [(file, f"model.{name}")] for name in file.part("model.")}
     return Pretrained(str(path), config, tokenizer, plan, False)
 
 
@@ -270,10 +330,12 @@ def export(config: dict, weights: dict, tokenizer: Tokenizer | None, folder: str
         for name, data in files.items():
             (part / name).write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
         arrays = (_rows(config, weights, family, *source) for source in sources)
-        write(part / "model.safetensors", shapes, arrays, {"format": "pt"})
+        like = {name: (shape, "F32") for name, shape in shapes.items()}
+        write(part / "model.safetensors", like, arrays, {"format": "pt"})
         part.replace(folder)
-    except OSError as error:
-        raise PretrainedError(f"{folder} cannot be written ({error.strerror})") from error
+    except (OSError, TensorFileError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise PretrainedError(f"{folder} cannot be written ({why})") from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
     return folder
@@ -303,7 +365,7 @@ def _layout(family: Family, config: dict, weights: dict) -> tuple[dict, list]:
     # GPT-2 has biases everywhere: where ours has none, they are zeros
     names = _names(family, config | {"bias": config["bias"] or family.transposed})
     shapes, sources = {}, []
-    for ours, theirs in names.items():
+    for ours, theirs in names:
         for i, name in enumerate(theirs):
             shape = _rows_shape(config, weights, family, ours, i, len(theirs))
             full = name if name.startswith("lm_head") else family.prefix + name

@@ -24,6 +24,7 @@ from tinygpt.schedule import context_length, learning_rate
 from tinygpt.signals import pending_signals
 from tinygpt.spikes import SpikeGuard
 from tinygpt.steps import Steps
+from tinygpt.tensorfile import BAD_VALUES
 
 MOMENTS = {"adamw": 2, "muon": 1, "lion": 1, "adamw8bit": 0.5}  # numbers of state for a weight
 NOT_FINITE = 10  # steps in a row without a finite loss after which training stops
@@ -65,6 +66,7 @@ class Run:
         self._check_ranks()
         self.out_dir = Path(config.out_dir)
         self.iter_num, self.best_val_loss = 0, float("inf")
+        self.was_best = False  # whether the checkpoint that was resumed was the best
         self.stale = 0  # evaluations in a row without a new best
         self.spikes = SpikeGuard(config.skip_spikes)
         model.compute_dtype = config.dtype
@@ -105,8 +107,9 @@ class Run:
             self._greet()
             self._try_out()
             out_dir, loggers = None, ()
-            if self.ranks.first and not self._ended():
+            if self.ranks.first:
                 self._make_room()
+            if self.ranks.first and not self._ended():
                 config, out_dir = self.config, self.out_dir
                 loggers = make_loggers(config.tensorboard, config.wandb, out_dir,
                                        asdict(self.model.config) | asdict(config))
@@ -126,7 +129,13 @@ class Run:
 
     def _try_out(self) -> None:
         """Finds out what cannot be run before any file is touched."""
-        self.steps.evaluate(list(self.val_batches.spread(1)))
+        if np.isfinite(self.steps.evaluate(list(self.val_batches.spread(1)))):
+            return
+        for name, weight in self.model.state_dict().items():
+            if not np.isfinite(weight.numpy()).all():
+                raise ValueError(f"the model's {name} {BAD_VALUES} before the first step: "
+                                 "start from other weights; a run that made these needs a lower "
+                                 "--learning_rate")
 
     def evaluate_only(self) -> TrainResult:
         """Tells how good the checkpoint is that the run stands at; writes nothing."""
@@ -293,14 +302,27 @@ class Run:
             "train_config": asdict(config), "best_val_loss": self.best_val_loss,
             "data_position": self.iter_num * config.gradient_accumulation_steps,
             "random_state": {"seed": config.seed}, "stale_evaluations": self.stale,
-            "gradient_norms": self.spikes.norms}, self.ema)
+            "gradient_norms": self.spikes.norms, "is_best": best}, self.ema)
         if best:
-            checkpoint.mark_best(path)
-            if config.lora_rank:
-                lora.save(self.model, self.params, {"model_config": asdict(self.model.config),
-                                                    "init_from": config.init_from}, self.out_dir)
+            self._mark_best(path)
         checkpoint.rotate(self.out_dir, config.keep)
         return path
+
+    def _mark_best(self, path: Path) -> None:
+        """Makes the checkpoint at path, of the weights as they are, the best of the run."""
+        checkpoint.mark_best(path)
+        if self.config.lora_rank:
+            lora.save(self.model, self.params, {
+                "model_config": asdict(self.model.config), "init_from": self.config.init_from,
+                "iter_num": self.iter_num}, self.out_dir)
+
+    def _finish_marking(self) -> None:
+        """Marks the checkpoint that the run resumed from as the best where it was saved as such,
+        but the run was killed before the mark."""
+        files = [checkpoint.BEST, *([lora.FILE] if self.config.lora_rank else [])]
+        if self.was_best and not all(checkpoint.is_of_step(self.out_dir / name, self.iter_num)
+                                     for name in files):
+            self._mark_best(self._checkpoint_path())
 
     def _open_out_dir(self) -> None:
         """Goes on where the run in out_dir was, if that is asked for."""
@@ -312,9 +334,12 @@ class Run:
             self._resume(self.ranks.from_first(checkpoint.newest(self.out_dir)))
 
     def _make_room(self) -> None:
-        """Moves a former run aside, unless it is gone on with, and says what this one is."""
+        """Moves a former run aside, unless this one resumes it, and writes this one's settings."""
+        self._finish_marking()
         if not self.config.resume and (moved := checkpoint.set_aside(self.out_dir)):
             self.report.remark(f"the run in {self.out_dir} is now in {moved}")
+        if self._ended():
+            return
         settings = to_json(self.model.config, replace(self.config, resume=False))
         checkpoint.write_atomically(self.out_dir / "config.json", settings.encode())
 
@@ -323,18 +348,35 @@ class Run:
             flag = "eval_only" if self.config.eval_only else "resume"
             raise ValueError(f"there is no checkpoint in {self.out_dir} to go on from: "
                              f"leave out --{flag}, or name another --out_dir")
-        theirs = checkpoint.load_metadata(path).get("tokenizer")
+        header = checkpoint.load_metadata(path)
+        theirs = header.get("tokenizer")
         ours = self.data.tokenizer and self.data.tokenizer.to_json()
         if theirs != ours:
             raise ValueError(f"{path} was trained with another tokenizer than the data has now: "
                              "use the same --data and --tokenizer, or start a new run")
+        self._check_trained(path, header)
         optimizer = None if self.config.eval_only else self.optimizer
-        facts = self.model.load_checkpoint(path, optimizer, self.ema)
-        self.iter_num = facts["iter_num"]
-        self.best_val_loss = facts.get("best_val_loss", float("inf"))  # not of a script's own save
-        self.stale = facts.get("stale_evaluations", 0)
+        header = self.model.load_checkpoint(path, optimizer, self.ema)
+        if "iter_num" not in header:
+            raise ValueError(f"{path} has no iter_num: resume from a checkpoint of a run")
+        self.iter_num, self.was_best = header["iter_num"], header.get("is_best", False)
+        self.best_val_loss = header.get("best_val_loss", float("inf"))  # not of a script's own save
+        self.stale = header.get("stale_evaluations", 0)
         if self.config.skip_spikes:
-            self.spikes = SpikeGuard(self.config.skip_spikes, facts.get("gradient_norms", ()))
+            self.spikes = SpikeGuard(self.config.skip_spikes, header.get("gradient_norms", ()))
+
+    def _check_trained(self, path: Path, header: dict) -> None:
+        """Raises CheckpointError where a run trained other weights than this one would: its
+        adapters, and the state of its optimizer, belong to those."""
+        theirs, ours = header.get("train_config"), asdict(self.config)
+        if theirs is None:  # of a script's own save
+            return
+        names = ["lora_rank"]
+        if self.config.lora_rank:
+            names += ["lora_alpha", "lora_targets"]
+        if not self.config.eval_only:
+            names += ["freeze"]
+        checkpoint.check_same(path, theirs, {name: ours[name] for name in names if name in theirs})
 
     def _checkpoint_path(self) -> Path:
         return self.out_dir / checkpoint.name(self.iter_num)

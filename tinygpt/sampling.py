@@ -12,6 +12,16 @@ from tinygpt.config import SampleConfig
 OPTIONS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
 
+def enabled_options(config: SampleConfig) -> tuple[str, ...]:
+    """The names of the options that change a draw."""
+    on = {"temperature": config.temperature > 0, "top_k": config.top_k is not None,
+          "top_p": config.top_p is not None and config.top_p < 1,
+          "min_p": bool(config.min_p), "repetition_penalty": config.repetition_penalty != 1}
+    if not on["temperature"]:  # greedy: what could be cut away would not be drawn anyway
+        on |= {"top_k": False, "top_p": False, "min_p": False}
+    return tuple(name for name in OPTIONS if on[name])
+
+
 class Controls:
     """The options of a draw as one float32 tensor, so that new values need no new compilation.
 
@@ -25,12 +35,7 @@ class Controls:
     @classmethod
     def of(cls, config: SampleConfig) -> "Controls":
         """Controls that hold what config asks for."""
-        on = {"temperature": config.temperature > 0, "top_k": config.top_k is not None,
-              "top_p": config.top_p is not None and config.top_p < 1,
-              "min_p": bool(config.min_p), "repetition_penalty": config.repetition_penalty != 1}
-        if not on["temperature"]:  # greedy: what could be cut away would not be drawn anyway
-            on |= {"top_k": False, "top_p": False, "min_p": False}
-        controls = cls(tuple(name for name in OPTIONS if on[name]))
+        controls = cls(enabled_options(config))
         controls.set(config)
         return controls
 
@@ -48,8 +53,8 @@ class Controls:
 def sample(logits: Tensor, seen: Tensor, key: Tensor, controls: Controls) -> Tensor:
     """One token id for each row of logits (B, V) float32: (B,) int32.
 
-    seen (B, V) bool marks the tokens of the text so far and gains the drawn ones; key (1,) uint32
-    decides the draw. Without a temperature the likeliest token is taken.
+    seen (B, V) bool marks the tokens of the text so far and gains the drawn ones; key (1,) uint32,
+    or one for each row (B,), decides the draw. Without a temperature the likeliest token is taken.
     """
     temperature = controls["temperature"] if controls.has("temperature") else None
     key = None if temperature is None else key
@@ -63,7 +68,7 @@ def sample(logits: Tensor, seen: Tensor, key: Tensor, controls: Controls) -> Ten
         logits = keep_top_p(logits, controls["top_p"])
     if controls.has("min_p"):
         logits = keep_min_p(logits, controls["min_p"])
-    token = kernels.draw(logits, key, temperature)  # (B,)
+    token = kernels.stored(kernels.draw(logits, key, temperature))  # (B,)
     if controls.has("repetition_penalty"):
         drawn = Tensor.arange(logits.shape[1]) == token.unsqueeze(-1)
         Tensor.realize(token, seen.assign(seen | drawn))

@@ -3,11 +3,12 @@
 import numpy as np
 from tinygrad import Tensor, dtypes
 
-from tinygpt import device
+from tinygpt import device, kernels
 from tinygpt.config import TrainConfig
 from tinygpt.devices import Devices
 from tinygpt.kernels.jit import compiled
 from tinygpt.kernels.random import make_key
+from tinygpt.kernels.training import training
 from tinygpt.optim import EMA, clip_scale, global_norm
 from tinygpt.ranks import Buckets, Ranks
 
@@ -102,7 +103,7 @@ class Steps:
         else:
             _, loss = model(x, y, *options)
             grads = loss.gradient(*self.params.values())
-        return loss, [g.cast(dtypes.float32).contiguous() for g in grads]
+        return loss, [kernels.stored(g.cast(dtypes.float32)) for g in grads]
 
     def _update(self, loss: Tensor, grads: list[Tensor], lr: Tensor) -> Tensor:
         """Clips and takes the optimizer's step where all is finite and the gradient no spike:
@@ -135,7 +136,8 @@ class Steps:
         return stats
 
     def _eval_step(self, x: Tensor, y: Tensor) -> Tensor:
-        return self.model(x, y)[1].realize()
+        with training(False):  # a user's loop may have switched dropout on
+            return self.model(x, y)[1].realize()
 
     # ---- what is written into
 

@@ -1,16 +1,31 @@
-"""safetensors files one tensor at a time, so that a model that is read or written never lies in
-memory twice. The format: 8 bytes of header length, a JSON header, the tensors' bytes."""
+"""safetensors files, read and written one tensor at a time, each with a checksum.
+
+The format: 8 bytes of header length, a JSON header, the tensors' bytes. Files written here have
+two more entries in the header's `__metadata__`: `xxh3_64`, the XXH3 hash of every tensor's bytes,
+and `xxh3_64_header`, that of everything else in the header. Files without them are read too.
+"""
 
 import json
 import math
 import os
+import re
+import reprlib
 from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
+from xxhash import xxh3_64
 
-DTYPES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}
+DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "I64": "<i8", "I32": "<i4",
+          "I16": "<i2", "I8": "|i1", "U64": "<u8", "U32": "<u4", "U16": "<u2", "U8": "|u1",
+          "BOOL": "|b1"}
+FLOATS = ("F64", "F32", "F16", "BF16")
+NAMES = {np.dtype(dtype): name for name, dtype in DTYPES.items() if name != "BF16"}
 LONGEST_HEADER = 100_000_000  # the format's own limit
+MOST_AXES = 16
+PIECE = 1 << 19  # bytes that are hashed and checked at a time, while they are in the CPU's cache
+SUMS, HEADER_SUM = "xxh3_64", "xxh3_64_header"
+BAD_VALUES = "has NaN or infinite values"
 
 
 class TensorFileError(ValueError):
@@ -18,76 +33,207 @@ class TensorFileError(ValueError):
 
 
 class TensorFile:
-    """The tensors of a safetensors file: `shapes` by name, and `read` for one of them.
+    """An open safetensors file: `metadata`, `shapes` by name, and `read` for one of the tensors.
 
-    Raises TensorFileError where the file is not whole.
+    Header and tensors come from one open file, whatever is renamed to its path meanwhile. Raises
+    TensorFileError where the file is not whole. Use it in a `with` statement, or `close` it.
     """
+
+    error: type[ValueError] = TensorFileError
+    remedy = "delete it, and copy or download it again"
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
+        if not os.path.isfile(path):
+            raise self.error(f"{path} is not a file: name a .safetensors file")
         try:
-            with open(path, "rb") as file:
-                size = os.fstat(file.fileno()).st_size
-                length = int.from_bytes(file.read(8), "little")
-                if not 2 <= length <= min(size - 8, LONGEST_HEADER):
-                    raise ValueError("its header is cut off")
-                header = json.loads(file.read(length))
-            self.metadata = header.pop("__metadata__", None) or {}
-            self.shapes = {name: tuple(entry["shape"]) for name, entry in header.items()}
-            self._start, self._entries, end = 8 + length, header, 0
-            for name, entry in header.items():
-                end = max(end, self._check(name, entry))
-            if size != self._start + end:
-                raise ValueError(f"it has {size} bytes, its header tells of {self._start + end}")
+            self._file = open(path, "rb", buffering=0)  # noqa: SIM115, close() does
         except OSError as error:
-            raise TensorFileError(f"{path} cannot be read ({error.strerror})") from error
-        except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
-            raise TensorFileError(f"{path} is no whole safetensors file ({error}): delete it, and "
-                                  "copy or download it again") from error
+            raise self.error(f"{path} cannot be read ({error.strerror})") from error
+        try:
+            self._read_header()
+        except OSError as error:
+            self.close()
+            raise self.error(f"{path} cannot be read ({error.strerror})") from error
+        except (ValueError, RecursionError) as error:
+            self.close()
+            if isinstance(error, self.error):
+                raise
+            why = one_line(error)
+            raise self.error(f"{path} is no whole safetensors file ({why}): {self.remedy}"
+                             ) from error
 
-    def _check(self, name: str, entry: dict) -> int:
-        """Where the tensor's bytes end. Raises ValueError where they cannot be what it says."""
-        begin, end = entry["data_offsets"]
-        shape, dtype = self.shapes[name], entry["dtype"]
-        if not all(isinstance(n, int) and n >= 0 for n in (*shape, begin, end)):
-            raise ValueError(f"{name} has no sizes")
-        if dtype in DTYPES and end - begin != math.prod(shape) * np.dtype(DTYPES[dtype]).itemsize:
-            raise ValueError(f"{name} does not have the bytes of its shape")
-        return end
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._file.close()
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of every tensor by its name."""
+        return {name: tuple(entry["shape"]) for name, entry in self._entries.items()}
+
+    def read_float(self, name: str) -> np.ndarray:
+        """As `read`; raises TensorFileError where a tensor has no floating-point numbers, too."""
+        if (dtype := self._entries[name]["dtype"]) not in FLOATS:
+            raise self.error(f"{self.path} has {name} in {dtype}: convert it to F32, F16 or BF16")
+        return self.read(name)
 
     def read(self, name: str) -> np.ndarray:
-        """One tensor, float32 or float16; bfloat16 is widened. Raises TensorFileError."""
-        dtype = self._entries[name]["dtype"]
+        """One tensor; bfloat16 is widened to float32.
+
+        Raises TensorFileError that names the file and the tensor where its dtype is none of
+        DTYPES, its checksum differs, or a floating-point number is not finite.
+        """
+        entry, digest = self._entries[name], xxh3_64()
+        dtype = entry["dtype"]
         if dtype not in DTYPES:
-            raise TensorFileError(f"{self.path} has {name} in {dtype}: convert it to F32, F16 or "
-                                  "BF16")
-        shape = self.shapes[name]
+            raise self.error(f"{self.path} has {name} in {dtype}: convert it to F32, F16 or BF16")
+        array = np.empty(math.prod(entry["shape"]), DTYPES[dtype])
+        checks = dtype in FLOATS and dtype != "BF16"
+        finite, size = True, PIECE // array.itemsize
         try:
-            array = np.fromfile(self.path, DTYPES[dtype], math.prod(shape),
-                                offset=self._start + self._entries[name]["data_offsets"][0])
+            self._file.seek(self._start + entry["data_offsets"][0])
+            for i in range(0, len(array), size):
+                piece = array[i:i + size]
+                self._read_into(memoryview(piece).cast("B"))
+                digest.update(piece)
+                finite = finite and (not checks or bool(np.isfinite(piece).all()))
         except OSError as error:
-            raise TensorFileError(f"{self.path} cannot be read ({error.strerror})") from error
+            raise self.error(f"{self.path} cannot be read ({error.strerror})") from error
+        if self._sums and digest.hexdigest() != self._sums.get(name):
+            raise self.error(f"{self.path} is damaged: the checksum of {name} differs from that "
+                             f"with which it was saved: {self.remedy}")
         if dtype == "BF16":
             array = array.astype("<u4")
             array <<= 16
             array = array.view("<f4")
-        return array.reshape(shape)
+            finite = bool(np.isfinite(array).all())
+        if not finite:
+            raise self.error(f"{self.path}: {name} {BAD_VALUES}: {self.remedy}")
+        return array.reshape(entry["shape"])
+
+    def _read_into(self, buffer: memoryview) -> None:
+        while len(buffer):
+            if not (n := self._file.readinto(buffer)):
+                raise self.error(f"{self.path} became shorter while it was read: try again")
+            buffer = buffer[n:]
+
+    def _read_header(self) -> None:
+        """Fills in what the header says. Raises ValueError where it cannot be what the file has."""
+        size = os.fstat(self._file.fileno()).st_size
+        length = int.from_bytes(self._file.read(8), "little")
+        if not 2 <= length <= min(size - 8, LONGEST_HEADER):
+            raise ValueError("its header is cut off")
+        text = bytearray(length)
+        self._read_into(memoryview(text))
+        header = json.loads(text)
+        if not isinstance(header, dict):
+            raise ValueError("its header is no JSON object")
+        metadata = header.pop("__metadata__", None)
+        metadata = {} if metadata is None else metadata
+        if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+            raise ValueError("its metadata are not strings")
+        self._start, self._entries, end = 8 + length, header, 0
+        for begin, after, name in sorted(_span(name, entry) for name, entry in header.items()):
+            if begin != end:
+                raise ValueError(f"{name} does not begin where the tensor before it ends")
+            end = after
+        if size != self._start + end:
+            raise ValueError(f"it has {size} bytes, its header describes {self._start + end}")
+        self._sums = _take_sums(metadata, header)
+        self.metadata: dict[str, str] = metadata
 
 
-def write(path: Path, shapes: dict[str, tuple[int, ...]], arrays: Iterable[np.ndarray],
+def _span(name: str, entry) -> tuple[int, int, str]:
+    """Where a tensor's bytes begin and end, and its name. Raises ValueError on another entry than
+    the format has, or where shape and dtype do not have so many bytes."""
+    if not isinstance(entry, dict):
+        raise ValueError(f"{name} has no entry of its own")
+    dtype, shape, offsets = (entry.get(key) for key in ("dtype", "shape", "data_offsets"))
+    if not (isinstance(dtype, str) and isinstance(shape, list) and isinstance(offsets, list)
+            and len(offsets) == 2 and len(shape) <= MOST_AXES
+            and all(type(n) is int and n >= 0 for n in (*shape, *offsets))):
+        raise ValueError(f"{name} has no dtype, shape and offsets")
+    begin, end = offsets
+    if begin > end or (dtype in DTYPES and (
+            end - begin != math.prod(shape) * np.dtype(DTYPES[dtype]).itemsize)):
+        raise ValueError(f"{name} does not have the bytes of its shape")
+    return begin, end, name
+
+
+def _take_sums(metadata: dict[str, str], entries: dict) -> dict[str, str]:
+    """The tensors' checksums, {} where a file has none; takes them out of metadata.
+
+    Raises ValueError where the rest of the header is not what they were made for.
+    """
+    expected, text = metadata.pop(HEADER_SUM, None), metadata.pop(SUMS, None)
+    if expected is None and text is None:
+        return {}
+    sums = json.loads(text or "null")
+    if not isinstance(sums, dict) or sums.keys() != entries.keys() or (
+            json.dumps(_header_sum(metadata, entries, sums)) != expected):
+        raise ValueError("the checksum of its header differs from that with which it was saved")
+    return sums
+
+
+def _header_sum(metadata: dict, entries: dict, sums: dict) -> str:
+    """The checksum of a header but for where the tensors lie, whatever the order of its keys."""
+    kinds = {name: [entry["dtype"], entry["shape"]] for name, entry in entries.items()}
+    return xxh3_64(json.dumps([metadata, kinds, sums], sort_keys=True)).hexdigest()
+
+
+def write(path: Path, like: dict[str, tuple[tuple[int, ...], str]], arrays: Iterable[np.ndarray],
           metadata: dict[str, str]) -> None:
-    """Writes float32 arrays, which come one by one in the order of shapes, and syncs the file."""
-    header, end = {"__metadata__": metadata}, 0
-    for name, shape in shapes.items():
-        begin, end = end, end + 4 * math.prod(shape)
-        header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [begin, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
+    """Writes arrays with their checksums, and syncs the file to the disk.
+
+    like has their shapes and dtypes (names of DTYPES) by name; arrays come in its order, one by
+    one. Raises TensorFileError that names a tensor with NaN or infinite values.
+    """
+    entries, end = {}, 0
+    for name, (shape, dtype) in like.items():
+        begin, end = end, end + np.dtype(DTYPES[dtype]).itemsize * math.prod(shape)
+        entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
+    sums = dict.fromkeys(like, "0" * 16)
     with open(path, "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for (name, shape), array in zip(shapes.items(), arrays, strict=True):
-            assert array.shape == shape, name
-            file.write(np.ascontiguousarray(array, "<f4").data)
+        file.write(_header(entries, metadata, sums))  # as long as the one with the checksums
+        for name, array in zip(like, arrays, strict=True):
+            shape, dtype = like[name]
+            assert array.shape == tuple(shape), name
+            sums[name] = _write_array(file, name, np.ascontiguousarray(array, DTYPES[dtype]))
             del array  # before the next one is made
+        file.seek(0)
+        file.write(_header(entries, metadata, sums))
         file.flush()
         os.fsync(file.fileno())
+
+
+def _write_array(file, name: str, array: np.ndarray) -> str:
+    """Writes an array piece by piece, and returns its checksum."""
+    flat, digest = array.reshape(-1), xxh3_64()
+    size = PIECE // array.itemsize
+    for i in range(0, len(flat), size):
+        piece = flat[i:i + size]
+        if array.dtype.kind == "f" and not np.isfinite(piece).all():
+            raise TensorFileError(f"{name} {BAD_VALUES}")
+        digest.update(piece)
+        file.write(piece.data)
+    return digest.hexdigest()
+
+
+def _header(entries: dict, metadata: dict[str, str], sums: dict[str, str]) -> bytes:
+    metadata = metadata | {SUMS: json.dumps(sums),
+                           HEADER_SUM: json.dumps(_header_sum(metadata, entries, sums))}
+    text = json.dumps({"__metadata__": metadata} | entries).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def one_line(value) -> str:
+    """An error, or a JSON value, of a damaged file: printable ASCII, at most 200 characters."""
+    text = str(value) if isinstance(value, Exception) else reprlib.repr(value)
+    return re.sub(r"[^\x20-\x7e]+", "?", text[:200])

@@ -7,6 +7,8 @@ A tokenizer is written whole into `to_json()`, which travels inside a checkpoint
 import base64
 import codecs
 import functools
+import hashlib
+import json
 import re
 from typing import Protocol
 
@@ -80,7 +82,11 @@ class BPETokenizer(_Base):
 
     @classmethod
     def of(cls, tokens: list[bytes]) -> "BPETokenizer":
-        """The tokenizer of these tokens, in order of rank, and end-of-text after them."""
+        """The tokenizer of these tokens, in order of rank, and end-of-text after them.
+
+        Raises ValueError where they are not all different, or lack a byte."""
+        if len(set(tokens)) < len(tokens) or not {bytes([b]) for b in range(256)} <= set(tokens):
+            raise ValueError("tokens that are not all different, or lack a byte")
         return cls(_encoding(tokens))
 
     def encode(self, text: str) -> list[int]:
@@ -98,10 +104,7 @@ class BPETokenizer(_Base):
 
     @classmethod
     def from_json(cls, data: dict) -> "BPETokenizer":
-        tokens = [base64.b64decode(t, validate=True) for t in data["tokens"]]
-        if len(set(tokens)) < len(tokens) or not {bytes([b]) for b in range(256)} <= set(tokens):
-            raise ValueError("tokens that are not all different, or lack a byte")
-        return cls.of(tokens)
+        return cls.of([base64.b64decode(t, validate=True) for t in data["tokens"]])
 
     def tokens(self) -> list[bytes]:
         """The bytes of every id but end-of-text, in order of rank."""
@@ -140,7 +143,10 @@ class CharTokenizer(_Base):
 
     @classmethod
     def from_json(cls, data: dict) -> "CharTokenizer":
-        return cls(data["chars"])
+        chars = data["chars"]
+        if not isinstance(chars, str) or not chars or len(set(chars)) < len(chars):
+            raise ValueError("chars that are no string of different characters")
+        return cls(_check_text(chars))
 
 
 class ByteTokenizer(_Base):
@@ -171,6 +177,18 @@ def load_tokenizer(data: dict) -> Tokenizer:
         return kinds[data["kind"]].from_json(data)
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"this describes no tokenizer ({error!r})") from error
+
+
+def fingerprint(tokenizer: Tokenizer | None) -> str | None:
+    """A hash of what a tokenizer does, 16 hexadecimal digits; None without a tokenizer.
+
+    Equal tokenizers have equal fingerprints, whatever file or text they come from: it is the
+    BLAKE2b hash of `to_json()` as canonical JSON.
+    """
+    if tokenizer is None:
+        return None
+    text = json.dumps(tokenizer.to_json(), sort_keys=True, separators=(",", ":"))
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
 def make_tokenizer(kind: str, text: str, vocab_size: int) -> Tokenizer:

@@ -45,25 +45,37 @@ def dump(tokenizer: Tokenizer | None, block_size: int) -> dict[str, dict]:
                        "continuing_subword_prefix": None, "end_of_word_suffix": None,
                        "fuse_unk": False, "byte_fallback": False, "ignore_merges": False,
                        "vocab": vocab, "merges": [[_text(a), _text(b)] for a, b in merges]}}
-    facts = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": block_size,
-             "clean_up_tokenization_spaces": False}
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": block_size,
+                "clean_up_tokenization_spaces": False}
     if special:
-        facts |= {"bos_token": special, "eos_token": special}
-    return {"tokenizer.json": whole, "tokenizer_config.json": facts}
+        settings |= {"bos_token": special, "eos_token": special}
+    return {"tokenizer.json": whole, "tokenizer_config.json": settings}
 
 
-def read(path: Path) -> Tokenizer | None:
-    """The tokenizer of a tokenizer.json; None where there is none or it is not one of ours:
-    byte-level BPE with GPT-2's pattern, tokens in the order of merges, and end-of-text last."""
+def read(path: Path) -> Tokenizer:
+    """The tokenizer of a tokenizer.json. Raises ValueError that names the file where it is not one
+    of ours: byte-level BPE with GPT-2's pattern, tokens in the order of merges, end-of-text last.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path} is not a file")
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-        tokens = _tokens(data)
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        return None
+        return _tokenizer(json.loads(path.read_text(encoding="utf-8")))
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror})") from error
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged, or no byte-level BPE with GPT-2's pattern and its "
+                         "tokens in the order of their merges, which is all that is read here"
+                         ) from error
+
+
+def _tokenizer(data: dict) -> Tokenizer:
+    tokens = _tokens(data)
     added = [(entry["id"], entry["content"]) for entry in data["added_tokens"]]
     if tokens == [bytes([b]) for b in range(256)] and not added:
         return ByteTokenizer()
-    return BPETokenizer.of(tokens) if added == [(len(tokens), END_OF_TEXT)] else None
+    if added != [(len(tokens), END_OF_TEXT)]:
+        raise ValueError("other added tokens than end-of-text, the last")
+    return BPETokenizer.of(tokens)
 
 
 def _tokens(data: dict) -> list[bytes]:

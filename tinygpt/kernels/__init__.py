@@ -18,12 +18,12 @@ import warnings
 from tinygrad import Tensor, UOp
 
 from tinygpt.kernels import cpu, flash, portable, reference, stock
-from tinygpt.kernels.cpu.launch import set_threads
+from tinygpt.kernels.cpu.launch import set_threads, stored
 
 __all__ = ["IMPLEMENTATIONS", "adamw", "adamw8bit", "attention", "cached_attention",
-           "cross_entropy", "draw", "dropout", "embedding", "gelu", "layer_norm", "linear", "lion",
-           "orthogonalize", "quantized_embedding", "quantized_linear", "rms_norm", "rope",
-           "set_threads", "square_sum", "swiglu", "use"]
+           "cross_entropy", "draw", "dropout", "embedding", "gelu", "in_use", "layer_norm",
+           "linear", "lion", "orthogonalize", "quantized_embedding", "quantized_linear",
+           "rms_norm", "rope", "set_threads", "square_sum", "stored", "swiglu", "use"]
 
 IMPLEMENTATIONS = {"reference": reference, "cpu": cpu, "portable": portable, "tinygrad": stock,
                    "flash": flash}
@@ -41,6 +41,11 @@ def use(implementation: str) -> None:
     """
     global _in_use
     _in_use = _check_name(implementation)
+
+
+def in_use() -> str:
+    """What "auto" means now."""
+    return _in_use
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None,
@@ -143,31 +148,33 @@ def attention(q: Tensor, k: Tensor, v: Tensor, offset: int | UOp = 0, window: in
 
 
 def cached_attention(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor,
-                     offset: int | UOp, window: int | None = None,
+                     offset: int | UOp, window: int | None = None, start: Tensor | None = None,
                      implementation: str = "auto") -> Tensor:
     """Writes k and v (B, G, T, D) into a cache, keys and values (B, G, S, D), from position offset
     on, and is then `attention` of q (B, H, T, D) to the cache; no gradient.
 
-    keys and values have to be realized, and hold what is written when the result is realized.
+    keys and values have to be realized, and hold what is written when the result is realized. With
+    start (B,) int32 the queries of row b do not see keys before start[b], which are padding; a
+    query that is itself before start[b] sees its own key alone.
     """
     _check_attention(q, keys, values, window)
     _check("cached_attention", k.shape == v.shape == (*keys.shape[:2], q.shape[2], q.shape[3]),
            q, k, v, keys)
-    return _run("cached_attention", implementation, (q, k, v, keys, values), offset, window)
+    _check("cached_attention", start is None or start.shape == q.shape[:1], q, start)
+    return _run("cached_attention", implementation, (q, k, v, keys, values), offset, window, start)
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, label_smoothing: float = 0.0,
-                  z_loss: float = 0.0, ignore_index: int = -1,
-                  implementation: str = "auto") -> Tensor:
-    """Mean negative log-likelihood in nats, a scalar float32, over targets != ignore_index.
+                  z_loss: float = 0.0, implementation: str = "auto") -> Tensor:
+    """Mean negative log-likelihood in nats, a scalar float32, over the targets that are not
+    negative: -1 (nanoGPT) and -100 (Hugging Face) mark what is not to be predicted.
 
     logits (N, V), targets (N,) int32. Label smoothing mixes the target with the uniform
     distribution (arXiv:1512.00567); z_loss adds z_loss * log(Z)^2 (arXiv:2204.02311). NaN where
-    every target is ignored.
+    every target is negative.
     """
     _check("cross_entropy", targets.shape == logits.shape[:1], logits, targets)
-    return _run("cross_entropy", implementation, (logits, targets), label_smoothing, z_loss,
-                ignore_index)
+    return _run("cross_entropy", implementation, (logits, targets), label_smoothing, z_loss)
 
 
 def draw(logits: Tensor, key: Tensor | None = None, temperature: Tensor | None = None,
@@ -175,8 +182,9 @@ def draw(logits: Tensor, key: Tensor | None = None, temperature: Tensor | None =
     """An index of each row of logits (B, V) float32, drawn from softmax(logits / temperature) by
     the Gumbel-max trick; without a key the index of the largest, the first of equals: (B,) int32.
 
-    key (1,) uint32, temperature (1,) float32; no gradient.
+    key (1,) uint32, or one for each row (B,); temperature (1,) float32; no gradient.
     """
+    _check("draw", key is None or key.shape in ((1,), logits.shape[:1]), logits, key)
     return _run("draw", implementation, (logits, key, temperature))
 
 

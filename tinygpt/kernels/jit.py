@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 from tinygrad import Tensor, TinyJit
+from tinygrad.engine.realize import capturing
 from tinygrad.helpers import Context
 
 
@@ -20,6 +21,11 @@ def compiled(method: Callable) -> TinyJit:
     jit = TinyJit(functools.partial(method.__func__, weakref.proxy(method.__self__)))
     jit.cnt = 1
     return jit
+
+
+def is_capturing() -> bool:
+    """Whether a TinyJit captures what is computed now, so that no value can be read."""
+    return bool(capturing)
 
 
 def constant(array: np.ndarray, device: str | tuple[str, ...]) -> Tensor:

@@ -84,13 +84,13 @@ def rope(x, cos, sin):
     return _barrier(reference.rope(x, cos, sin))
 
 
-def attention(q, k, v, offset=0, window=None, dropout_p=0.0, dropout_key=None):
+def attention(q, k, v, offset=0, window=None, dropout_p=0.0, dropout_key=None, start=None):
     B, H, T, D = q.shape
     G, S = k.shape[1:3]
     q = _barrier(q.reshape(B, G, H // G, T, D))
     k, v = _barrier(k.unsqueeze(2)), _barrier(v.unsqueeze(2))  # (B, G, 1, S, D)
     scores = _barrier(q @ k.transpose(-1, -2)).cast(dtypes.float32)  # (B, G, H/G, T, S)
-    mask = attention_mask(T, S, offset, window, q.device)
+    mask = attention_mask(T, S, offset, window, q.device, start)
     scores = mask.where(scores * (1 / math.sqrt(D)), -float("inf"))
     weights = _barrier((scores - scores.max(-1, keepdim=True).detach().contiguous()).exp())
     weights = _barrier(weights / _barrier(weights.sum(-1, keepdim=True))).cast(q.dtype)
@@ -98,12 +98,12 @@ def attention(q, k, v, offset=0, window=None, dropout_p=0.0, dropout_key=None):
     return _barrier(_barrier(weights @ v).reshape(B, H, T, D))
 
 
-def cached_attention(q, k, v, keys, values, offset, window=None):
+def cached_attention(q, k, v, keys, values, offset, window=None, start=None):
     write_cache(k, v, keys, values, offset)
-    return attention(q, keys, values, offset, window)
+    return attention(q, keys, values, offset, window, start=start)
 
 
-def cross_entropy(logits, targets, label_smoothing=0.0, z_loss=0.0, ignore_index=-1):
+def cross_entropy(logits, targets, label_smoothing=0.0, z_loss=0.0):
     logits = _barrier(logits).cast(dtypes.float32)
     V = logits.shape[-1]
     top = logits.max(-1, keepdim=True).detach().contiguous()
@@ -112,7 +112,7 @@ def cross_entropy(logits, targets, label_smoothing=0.0, z_loss=0.0, ignore_index
     loss = log_z - (1 - label_smoothing) * _barrier(target.sum(-1))
     if label_smoothing:
         loss = loss - label_smoothing * _barrier(logits.mean(-1))
-    counted = targets != ignore_index
+    counted = targets >= 0
     return counted.where(loss + z_loss * log_z.square(), 0).sum() / counted.sum()
 
 
@@ -146,8 +146,9 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _barrier(x: Tensor) -> Tensor:
-    """`x` in memory of its own, and so its gradient."""
-    return x.contiguous().contiguous_backward()
+    """`x` in memory of its own, and so its gradient; times one, so that an assignment to either is
+    to a value and does not change that memory under what else is computed from it."""
+    return (x * 1).contiguous().contiguous_backward() * 1
 
 
 def _expand_rows(w: Tensor, shape: tuple[int, ...]) -> Tensor:

@@ -15,6 +15,13 @@ def make_key(*words: int) -> np.ndarray:
     return np.random.SeedSequence(words).generate_state(1, np.uint32)
 
 
+def new_key(device: str | tuple[str, ...]) -> Tensor:
+    """A key (1,) uint32 drawn by tinygrad's own generator, another one at every call and at every
+    replay of a TinyJit; `Tensor.manual_seed` makes it repeatable."""
+    first = device if isinstance(device, str) else device[0]
+    return Tensor.randint(1, high=2**31 - 1, device=first).cast(dtypes.uint32).to(device).realize()
+
+
 def next_key(key: Tensor) -> Tensor:
     """The key (1,) uint32 that follows `key`; a chain of them serves one forward pass."""
     return mix(key + 0x9E3779B9).contiguous()

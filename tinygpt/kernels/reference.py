@@ -74,21 +74,24 @@ def dropout(x, p, key):
     return keep.where(x / (1 - p), 0)
 
 
-def attention_mask(T, S, offset, window, device):
-    """(T, S) bool: query i stands at offset + i and sees itself and what lies before it."""
+def attention_mask(T, S, offset, window, device, start=None):
+    """(T, S) bool: query i stands at offset + i and sees itself and what lies before it; with start
+    (B,) a mask (B, 1, 1, T, S) that hides what lies before start[b]."""
     i = counter(T, device).reshape(T, 1) + offset
     j = counter(S, device).reshape(1, S)
-    mask = i >= j
-    return mask if window is None else mask & (i < j + window)
+    mask = i >= j if window is None else (i >= j) & (i < j + window)
+    if start is None:
+        return mask
+    return mask & ((j >= start.reshape(-1, 1, 1, 1, 1)) | (i == j))  # a softmax needs one key
 
 
-def attention(q, k, v, offset=0, window=None, dropout_p=0.0, dropout_key=None):
+def attention(q, k, v, offset=0, window=None, dropout_p=0.0, dropout_key=None, start=None):
     B, H, T, D = q.shape
     G, S = k.shape[1:3]
     q = q.reshape(B, G, H // G, T, D)
     k, v = k.unsqueeze(2), v.unsqueeze(2)  # (B, G, 1, S, D)
     scores = (q @ k.transpose(-1, -2)).cast(dtypes.float32) / math.sqrt(D)  # (B, G, H/G, T, S)
-    mask = attention_mask(T, S, offset, window, q.device)
+    mask = attention_mask(T, S, offset, window, q.device, start)
     weights = mask.where(scores, -float("inf")).softmax(-1).cast(q.dtype)
     return (dropout(weights, dropout_p, dropout_key) @ v).reshape(B, H, T, D)
 
@@ -99,18 +102,18 @@ def write_cache(k, v, keys, values, offset):
     values[:, :, offset:offset + T, :] = v.cast(values.dtype)
 
 
-def cached_attention(q, k, v, keys, values, offset, window=None):
+def cached_attention(q, k, v, keys, values, offset, window=None, start=None):
     write_cache(k, v, keys, values, offset)
-    return attention(q, keys, values, offset, window)
+    return attention(q, keys, values, offset, window, start=start)
 
 
-def cross_entropy(logits, targets, label_smoothing=0.0, z_loss=0.0, ignore_index=-1):
+def cross_entropy(logits, targets, label_smoothing=0.0, z_loss=0.0):
     logits = logits.cast(dtypes.float32)
     V = logits.shape[-1]
     log_z = logits.logsumexp(-1)
     target = (counter(V, targets.device) == targets.unsqueeze(-1)).where(logits, 0)
     loss = log_z - (1 - label_smoothing) * target.sum(-1) - label_smoothing * logits.mean(-1)
-    counted = targets != ignore_index
+    counted = targets >= 0
     return counted.where(loss + z_loss * log_z.square(), 0).sum() / counted.sum()
 
 
@@ -118,6 +121,8 @@ def draw(logits, key=None, temperature=None):
     if temperature is not None:
         logits = logits / temperature
     if key is not None:
+        if key.shape[0] > 1:  # one for each row
+            key = key.unsqueeze(-1).expand(logits.shape).reshape(-1)
         logits = logits - (-uniform(key, logits.shape).log()).log()
     return logits.contiguous().argmax(-1).cast(dtypes.int32).contiguous()
 

@@ -210,7 +210,7 @@ def rope(x, cos, sin):
     return out if memory is x else out.transpose(1, 2)
 
 
-def attention(q, k, v, offset=0, window=None, dropout_p=0.0, dropout_key=None):
+def attention(q, k, v, offset=0, window=None, dropout_p=0.0, dropout_key=None, start=None):
     B, H, T, D = q.shape
     G, S = k.shape[1:3]
     inputs, places = _projections(q, k.cast(q.dtype), v.cast(q.dtype))
@@ -236,9 +236,11 @@ def attention(q, k, v, offset=0, window=None, dropout_p=0.0, dropout_key=None):
                       flops=flops * 5 // 2)
         return [made[0].cast(q.dtype), *made[1:-1], None, None]
 
-    kernel = Kernel("attention_forward.c", ((ACT_OUT, "out"), (FLOAT_OUT, "lse"), *known), kind)
+    padding, more = _padding(start)
+    kernel = Kernel("attention_forward.c", ((ACT_OUT, "out"), (FLOAT_OUT, "lse"), *known, *more),
+                    (*kind, ("START", "start" if padding else 0)))
     out = kernel([_empty(B, T, H, D, dtype=q.dtype), _empty(B, H, T)],
-                 [*inputs, offset, key], sizes, gradient, flops)[0]
+                 [*inputs, *padding, offset, key], sizes, None if padding else gradient, flops)[0]
     return out.transpose(1, 2)
 
 
@@ -261,21 +263,31 @@ def _projections(q, k, v) -> tuple[list[Tensor], list[tuple[int, ...]]]:
     return list(inputs), [(0, *s) for s in strides]
 
 
-def cached_attention(q, k, v, keys, values, offset, window=None):
+def cached_attention(q, k, v, keys, values, offset, window=None, start=None):
     B, H, T, D = q.shape
     if T > 1 or keys.dtype != q.dtype:
         reference.write_cache(k, v, keys, values, offset)
-        return attention(q, keys, values, offset, window)
+        return attention(q, keys, values, offset, window, start=start)
     sources, places = [], []
     for x in (q, k.cast(q.dtype), v.cast(q.dtype)):
-        source, start, strides = memory(x)
+        source, first, strides = memory(x)
         if strides[3] != 1:
-            source, start, strides = memory(x.contiguous())
+            source, first, strides = memory(x.contiguous())
         sources.append(source)
-        places += [start, *strides[:2]]
-    return Kernel("attention_decode.c", defines=(_bf16(q),))(
-        [_empty(B, H, T, D, dtype=q.dtype), keys, values], [*sources, _number(offset)],
+        places += [first, *strides[:2]]
+    padding, more = _padding(start)
+    arguments = (*((ACT_OUT, name) for name in ("out", "keys", "values")),
+                 *((ACT_IN, name) for name in "qkv"), ("const int*", "offset"), *more)
+    kernel = Kernel("attention_decode.c", arguments,
+                    (_bf16(q), ("START", "start" if padding else 0)))
+    return kernel.in_place(
+        [_empty(B, H, T, D, dtype=q.dtype), keys, values], [*sources, _number(offset), *padding],
         (B, H, *keys.shape[1:], window or 0, *places), flops=4 * B * H * D * keys.shape[2])[0]
+
+
+def _padding(start: Tensor | None) -> tuple[list[Tensor], list[tuple[str, str]]]:
+    """The input, and its argument, that says where each row begins; neither without one."""
+    return ([], []) if start is None else ([start], [("const int*", "start")])
 
 
 def _number(n: int | UOp) -> Tensor:
@@ -299,11 +311,11 @@ def _bf16(x: Tensor) -> tuple[str, int]:
     return "BF16", int(x.dtype == dtypes.bfloat16)
 
 
-def cross_entropy(logits, targets, label_smoothing=0.0, z_loss=0.0, ignore_index=-1):
+def cross_entropy(logits, targets, label_smoothing=0.0, z_loss=0.0):
     N, V = logits.shape
     targets = targets.cast(dtypes.int32)
     options = constants(dtypes.float32, label_smoothing, z_loss)
-    kind, sizes = (_bf16(logits),), (N, V, ignore_index)
+    kind, sizes = (_bf16(logits),), (N, V)
 
     def gradient(dloss: Tensor, made: list[Tensor]) -> list[Tensor | None]:
         dx = Kernel("cross_entropy_backward.c", defines=kind)(
@@ -313,7 +325,7 @@ def cross_entropy(logits, targets, label_smoothing=0.0, z_loss=0.0, ignore_index
 
     loss = Kernel("cross_entropy_forward.c", defines=kind)(
         [_empty(N), _empty(N)], [logits, targets, options], sizes, gradient)[0]
-    return loss.sum() / (targets != ignore_index).sum()
+    return loss.sum() / (targets >= 0).sum()
 
 
 def draw(logits, key=None, temperature=None):
@@ -325,7 +337,8 @@ def draw(logits, key=None, temperature=None):
     kernel = Kernel("draw.c", tuple(arguments), tuple(
         (name.upper(), 0 if tensor is None else name) for _, name, tensor in given))
     inputs = [logits, *(tensor for _, _, tensor in given if tensor is not None)]
-    return kernel([_empty(B, dtype=dtypes.int32)], inputs, (B, V))[0]
+    sizes = B, V, int(key is not None and key.shape[0] > 1)
+    return kernel([_empty(B, dtype=dtypes.int32)], inputs, sizes)[0]
 
 
 def square_sum(*tensors):
@@ -373,7 +386,7 @@ def adamw8bit(p, m, m_tops, v, v_tops, grad, options):
 
 
 def _in_place(file, tensors, grad, options):
-    updated = Kernel(file)(tensors, [grad, options], (tensors[0].numel(),))
+    updated = Kernel(file).in_place(tensors, [grad, options], (tensors[0].numel(),))
     for old, new in zip(tensors, updated, strict=True):
         old.replace(new)
     return tensors

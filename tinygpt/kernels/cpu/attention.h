@@ -22,6 +22,7 @@ typedef struct {
   const act *q, *k, *v, *dout;
   act *out, *dk, *dv;
   float *lse, *delta, *dq;       /* dq is a sum over tiles of keys, so it is never rounded */
+  const int* start;              /* (B), or 0; of the forward pass alone */
   strides_t qs, ks, vs, os;
   long B, H, G, T, S, D, DP;
   long offset, window;           /* window 0: none */

@@ -1,7 +1,8 @@
 /* Attention of one new position: writes its key and value into the cache, (B, G, S, D) each, and
  * out (B, H, D) is the softmax-weighted sum of the values that its queries see. The keys and values
- * of a head are streamed once for all queries that share them. Where there are fewer heads than
- * threads, their keys are split, and what the parts give is merged (arXiv:2311.01282). */
+ * of a head are streamed once for all queries that share them. With START, (B), row b does not see
+ * the keys before start[b]. Where there are fewer heads than threads, their keys are split, and what
+ * the parts give is merged (arXiv:2311.01282). */
 #include "pool.h"
 #include "vector.h"
 
@@ -11,6 +12,7 @@
 typedef struct {
   const act* q;                /* queries of a batch row: q_batch apart, of a head q_head */
   act *keys, *values, *out;
+  const int* start;            /* or 0: every row begins at 0 */
   float* parts;                /* D values, the maximum and the sum of each */
   long G, S, D, group, q_batch, q_head, first, last, splits;
 } decode_t;
@@ -43,11 +45,10 @@ HOT void merge(const decode_t* a, long head) {
 }
 
 /* dims: B, H, G, S, D, window, and the first element, batch stride and head stride of q, k, v */
-KERNEL void NAME(act* out, act* keys, act* values, const act* q, const act* k,
-                 const act* v, const int* offset, const long* dims, const u64* table) {
+KERNEL void NAME(ARGUMENTS const long* dims, const u64* table) {
   pool_t* pool = (pool_t*)table[0];
   const long B = dims[0], H = dims[1], G = dims[2], window = dims[5], p = offset[0];
-  decode_t a = {.q = q + dims[6], .keys = keys, .values = values, .out = out,
+  decode_t a = {.q = q + dims[6], .keys = keys, .values = values, .out = out, .start = START,
                 .parts = (float*)table[1], .G = G, .S = dims[3], .D = dims[4], .group = H / G,
                 .q_batch = dims[7], .q_head = dims[8],
                 .first = window ? MAX(0, p + 1 - window) : 0, .last = p + 1};
@@ -107,9 +108,9 @@ KERNEL static void some_keys(void* args, int index) {
   const decode_t* a = args;
   const long D = a->D, split = index % a->splits, pair = index / a->splits;   /* of B and G */
   const long b = pair / a->G, h0 = pair % a->G * a->group;
-  const long seen = a->last - a->first;
-  const long j0 = a->first + seen * split / a->splits;
-  const long j1 = a->first + seen * (split + 1) / a->splits;
+  const long first = a->start ? MAX(a->first, MIN(a->start[b], a->last - 1)) : a->first;
+  const long seen = a->last - first;   /* a part may have none of them */
+  const long j0 = first + seen * split / a->splits, j1 = first + seen * (split + 1) / a->splits;
   const float scale = LOG2E / __builtin_sqrtf((float)D);
   float *q = LOCAL(a->group * D), *tops = LOCAL(a->group), *sums = LOCAL(a->group);
   float *weights = LOCAL(CHUNK), *out = LOCAL(a->group * D);

@@ -1,13 +1,14 @@
 /* Causal flash attention, forward: out (B, T, H, D), and for the backward pass the logarithm to
  * base 2 of each softmax's denominator, lse (B, H, T). Scores are kept transposed, S[j][i], so that
- * the lanes of a vector are queries and the softmax needs no reduction across lanes. */
+ * the lanes of a vector are queries and the softmax needs no reduction across lanes. With START,
+ * (B), the queries of row b see no key before start[b] but their own. */
 #include "attention.h"
 
 static void query_tile(void* args, int index);
 
 KERNEL void NAME(ARGUMENTS const int* offset, const unsigned* key, const long* dims,
                  const u64* table) {
-  attention_t a = {.q = Q, .k = K, .v = V, .out = out, .lse = lse};
+  attention_t a = {.q = Q, .k = K, .v = V, .out = out, .lse = lse, .start = START};
   set_sizes(&a, dims, offset, key);
   parallel_for((pool_t*)table[0], query_tile, &a, a.B * a.H * ((a.T + BQ - 1) / BQ));
 }
@@ -20,7 +21,12 @@ HOT void weigh(const attention_t* a, softmax_t sm, float* scores, long head, lon
                long j0, long nj, int masked) {
   const vint iota = IOTA;
   const vint position = iota + (int)(a->offset + i0 + i);
-  const vint first = a->window ? position - (int)(a->window - 1) : (vint)0;
+  vint first = a->window ? position - (int)(a->window - 1) : (vint)0;
+  if (a->start) {   /* the later of first and of the earlier of start and position */
+    const vint start = (vint)a->start[head / a->H], earlier = start < position;
+    const vint begin = (earlier & start) | (~earlier & position), later = first < begin;
+    first = (later & begin) | (~later & first);
+  }
   const vfloat before = LOAD(sm.m + i);
   vfloat top = before, sum = (vfloat)0.f;
   for (long j = 0; j < nj; j++) {
@@ -62,9 +68,11 @@ KERNEL static void query_tile(void* args, int index) {
   fill(out, ROUND_UP(n, ROWS) * DP, 0.f);
   long first, last;
   visible_keys(a, i0, n, &first, &last);
+  const long start = a->start ? MIN(a->start[b], a->offset + i0) : 0;
+  first = MAX(first, start);
   for (long j0 = first / BK * BK; j0 < last; j0 += BK) {
     const long nj = MIN(last - j0, BK), rows = ROUND_UP(nj, ROWS);
-    const int masked = !all_visible(a, i0, n, j0, nj);
+    const int masked = !all_visible(a, i0, n, j0, nj) || (a->start && j0 < a->start[b]);
     load_tile(keys, AT(a->k, a->ks, b, group, j0), a->ks.row, nj, rows, D, DP);
     load_tile(values, AT(a->v, a->vs, b, group, j0), a->vs.row, nj, rows, D, DP);
     for (long j = 0; j < rows; j += ROWS) {

@@ -1,4 +1,4 @@
-/* dx = dloss * (softmax(x) (1 + 2 z log Z) - s / V - (1 - s) [j = y]), 0 where y is ignored.
+/* dx = dloss * (softmax(x) (1 + 2 z log Z) - s / V - (1 - s) [j = y]), 0 where y < 0.
  * options: s, z. */
 #include "pool.h"
 #include "vector.h"
@@ -8,7 +8,7 @@ typedef struct {
   const act* x;
   const int* y;
   act* dx;
-  long N, V, ignored, tasks;
+  long N, V, tasks;
 } entropy_t;
 
 static void some_rows(void* args, int index);
@@ -17,7 +17,7 @@ KERNEL void NAME(act* dx, const float* dloss, const act* x, const int* y, const 
                  const float* options, const long* dims, const u64* table) {
   pool_t* pool = (pool_t*)table[0];
   entropy_t g = {.dloss = dloss, .x = x, .log_z = log_z, .options = options, .y = y, .dx = dx,
-                 .N = dims[0], .V = dims[1], .ignored = dims[2]};
+                 .N = dims[0], .V = dims[1]};
   g.tasks = MAX(1, MIN(4 * (long)pool->threads, g.N / 4));
   parallel_for(pool, some_rows, &g, g.tasks);
 }
@@ -30,13 +30,13 @@ KERNEL static void some_rows(void* args, int index) {
     const act* x = g->x + i * V;
     act* dx = g->dx + i * V;
     const float log_z = g->log_z[i];
-    const int y = g->y[i], counts = y != g->ignored;
+    const int y = g->y[i], counts = y >= 0;
     const float d = counts ? g->dloss[i] : 0.f;
     const float scale = d * (1.f + 2.f * z_loss * log_z), shift = d * smoothing / V;
     long j;
     for (j = 0; j < end; j += LANES) STORE(dx + j, vexp(LOAD(x + j) - log_z) * scale - shift);
     for (; j < V; j++) PUT(dx + j, sexp(GET(x + j) - log_z) * scale - shift);
-    if (counts && y >= 0 && y < V)
+    if (counts && y < V)
       PUT(dx + y, sexp(GET(x + y) - log_z) * scale - shift - d * (1.f - smoothing));
   }
 }

@@ -1,6 +1,6 @@
 /* For each row of logits x (N x V) with target y: log Z and the loss
  *   log Z - (1 - s) x[y] - s mean(x) + z (log Z)^2,   s label smoothing, z z-loss,
- * or 0 where y is ignored; a y outside of the row has no x[y]. Nothing of size V is kept.
+ * or 0 where y < 0; a y above V - 1 has no x[y]. Nothing of size V is kept.
  * options: s, z. */
 #include "pool.h"
 #include "vector.h"
@@ -10,7 +10,7 @@ typedef struct {
   const float* options;
   const int* y;
   float *loss, *log_z;
-  long N, V, ignored, tasks;
+  long N, V, tasks;
 } entropy_t;
 
 static void some_rows(void* args, int index);
@@ -19,7 +19,7 @@ KERNEL void NAME(float* loss, float* log_z, const act* x, const int* y, const fl
                  const long* dims, const u64* table) {
   pool_t* pool = (pool_t*)table[0];
   entropy_t g = {.x = x, .options = options, .y = y, .loss = loss, .log_z = log_z,
-                 .N = dims[0], .V = dims[1], .ignored = dims[2]};
+                 .N = dims[0], .V = dims[1]};
   g.tasks = MAX(1, MIN(4 * (long)pool->threads, g.N / 4));
   parallel_for(pool, some_rows, &g, g.tasks);
 }
@@ -55,7 +55,7 @@ KERNEL static void some_rows(void* args, int index) {
     const int y = g->y[i];
     const float target = y >= 0 && y < V ? GET(x + y) : 0.f;
     g->log_z[i] = lse;
-    g->loss[i] = y == g->ignored ? 0.f
+    g->loss[i] = y < 0 ? 0.f
                : lse - (1.f - smoothing) * target - smoothing * mean + z_loss * lse * lse;
   }
 }

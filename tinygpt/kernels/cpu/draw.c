@@ -1,6 +1,7 @@
 /* token (B) = the index of the largest of each row of logits (B x V), the first one of equals.
- * With TEMPERATURE the logits are divided by it; with KEY they gain Gumbel noise, and the token is
- * drawn from their softmax. The noise is that of kernels/random.py. */
+ * With TEMPERATURE the logits are divided by it; with KEY they gain Gumbel noise, that of
+ * kernels/random.py, and the token is drawn from their softmax. Rows share a key where the key's
+ * stride, the last of dims, is 0, and have one each where it is 1. */
 #include "pool.h"
 #include "vector.h"
 
@@ -13,7 +14,7 @@ typedef struct {
   best_t* best;
   float temperature;
   const unsigned* key;
-  long V, chunks;
+  long V, chunks, key_stride;
 } draw_t;
 
 static void some_logits(void* args, int index);
@@ -22,7 +23,7 @@ KERNEL void NAME(ARGUMENTS const long* dims, const u64* table) {
   const float* divisor = TEMPERATURE;
   draw_t g = {.logits = logits, .best = (best_t*)table[1], .V = dims[1],
               .temperature = divisor ? divisor[0] : 1.f, .key = KEY,
-              .chunks = (dims[1] + SHARE - 1) / SHARE};
+              .key_stride = dims[2], .chunks = (dims[1] + SHARE - 1) / SHARE};
   parallel_for((pool_t*)table[0], some_logits, &g, dims[0] * g.chunks);
   for (long b = 0; b < dims[0]; b++) {
     best_t best = g.best[b * g.chunks];
@@ -64,7 +65,7 @@ KERNEL static void some_logits(void* args, int task) {
     else
       for (long i = v; i < last; i++) x[i - v] = row[i];
     x = x / g->temperature;
-    if (g->key) x += gumbel((vuint)iota + (unsigned)(b * g->V + v), g->key[0]);
+    if (g->key) x += gumbel((vuint)iota + (unsigned)(b * g->V + v), g->key[b * g->key_stride]);
     const vint better = x > top;
     top = select(better, x, top);
     at = (better & (iota + (int)v)) | (~better & at);

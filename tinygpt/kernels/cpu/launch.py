@@ -286,43 +286,63 @@ class Kernel:
 
     def __call__(self, outputs: list[Tensor], inputs: list[Tensor], sizes: tuple[int, ...],
                  gradient=None, flops: int = 0) -> list[Tensor]:
-        """Runs the kernel: `outputs` are what it writes, new or in place; returns them.
+        """New tensors of the shapes and dtypes of `outputs`, as the kernel computes them.
 
         gradient takes the gradient of the first output and the kernel's own outputs and returns a
         gradient, or None, for each of `inputs`.
         """
+        count, name, build = len(outputs), *self._program(len(outputs), sizes, flops)
+        inputs = [plain(x) for x in inputs]
+        arguments = [x.uop for x in (*inputs, constants(dtypes.int64, *sizes), table())]
+
+        def backward(dy: UOp, call: UOp):
+            made = [Tensor(call.gettuple(i)) for i in range(count)]
+            grads = [g if g is None else g.reshape(x.shape).uop
+                     for g, x in zip(gradient(Tensor(dy), made), inputs, strict=True)]
+            return (*grads, None, None)
+
+        # A function of its arguments: an output is a value, and has no memory until it is realized
+        # that an assignment to it would write into. Flat memory is what tinygrad need not copy.
+        written = [Tensor.empty(t.numel(), dtype=t.dtype, device="CPU").uop for t in outputs]
+        body = [*written, *(uop.param_like(i) for i, uop in enumerate(arguments))]
+        kernel = build(*(UOp.placeholder_like(x, slot=i) for i, x in enumerate(body))).call(*body)
+        call = UOp.maketuple(*(buffer.after(kernel) for buffer in written)).call(
+            *arguments, grad_fxn=gradient and backward, name=name, precompile=True)
+        return [Tensor(call.gettuple(i)).reshape(t.shape) * 1 for i, t in enumerate(outputs)]
+
+    def in_place(self, changed: list[Tensor], inputs: list[Tensor], sizes: tuple[int, ...],
+                 flops: int = 0) -> list[Tensor]:
+        """Runs a kernel that writes into realized tensors, and returns them as they are then."""
+        _, build = self._program(len(changed), sizes, flops)
+        inputs = [plain(x) for x in inputs]
+        return Tensor.custom_kernel(*changed, *inputs, constants(dtypes.int64, *sizes), table(),
+                                    fxn=build)[:len(changed)]
+
+    def _program(self, outputs: int, sizes: tuple[int, ...], flops: int) -> tuple[str, Callable]:
+        """The kernel's name, and what makes its program for some buffers, the outputs first."""
         defines = dict(self.defines)
         if self.arguments:
             defines["ARGUMENTS"] = " ".join(f"{kind} {name}," for kind, name in self.arguments)
         name, code = source(self.file, **defines)
         compilations().begin(code)
-        count = len(outputs)
-
-        def build(*buffers) -> UOp:
-            return program(name, code, buffers, count, flops)
-
-        inputs = [plain(x) for x in inputs]
-
-        def backward(dy: UOp, call: UOp):
-            made = [Tensor(b.after(call)) for b in call.src[1:1 + count]]
-            grads = [g if g is None else g.reshape(x.shape).uop
-                     for g, x in zip(gradient(Tensor(dy), made), inputs, strict=True)]
-            return (*[None] * count, *grads, None, None)
-
-        return Tensor.custom_kernel(*outputs, *inputs, constants(dtypes.int64, *sizes), table(),
-                                    fxn=build, grad_fxn=gradient and backward)[:count]
+        return name, lambda *buffers: program(name, code, buffers, outputs, flops)
 
 
 def plain(x: Tensor) -> Tensor:
     """x without what only names its dimensions anew around a kernel's output, which tinygrad would
     otherwise copy.
 
-    Kernels are told every size, so the shape that is left does not matter to them.
+    Kernels get every size as an argument, so the shape that is left does not matter to them.
     """
     source, _, strides = memory(x)
     dense = [math.prod(x.shape[i + 1:]) for i in range(x.ndim)]
     same = all(a == b or n == 1 for a, b, n in zip(strides, dense, x.shape, strict=True))
     return source if same and source.numel() == x.numel() else x
+
+
+def stored(x: Tensor) -> Tensor:
+    """x in memory once it is realized; a kernel's output without a copy of it."""
+    return plain(x).contiguous().reshape(x.shape)
 
 
 def memory(x: Tensor) -> tuple[Tensor, int, tuple[int, ...]]:
@@ -332,11 +352,12 @@ def memory(x: Tensor) -> tuple[Tensor, int, tuple[int, ...]]:
     memory, since tinygrad copies them for a kernel.
     """
     uop, moves = x.uop, []
-    while uop.op in (Ops.RESHAPE, Ops.PERMUTE, Ops.SHRINK):
-        moves.append(uop)
+    while uop.op in (Ops.RESHAPE, Ops.PERMUTE, Ops.SHRINK) or _is_value(uop):
+        if uop.op is not Ops.MUL:
+            moves.append(uop)
         uop = uop.src[0]
     own = x, 0, tuple(math.prod(x.shape[i + 1:]) for i in range(x.ndim))
-    if uop.op is not Ops.AFTER or not all(isinstance(n, int) for n in x.shape + uop.shape):
+    if uop.op is not Ops.GETTUPLE or not all(isinstance(n, int) for n in x.shape + uop.shape):
         return own
     whole = view = np.empty(uop.shape, np.uint8)  # numpy does the arithmetic, on bytes as elements
     for move in reversed(moves):
@@ -350,6 +371,11 @@ def memory(x: Tensor) -> tuple[Tensor, int, tuple[int, ...]]:
         if not np.may_share_memory(view, whole):  # the reshape had to copy
             return own
     return Tensor(uop), view.ctypes.data - whole.ctypes.data, view.strides
+
+
+def _is_value(uop: UOp) -> bool:
+    """Whether uop is a tensor times one, which Kernel makes of its outputs."""
+    return uop.op is Ops.MUL and (one := uop.src[1].base).op is Ops.CONST and one.arg == 1
 
 
 def untransposed(x: Tensor) -> Tensor | None:

@@ -1,0 +1,279 @@
+"""What users do in training loops of their own, with tinygrad's optimizers: accumulate, clip, read.
+
+tinygrad assigns to gradients, slices and reads tensors that our kernels made; each has to behave
+as a tensor that tinygrad made.
+"""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from operations import CASES, cotangent, draw
+from operations import constants as as_tensors
+from operations import tensors as inputs_of
+from tiny import TINY
+from tinygrad import Tensor, TinyJit, nn
+
+from gpt import GPT, TrainConfig
+from tinygpt import kernels
+from tinygpt.data import TokenData
+from tinygpt.kernels.training import training
+from tinygpt.tokenizer import ByteTokenizer
+from train import Run
+
+OPERATIONS = ("linear", "embedding", "layer_norm", "rms_norm", "gelu", "swiglu", "rope",
+              "attention", "cross_entropy")
+for_each_kernel = pytest.mark.parametrize("operation, implementation", [
+    *((operation, "cpu") for operation in OPERATIONS), ("linear", "portable"),
+    ("attention", "portable")])
+
+
+def batch(seed: int, rows: int = 4) -> tuple[np.ndarray, np.ndarray]:
+    ids = np.random.default_rng(seed).integers(0, TINY.vocab_size, (rows, TINY.block_size + 1))
+    return ids[:, :-1].astype(np.int32), ids[:, 1:].astype(np.int32)
+
+
+def model_and_batch(dropout: float = 0.0):
+    return GPT(replace(TINY, dropout=dropout)), *map(Tensor, batch(0))
+
+
+@for_each_kernel
+def test_gradients_accumulate_and_can_be_assigned_to(operation, implementation):
+    shapes, options = CASES[operation][0]
+    arrays = draw(shapes)
+
+    def gradients(name: str, times: int) -> dict[str, Tensor]:
+        inputs, settings = inputs_of(arrays), as_tensors(options)
+        for _ in range(times):
+            y = getattr(kernels, operation)(**inputs, **settings, implementation=name)
+            (y * Tensor(cotangent(y.shape))).sum().backward()
+        return {k: x.grad for k, x in inputs.items()}
+
+    right = {k: g.numpy() for k, g in gradients("reference", 1).items()}
+    ours = gradients(implementation, 2)
+    for name, grad in ours.items():
+        size = np.abs(right[name]).max()
+        np.testing.assert_allclose(grad.numpy(), 2 * right[name], atol=2e-5 * size, rtol=0)
+    ours = gradients(implementation, 1)
+    norm = sum(g.square().sum() for g in ours.values()).sqrt()
+    for grad in ours.values():
+        grad.assign(grad / norm)
+    Tensor.realize(*ours.values())  # together, as an optimizer does
+    total = sum(np.square(g.numpy().astype(np.float64)).sum() for g in ours.values())
+    assert total == pytest.approx(1, rel=1e-4)
+    for name, grad in gradients(implementation, 1).items():
+        grad += 1
+        grad[:1] += 1
+        wanted = right[name] + 1
+        wanted[:1] += 1
+        np.testing.assert_allclose(grad.numpy(), wanted, atol=1e-4, rtol=1e-5)
+
+
+@for_each_kernel
+def test_an_output_can_be_assigned_to_and_fed_back(operation, implementation):
+    shapes, options = CASES[operation][0]
+    inputs, settings = inputs_of(draw(shapes)), as_tensors(options)
+
+    def output() -> Tensor:
+        return getattr(kernels, operation)(**inputs, **settings, implementation=implementation)
+
+    right = np.asarray(output().numpy())
+    y = output()
+    before = y * 3
+    y.assign(y * 0.5)
+    np.testing.assert_allclose(y.numpy(), right * 0.5, rtol=1e-6)
+    np.testing.assert_allclose(before.numpy(), right * 3, rtol=1e-6)
+    y = output()
+    y += 1
+    wanted = kernels.gelu(Tensor(right.tolist()) + 1, implementation="reference").numpy()
+    fed_back = kernels.gelu(y, implementation=implementation).numpy()
+    np.testing.assert_allclose(fed_back, wanted, atol=1e-5)
+    y = output().realize()
+    y.assign(y - 1)
+    np.testing.assert_allclose(y.numpy(), right - 1, rtol=1e-6, atol=1e-6)
+    if right.ndim:
+        y = output()
+        y[:1] = 7
+        assert (y.numpy()[:1] == 7).all() and np.array_equal(y.numpy()[1:], right[1:])
+
+
+@pytest.mark.parametrize("jit", [False, True])
+def test_accumulation_clipping_and_assignment_of_a_model_equal_the_reference(jit):
+    def gradients(implementation: str) -> dict[str, np.ndarray]:
+        kernels.use(implementation)
+        try:
+            model = GPT(TINY)
+            weights = model.state_dict()
+
+            def step(x: Tensor, y: Tensor) -> list[Tensor]:
+                for w in weights.values():
+                    w.grad = None
+                for _ in range(2):
+                    (model(x, y)[1] / 2).backward()
+                norm = sum(w.grad.square().sum() for w in weights.values()).sqrt()
+                for w in weights.values():
+                    w.grad.assign(w.grad * (0.1 / norm))
+                return [w.grad.realize() for w in weights.values()]
+
+            run = TinyJit(step) if jit else step
+            for seed in range(3 if jit else 1):
+                x, y = (Tensor(a).realize() for a in batch(seed))
+                grads = run(x, y)
+            return dict(zip(weights, [g.numpy() for g in grads], strict=True))
+        finally:
+            kernels.use("auto")
+
+    ours, right = gradients("auto"), gradients("reference")
+    for name, grad in right.items():
+        np.testing.assert_allclose(ours[name], grad, atol=1e-6, err_msg=name)
+
+
+def groups(model: GPT, make) -> nn.optim.OptimizerGroup:
+    """Decay for matrices and none for vectors, as train.py has it."""
+    weights = list(model.state_dict().values())
+    return nn.optim.OptimizerGroup(make([w for w in weights if w.ndim > 1], 0.1),
+                                   make([w for w in weights if w.ndim == 1], 0.0))
+
+
+def batch_of(number: int) -> tuple[np.ndarray, np.ndarray]:
+    """One of four batches, which a model learns by heart."""
+    return batch(number % 4)
+
+
+def own_loop(make, steps: int, jit: bool) -> list[float]:
+    """Losses of a loop that accumulates the gradients of two micro-batches. Without a TinyJit it
+    reads every loss before its gradients."""
+    model = GPT(TINY)
+    optimizer = make(model)
+
+    def step(*batches: Tensor) -> Tensor:
+        optimizer.zero_grad()
+        losses = []
+        for x, y in zip(batches[::2], batches[1::2], strict=True):
+            loss = model(x, y)[1] / 2
+            if not jit:
+                loss.item()
+            loss.backward()
+            losses.append(loss)
+        return (losses[0] + losses[1]).realize(*optimizer.schedule_step())
+
+    run = TinyJit(step) if jit else step
+    with training():
+        return [run(*[Tensor(a).realize() for n in (0, 1) for a in batch_of(2 * number + n)]
+                    ).item() for number in range(steps)]
+
+
+def test_a_loop_with_tinygrads_adamw_equals_train(tmp_path):
+    ours = own_loop(lambda model: groups(model, lambda params, decay: nn.optim.AdamW(
+        params, lr=1e-2, b1=0.9, b2=0.99, eps=1e-8, weight_decay=decay)), 30, jit=True)
+    config = TrainConfig(batch_size=4, gradient_accumulation_steps=2, learning_rate=1e-2,
+                         warmup_iters=0, schedule="constant", grad_clip=0, weight_decay=0.1,
+                         out_dir=str(tmp_path))
+    data = TokenData(np.zeros(99, np.uint16), np.zeros(99, np.uint16), ByteTokenizer(), "zeros")
+    run = Run(GPT(TINY), config, data)
+    theirs = [run.steps.train(number, batch_of, 1e-2, np.inf)[0] for number in range(30)]
+    assert theirs[-1] < theirs[0] - 0.2
+    np.testing.assert_allclose(ours, theirs, atol=2e-4)
+
+
+@pytest.mark.parametrize("make", [lambda params: nn.optim.SGD(params, lr=0.1, momentum=0.9),
+                                  lambda params: nn.optim.Muon(params, lr=1e-2)],
+                         ids=["sgd", "muon"])
+def test_a_loop_with_another_optimizer_equals_the_reference_kernels(make):
+    def optimizer(model: GPT):
+        return make([w for w in model.state_dict().values() if w.ndim > 1])
+
+    ours = own_loop(optimizer, 3, jit=False)
+    kernels.use("reference")
+    try:
+        theirs = own_loop(optimizer, 3, jit=False)
+    finally:
+        kernels.use("auto")
+    assert theirs[-1] < theirs[0]
+    np.testing.assert_allclose(ours, theirs, atol=1e-4)
+
+
+@pytest.mark.parametrize("implementation", ["auto", "portable"])
+def test_a_loss_is_read_before_backward_and_after_the_step(implementation):
+    kernels.use(implementation)
+    try:
+        model, x, y = model_and_batch()
+        weights = model.state_dict()
+        optimizer = nn.optim.SGD(list(weights.values()), lr=1.0)
+        loss = model(x, y)[1]
+        loss.backward()
+        right = {name: w.grad.numpy() for name, w in weights.items()}
+        optimizer.zero_grad()
+
+        loss = model(x, y)[1]
+        value = loss.item()
+        assert loss.numpy() == np.float32(value) and loss.realize().item() == value
+        loss.backward()
+        for name, w in weights.items():
+            np.testing.assert_allclose(w.grad.numpy(), right[name], atol=1e-7, err_msg=name)
+
+        optimizer.zero_grad()
+        loss = model(x, y)[1]
+        loss.backward()
+        with training():
+            optimizer.step()
+        assert loss.item() == value  # that of the weights before the step
+        assert model(x, y)[1].item() < value - 0.01
+    finally:
+        kernels.use("auto")
+
+
+def test_tensor_training_switches_dropout():
+    model, x, y = model_and_batch(dropout=0.5)
+    still = model(x, y)[1].item()
+    assert model(x, y)[1].item() == still
+    with training():
+        Tensor.manual_seed(1)
+        first, second = model(x, y)[1].item(), model(x, y)[1].item()
+        Tensor.manual_seed(1)
+        again = model(x, y)[1].item()
+
+        @TinyJit
+        def replayed(x: Tensor, y: Tensor) -> Tensor:
+            return model(x, y)[1].realize()
+
+        drawn = {replayed(x, y).item() for _ in range(5)}
+    assert len({still, first, second}) == 3 and again == first and len(drawn) == 5
+    assert model(x, y)[1].item() == still
+
+
+def test_an_evaluation_inside_a_training_loop_has_no_dropout(tmp_path, text_file):
+    from tinygpt.data import load_data
+
+    data = load_data(text_file, "byte", 256)
+    model, *_ = model_and_batch(dropout=0.5)
+    run = Run(model, TrainConfig(batch_size=4, out_dir=str(tmp_path)), data)
+    batches = list(run.val_batches.spread(2))
+    right = run.steps.evaluate(batches)
+    with training():
+        assert run.steps.evaluate(batches) == right
+        fresh = Run(model, TrainConfig(batch_size=4, out_dir=str(tmp_path)), data)
+        assert fresh.steps.evaluate(batches) == right
+
+
+@pytest.mark.parametrize("mark", [-1, -100])
+def test_negative_targets_are_not_counted(mark):
+    model, x, y = model_and_batch()
+    targets = y.numpy().copy()
+    targets[:, :4] = mark
+    logits, loss = model(x, Tensor(targets))
+    rows = logits.numpy().astype(np.float64).reshape(-1, TINY.vocab_size)
+    nats = np.log(np.exp(rows).sum(-1)) - rows[np.arange(len(rows)), y.numpy().reshape(-1)]
+    counted = targets.reshape(-1) >= 0
+    assert loss.item() == pytest.approx(nats[counted].mean(), rel=1e-5)
+
+
+@pytest.mark.parametrize("which", ["idx", "targets"])
+def test_ids_outside_the_vocabulary_are_refused(which):
+    model, x, y = model_and_batch()
+    for bad in (TINY.vocab_size, 10**6, *([-1] if which == "idx" else [])):
+        ids = (x if which == "idx" else y).numpy().copy()
+        ids[2, 3] = bad
+        pair = (Tensor(ids), y) if which == "idx" else (x, Tensor(ids))
+        with pytest.raises(ValueError, match=f"{which} has token id {bad}, outside the vocab"):
+            model(*pair)
