@@ -149,7 +149,8 @@ def main() -> int:
     asked = parser.parse_args()
     if asked.idle:
         Run.train = Run.evaluate_only = lambda run: run._check_kernels()
-        Decoder.run = lambda decoder, ids, config: iter(np.zeros((2, len(ids)), int))
+        Decoder.run = lambda decoder, model, prompts, config: iter(
+            np.zeros((2, len(prompts)), int))
     chosen = [case for case in cases() if not asked.only or asked.only in " ".join(case[1])]
     counts = Counter()
     with tempfile.TemporaryDirectory() as name:

@@ -46,7 +46,7 @@ def test_ctrl_c_while_modules_are_loaded_ends_the_command_quietly(tmp_path, scri
         out, err = process.communicate(timeout=60)
         assert out == "" and "Traceback" not in err and "ignored" not in err, err
         if not err:  # else it had said already that it finds no checkpoint
-            assert process.returncode == 130, delay
+            assert process.returncode in (130, -signal.SIGINT), delay  # a shell says 130 of both
 
 
 def test_ctrl_c_that_is_ignored_stays_ignored(tmp_path, saved):
