@@ -25,7 +25,7 @@ from tinygpt.flags import parse_flags, read_file
 from tinygpt.pretrained import is_pretrained, tokenizer_needed
 from tinygpt.quantize import KINDS
 from tinygpt.signals import pending_signals
-from tinygpt.tokenizer import StreamDecoder
+from tinygpt.tokenizer import StreamDecoder, up_to_end
 
 PROMPT = "> "  # where a line is typed
 
@@ -116,9 +116,10 @@ class StopFilter:
 
 
 def told(model: GPT, tokens: Iterable[int], stop: Sequence[str]) -> Iterator[str]:
-    """The text of each token up to the one that completes a stop, and then what was held back."""
+    """The text of each token up to the one that completes a stop, or to an end-of-text, and then
+    what was held back."""
     text, until = StreamDecoder(model.tokenizer), StopFilter(stop)
-    for token in tokens:
+    for token in up_to_end(model.tokenizer, tokens):
         yield until.push(text.push(token))
         if until.stopped:
             break

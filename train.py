@@ -66,7 +66,11 @@ def train(model: GPT, train_config: TrainConfig, train_data, tokenizer=None) -> 
             if ranks.size > 1:
                 raise ValueError("--batch_size auto is for one process: say a number under mpirun")
             train_config = fit_batch_size(model, train_config, train_data)
-        run = Run(model, train_config, train_data, ranks)
+        try:
+            run = Run(model, train_config, train_data, ranks)
+        except ValueError:
+            train_data.forget()
+            raise
         try:
             return run.evaluate_only() if train_config.eval_only else run.train()
         finally:
@@ -191,6 +195,7 @@ def _model_and_data(flags: Settings):
                      config.text_field)
     size = data.tokenizer.vocab_size
     if "vocab_size" in flags.typed and config.tokenizer != "bpe" and size != shape.vocab_size:
+        data.forget()
         raise ValueError(f"vocab_size={shape.vocab_size} is for --tokenizer bpe, "
                          f"{config.tokenizer} has {size} ids here: leave out --vocab_size")
     if config.model == "bigram":

@@ -1,77 +1,32 @@
-"""Every operation in numpy, cases of it, and the way to run an implementation on them."""
+"""Every operation in numpy, and the way to run an implementation on the cases of it."""
 
 import functools
 import math
 
 import numpy as np
 import pytest
-from tinygrad import Device, Tensor, dtypes
+from tinygrad import Tensor
 
 from tinygpt import kernels
-from tinygpt.kernels.random import make_key
+from tinygpt.kernels import cases
+from tinygpt.kernels.cases import (
+    CACHED,
+    CASES,
+    GROUPED,
+    KEY,
+    SQUARE,
+    TOLERANCE,
+    WITHOUT_GRADIENT,
+    constants,
+    cotangent,
+    draw,
+    ids,
+    implementations,
+    tensors,
+)
 
-# largest error, as a share of the largest number that is right
-TOLERANCE = {"float32": 2e-5, "bfloat16": 2e-2}
-WEIGHTS = ("weight", "bias")  # float32 whatever the activations are
-
-
-def ids(shape: tuple[int, ...], high: int, low: int = 0) -> np.ndarray:
-    return np.random.default_rng(5).integers(low, high, shape).astype(np.int32)
-
-
-def heads(B: int, H: int, G: int, T: int, S: int, D: int) -> dict[str, tuple[int, ...]]:
-    return {"q": (B, H, T, D), "k": (B, G, S, D), "v": (B, G, S, D)}
-
-
-ANGLES = np.outer(np.arange(3), 1 / np.arange(1, 6)).astype(np.float32)
-KEY = make_key(1, 2)
-GROUPED = heads(2, 4, 2, 5, 5, 8)
-CACHED = heads(1, 5, 1, 3, 13, 6)
-SQUARE = heads(1, 4, 2, 7, 7, 7)
-
-# operation: (shapes of the inputs that have a gradient, other arguments), ...; in bfloat16 the
-# first of each only
-CASES = {
-    "linear": [
-        (dict(x=(3, 7, 10), weight=(6, 10), bias=(6,), residual=(3, 7, 6)), {}),
-        (dict(x=(17, 5), weight=(1, 5)), {}),
-        (dict(x=(1, 1, 80), weight=(13, 80), bias=(13,)), {}),
-    ],
-    "embedding": [
-        (dict(weight=(509, 12)), dict(idx=ids((3, 7), 509))),
-        (dict(weight=(1, 5)), dict(idx=ids((1, 3), 1))),
-    ],
-    "layer_norm": [
-        (dict(x=(17, 10), weight=(10,), bias=(10,)), dict(eps=0.1)),
-        (dict(x=(2, 3, 7, 13), weight=(13,)), {}),
-        (dict(x=(1, 1, 80), weight=(80,), bias=(80,)), {}),
-    ],
-    "rms_norm": [
-        (dict(x=(17, 10), weight=(10,)), dict(eps=0.1)),
-        (dict(x=(2, 3, 7, 13), weight=(13,)), {}),
-    ],
-    "gelu": [(dict(x=(17, 10)), dict(tanh=True)), (dict(x=(17, 10)), {}), (dict(x=(1, 3, 1)), {})],
-    "swiglu": [(dict(gate=(17, 10), up=(17, 10)), {}), (dict(gate=(1, 3, 1), up=(1, 3, 1)), {})],
-    "rope": [
-        (dict(x=(2, 5, 3, 10)), dict(cos=np.cos(ANGLES), sin=np.sin(ANGLES))),
-        (dict(x=(1, 1, 1, 2)), dict(cos=np.cos(ANGLES[2:, :1]), sin=np.sin(ANGLES[2:, :1]))),
-    ],
-    "attention": [
-        (GROUPED, {}),
-        (heads(1, 1, 1, 65, 65, 80), dict(window=17)),
-        (CACHED, dict(offset=7, window=4)),
-        (heads(2, 2, 2, 1, 9, 4), dict(offset=8)),
-        (SQUARE, dict(dropout_p=0.3, dropout_key=KEY)),
-    ],
-    "cross_entropy": [
-        (dict(logits=(17, 509)), dict(targets=ids((17,), 509, -1), label_smoothing=0.1,
-                                      z_loss=0.01)),
-        (dict(logits=(17, 509)), dict(targets=ids((17,), 509))),
-        (dict(logits=(3, 7)), dict(targets=np.array([6, -100, 0], np.int32))),
-        (dict(logits=(1, 1)), dict(targets=np.array([0], np.int32), z_loss=0.5)),
-    ],
-}
-
+__all__ = ["CACHED", "CASES", "GROUPED", "KEY", "SQUARE", "TOLERANCE", "WITHOUT_GRADIENT",
+           "constants", "cotangent", "draw", "ids", "implementations", "tensors"]
 
 # ---- the same operations in numpy, in float64
 
@@ -135,7 +90,8 @@ def np_cross_entropy(logits, targets, label_smoothing=0.0, z_loss=0.0):
     rows, counted = np.arange(len(targets)), targets >= 0
     top = logits.max(-1)
     log_z = np.log(np.exp(logits - top[:, None]).sum(-1)) + top
-    wanted = ((1 - label_smoothing) * logits[rows, targets] + label_smoothing * logits.mean(-1))
+    wanted = ((1 - label_smoothing) * logits[rows, targets.clip(0)]
+              + label_smoothing * logits.mean(-1))
     return (log_z - wanted + z_loss * log_z**2)[counted].mean()
 
 
@@ -152,74 +108,38 @@ def np_orthogonalize(x):
 # ---- running them
 
 
-def draw(shapes: dict[str, tuple[int, ...]], seed: int = 0) -> dict[str, np.ndarray]:
-    """Normal numbers that bfloat16 holds exactly."""
-    rng = np.random.default_rng(seed)
-    arrays = {name: rng.standard_normal(shape, dtype=np.float32) for name, shape in shapes.items()}
-    return {name: (a.view(np.uint32) & 0xFFFF0000).view(np.float32) for name, a in arrays.items()}
-
-
-def cotangent(shape: tuple[int, ...]) -> np.ndarray:
-    """What the output's gradient is."""
-    return np.random.default_rng(9).standard_normal(shape, dtype=np.float32)
-
-
-def tensors(arrays: dict, dtype: str = "float32") -> dict:
-    """The arrays in that dtype, weights in float32."""
-    kinds = {name: dtypes.float32 if name in WEIGHTS else getattr(dtypes, dtype) for name in arrays}
-    return {name: Tensor(a).cast(kinds[name]).contiguous().realize() for name, a in arrays.items()}
-
-
-def constants(options: dict) -> dict:
-    return {name: Tensor(a).realize() if isinstance(a, np.ndarray) else a
-            for name, a in options.items()}
+def skip_where_it_is_not_for(implementation: str, options: dict) -> None:
+    if not cases.can_run(implementation, options):
+        pytest.skip(f"{implementation} is not for such a case here")
 
 
 def call(operation: str, implementation: str, *inputs: Tensor, **options) -> Tensor:
     """The output, or a skip where the implementation is not for such inputs."""
-    if implementation == "flash" and Device.DEFAULT == "CPU":
-        pytest.skip("flash attention is for GPUs")
-    if implementation == "tinygrad" and "dropout_key" in options:
-        pytest.skip("tinygrad's attention draws its dropout from global state")
+    skip_where_it_is_not_for(implementation, options)
     return getattr(kernels, operation)(*inputs, **options, implementation=implementation)
 
 
-def differentiate(operation: str, implementation: str, inputs: dict[str, Tensor], options: dict,
-                  dy: np.ndarray | None = None) -> tuple[Tensor, dict[str, Tensor]]:
-    """The output and the gradient of each input, where the output's gradient is dy."""
-    y = call(operation, implementation, **inputs, **options)
-    dy = Tensor(cotangent(y.shape) if dy is None else dy)
-    grads = (y.cast(dtypes.float32) * dy).sum().gradient(*inputs.values())
-    return y, dict(zip(inputs, grads, strict=True))
+def differentiate(operation: str, implementation: str, *args):
+    """See `cases.differentiate`; a skip where the implementation is not for such inputs."""
+    skip_where_it_is_not_for(implementation, args[1])
+    return cases.differentiate(operation, implementation, *args)
 
 
 def run(operation: str, implementation: str, arrays: dict[str, np.ndarray], options: dict,
         dtype: str = "float32", dy: np.ndarray | None = None) -> dict[str, np.ndarray]:
-    """Output ("y") and gradients as float32 arrays."""
-    y, grads = differentiate(operation, implementation, tensors(arrays, dtype),
-                             constants(options), dy)
-    Tensor.realize(y, *grads.values())
-    for name, g in grads.items():
-        assert g.shape == arrays[name].shape
-        assert g.dtype == (dtypes.float32 if name in WEIGHTS else getattr(dtypes, dtype)), name
-    in_float32 = operation in ("embedding", "cross_entropy")
-    assert y.dtype == (dtypes.float32 if in_float32 else getattr(dtypes, dtype))
-    return {name: t.cast(dtypes.float32).numpy() for name, t in {"y": y, **grads}.items()}
+    """See `cases.run`; a skip where the implementation is not for such inputs."""
+    skip_where_it_is_not_for(implementation, options)
+    return cases.run(operation, implementation, arrays, options, dtype, dy)
 
 
 @functools.cache
 def result(operation: str, number: int, implementation: str, dtype: str = "float32"):
-    shapes, options = CASES[operation][number]
+    shapes, options = (CASES | WITHOUT_GRADIENT)[operation][number]
     return run(operation, implementation, draw(shapes), options, dtype)
 
 
 def check(ours: dict, theirs: dict, dtype: str = "float32") -> None:
     for name, right in theirs.items():
         assert np.isfinite(ours[name]).all(), name
-        error = np.abs(ours[name] - right).max() / max(np.abs(right).max(), 0.01)
+        error = cases.error(ours[name], right)
         assert error <= TOLERANCE[dtype], f"{name}: {error:.2e}"
-
-
-def implementations(operation: str, but: str = "") -> list[str]:
-    return [name for name, module in kernels.IMPLEMENTATIONS.items()
-            if name != but and hasattr(module, operation)]

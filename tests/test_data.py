@@ -9,6 +9,7 @@ import pytest
 
 from gpt import GPT, GPTConfig, TrainConfig
 from tinygpt import data as module
+from tinygpt import token_files
 from tinygpt.data import DataError, TokenData, load_data
 from tinygpt.tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer
 from train import train
@@ -41,7 +42,7 @@ def test_a_text_file_is_split_in_characters_as_nanogpt_splits(tmp_path, text, ki
     path.write_bytes(text.encode())
     data = load_data(path, kind, 300)
     assert decoded(data) == split_as_nanogpt(text)
-    assert data.train.dtype == data.val.dtype == np.uint16 and isinstance(data.train, np.memmap)
+    assert data.train.dtype == data.val.dtype == np.uint16
     assert data.source == str(path)
 
 
@@ -151,7 +152,8 @@ def test_more_than_65536_ids_are_kept_in_32_bits(text_file, monkeypatch):
             return {"kind": "wide"}
 
     monkeypatch.setattr(module, "make_tokenizer", lambda *args: Wide())
-    monkeypatch.setattr(module, "load_tokenizer", lambda data: Wide())
+    for user in (module, token_files):
+        monkeypatch.setattr(user, "load_tokenizer", lambda data: Wide())
     text = text_file.read_text()
     for data in (load_data(text_file, "byte", 0), load_data(text_file, "byte", 0)):
         assert data.train.dtype == np.dtype("<u4")
@@ -162,15 +164,15 @@ def test_more_than_65536_ids_are_kept_in_32_bits(text_file, monkeypatch):
 
 @pytest.fixture
 def readings(monkeypatch):
-    """Counts how often the text itself is read."""
+    """Counts how often a text is tokenized."""
     seen = []
-    read = module.read_documents
+    tokenize = module._from_text
 
-    def counted(files, text_field):
-        seen.append(files)
-        return read(files, text_field)
+    def counted(*args):
+        seen.append(args)
+        return tokenize(*args)
 
-    monkeypatch.setattr(module, "read_documents", counted)
+    monkeypatch.setattr(module, "_from_text", counted)
     return seen
 
 
@@ -277,13 +279,6 @@ def test_a_failed_load_leaves_no_cache(tmp_path, cache, monkeypatch):
     with pytest.raises(DataError):
         load_data(path, "byte", 256, block_size=64)
 
-    def full(self, target):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("pathlib.Path.rename", full)
-    path.write_text("a good many more words")
-    with pytest.raises(DataError, match="No space left"):
-        load_data(path, "byte", 256)
     assert list(cache.iterdir()) == []
 
 
@@ -350,15 +345,23 @@ def test_another_text_field_is_another_text(tmp_path, readings):
         text = "".join(decoded(load_data(path, "byte", 0, text_field=name)))
         assert text == "\n".join(f"{word} {n}" for n in range(9))
     assert len(readings) == 2
-    with pytest.raises(DataError, match=r"some.jsonl .*'text' in line 1, which has a, b.*--text_f"):
+    with pytest.raises(DataError, match=r"'text' \(name one of 'a', 'b' with --text_field.*line 1"):
         load_data(path, "byte", 0)
 
 
-@pytest.mark.parametrize("line, says", [("{", "no JSON in line 2"), ("[1]", "line 2"),
-                                        ('{"text": 3}', "line 2"), ("null", "line 2")])
+@pytest.mark.parametrize("line, says", [
+    ("{", "has no JSON (Expecting property name enclosed in double quotes) in line 3"),
+    ("[1]", "has a list, not a JSON object with the field 'text', in line 3"),
+    ('{"text": 5}', "has a number, not a string, in the field 'text' in line 3"),
+    ('{"text": null}', "has null, not a string, in the field 'text' in line 3"),
+    ("null", "has null, not a JSON object"), ("{}", "no field 'text', but an empty object in line"),
+    ('{"a\\nb": 1}', r"no field 'text' (name one of 'a\nb' with --text_field) in line 3"),
+    ("[" * 100_000, "has no JSON"),
+    ('{"text": "\\ud83d"}', r"pair, '\ud83d', in the text of line 3"),
+], ids=lambda value: value[:20])
 def test_a_line_that_has_no_text_is_named(tmp_path, line, says):
     path = tmp_path / "some.jsonl"
-    path.write_text('{"text": "good"}\n' + line + "\n")
+    path.write_text('{"text": "good"}\n\n' + line + "\n")
     message = refusal(path)
     assert str(path) in message and says in message
 
@@ -398,7 +401,23 @@ def test_a_binary_file_is_named(tmp_path):
     assert str(path) in message and "binary" in message and " 8" in message
 
 
-@pytest.mark.parametrize("content", [b"caf\xe9", b"\xff\xfeh", b"cut \xe2\x82", b"\xed\xa0\x80"])
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32"])
+def test_utf16_is_named_with_what_converts_it(tmp_path, encoding):
+    path = tmp_path / "wide.txt"
+    path.write_bytes("The harbour sleeps, na\u00efve.".encode(encoding))
+    name = encoding.upper().replace("-LE", "LE").replace("-BE", "BE")
+    assert f"{path} is {name}, not UTF-8: convert it with iconv -f {name} -t UTF-8" in refusal(path)
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    path = tmp_path / "marked.txt"
+    path.write_bytes(b"\xef\xbb\xbfThe harbour\xef\xbb\xbf sleeps.\n")
+    assert "".join(decoded(load_data(path, "byte", 0))) == "The harbour\ufeff sleeps.\n"
+    path.write_bytes(b"\xef\xbb\xbfThe \xff")
+    assert "not UTF-8 at byte 7:" in refusal(path)
+
+
+@pytest.mark.parametrize("content", [b"caf\xe9", b"\xc3\x28h", b"cut \xe2\x82", b"\xed\xa0\x80"])
 def test_a_file_that_is_not_utf8_is_named(tmp_path, content):
     path = tmp_path / "latin.txt"
     path.write_bytes(content)

@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import os
 import subprocess
 import sys
 
@@ -159,10 +160,52 @@ def test_the_command(model, tmp_path):
         f"bits_per_byte {scores['bits_per_byte']:.4f}", "tokens 17"]
 
 
+GOOD = {"ctx": "The harbour", "endings": ["sleeps", "sings"], "label": 1}
+
+
+@pytest.mark.parametrize(("task", "changes", "says"), [
+    ("hellaswag", {"endings": "sleeps"}, "endings are no list of two or more strings"),
+    ("hellaswag", {"endings": ["sleeps", 5]}, "endings are no list"),
+    ("hellaswag", {"endings": ["sleeps", ""]}, "endings are no list"),
+    ("hellaswag", {"endings": ["sleeps"], "label": 0}, "endings are no list"),
+    ("hellaswag", {"endings": {"a": 1, "b": 2}}, "endings are no list"),
+    ("hellaswag", {"ctx": ["The"]}, "ctx"), ("hellaswag", {"ctx": "\ud83d"}, "ctx"),
+    ("hellaswag", {"label": True}, "label"), ("hellaswag", {"label": 0.5}, "label"),
+    ("hellaswag", {"label": ""}, "label"), ("hellaswag", {"label": "-1"}, "label"),
+    ("hellaswag", {"label": 2}, "label 2 is not the number of an ending, 0 to 1"),
+    ("hellaswag", {"label": None}, "label"), ("lambada", {"text": ["a", " ", "b"]}, "text"),
+    ("lambada", {"text": " word "}, "text")], ids=str)
+def test_a_question_of_other_types_is_named(tmp_path, task, changes, says):
+    path = tmp_path / "questions.jsonl"
+    path.write_text(json.dumps(GOOD | {"text": "two words"}) + "\n\n" + json.dumps(GOOD | changes))
+    with pytest.raises(ValueError, match=rf"jsonl:3 is no question of {task} .*{says}"):
+        evaluate.read_questions(str(path), task)
+
+
+@pytest.mark.parametrize("line", ["[" * 100_000, "null", "5", '"text"', "[1]", "{"],
+                         ids=lambda line: line[:9])
+def test_a_line_that_is_no_question_is_named(tmp_path, line):
+    path = tmp_path / "questions.jsonl"
+    path.write_text(line)
+    for task in ("hellaswag", "lambada"):
+        with pytest.raises(ValueError, match=rf"jsonl:1 is no question of {task} \(it is no JSON"):
+            evaluate.read_questions(str(path), task)
+
+
+def test_a_line_ends_with_a_line_break_and_a_label_may_be_digits(tmp_path):
+    path = tmp_path / "questions.jsonl"
+    question = GOOD | {"ctx": "one\u2028two\x85three", "label": "1"}
+    path.write_text(json.dumps(question, ensure_ascii=False), encoding="utf-8")
+    assert evaluate.read_questions(str(path), "hellaswag") == [question]
+
+
 @pytest.mark.parametrize(("args", "says"), [
     (("t.txt", "--stride", 9), "stride=9 is above block_size=8"),
     (("t.txt", "--stride", 0), "stride=0"), (("t.txt", "--task", "x"), "task='x'"),
     (("one.txt",), "the text has 1 tokens"), (("none.txt",), "none.txt"),
+    ((".",), "is a folder, not a file: name a file in it"),
+    (("pipe",), "is a pipe, not a file"), (("pipe", "--task", "lambada"), "is a pipe, not a file"),
+    (("/dev/zero",), "is a device, not a file"), (("pipe.bin",), "is a pipe, not a file"),
     (("t.txt", "--task", "hellaswag"), "t.txt:1 is no question of hellaswag"),
     (("t.txt", "--task", "lambada"), "t.txt:1 is no question of lambada"),
     (("empty", "--task", "lambada"), "no questions")], ids=str)
@@ -170,6 +213,8 @@ def test_a_mistake_gets_one_line_and_status_2(model, tmp_path, args, says, capsy
     path = model.save_checkpoint(1, None, tmp_path)
     for name, text in (("t.txt", "the harbour"), ("one.txt", "a"), ("empty", "\n")):
         (tmp_path / name).write_text(text)
+    for name in ("pipe", "pipe.bin"):
+        os.mkfifo(tmp_path / name)
     assert evaluate.main([str(path), str(tmp_path / args[0]), *map(str, args[1:])]) == 2
     err = capsys.readouterr().err
     assert len(err.splitlines()) == 1 and says in err

@@ -15,7 +15,7 @@ from tinygrad import Tensor
 import generate
 import train as command
 from gpt import GPT, GPTConfig
-from tinygpt import checkpoint, evaluate, kernels, lora
+from tinygpt import check, checkpoint, evaluate, kernels, lora
 from tinygpt.bigram import Bigram, BigramConfig
 from tinygpt.config import SampleConfig, TrainConfig
 from tinygpt.data import Batches, TokenData, load_data
@@ -92,6 +92,10 @@ EXERCISED = {
         "test_evaluate.py::test_the_command": "checkpoint text stride",
         "test_evaluate.py::test_a_mistake_gets_one_line_and_status_2": "task",
         "test_flags.py::test_what_evaluate_scores": "limit ema offline device"},
+    check.CheckConfig: {
+        "test_check.py::test_a_trained_model": "checkpoint",
+        "test_check.py::test_a_mistake_gets_one_line_and_status_2": "device kernels",
+        "test_check.py::test_threads_are_those_asked_for": "threads"},
 }
 
 SHAPE = dict(block_size=8, vocab_size=256, n_layer=1, n_head=4, n_embd=16)
@@ -292,6 +296,8 @@ def named(row: dict) -> str:
     ids=named)
 def test_options_combine(config, row, no_evaluations):
     shape = {k: v for k, v in row.items() if k in SHAPES}
+    if row.get("lora_rank") and row.get("freeze"):  # of what else is trained then
+        row = row | {"freeze": "h.*.lora.a"}
     try:
         go_on_exactly(lambda seed: GPT(replace(TINY, vocab_size=32, **shape), seed),
                       replace(config, **{k: v for k, v in row.items() if k not in shape}))

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from generate import StopFilter, converse, read_prompt, statistics
+from generate import StopFilter, converse, read_prompt, statistics, told
 from gpt import GPT, GPTConfig, SampleConfig
 from tinygpt.optim import EMA
-from tinygpt.tokenizer import ByteTokenizer, CharTokenizer
+from tinygpt.tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer
 
 
 @pytest.fixture
@@ -93,7 +93,7 @@ def test_characters_that_the_tokenizer_lacks_are_named(command, tmp_path):
     model.save_checkpoint(1, None, tmp_path / "checkpoints")
     done = command("generate.py", "--prompt", "abcd\u00e9")
     assert done.returncode == 2
-    assert "'d'" in done.stderr and "'\\xe9'" in done.stderr
+    assert "lacks 'd' (U+0064), '\u00e9' (U+00E9)\n" in done.stderr
 
 
 def test_only_ids_that_the_tokenizer_has_are_drawn(command, tmp_path):
@@ -245,3 +245,11 @@ def test_statistics_name_prefill_and_median_decode():
     line = statistics(6, [2.0, 0.01, 0.01, 5.0])
     assert "prefill 6 tokens in 2.00 s" in line and "decode 100.0 tokens/s" in line
     assert json.dumps(line)
+
+
+def test_writing_ends_at_an_end_of_text_which_is_not_shown():
+    model = GPT(GPTConfig(block_size=8, vocab_size=257, n_layer=1, n_head=1, n_embd=4))
+    model.tokenizer = BPETokenizer.train("some text", 257)
+    ids = [*model.tokenizer.encode("na\u00efve"), model.tokenizer.end_of_text, *b"more"]
+    assert "".join(told(model, iter(ids), [])) == "na\u00efve"
+    assert "".join(told(model, iter(ids), ["ve "])) == "na\u00efve"  # what was held back too

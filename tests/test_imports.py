@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-COMMANDS = ("train", "generate", "tinygpt.evaluate")  # the last is run with python -m
+COMMANDS = ("train", "generate", "tinygpt.evaluate", "tinygpt.check")  # two by python -m
 SOURCES = {str(path.relative_to(ROOT).with_suffix("")).replace("/", ".").removesuffix(".__init__"):
            path for path in [*ROOT.glob("*.py"), *ROOT.glob("tinygpt/**/*.py")]}
 

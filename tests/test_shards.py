@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from tinygpt import data as module
-from tinygpt import shards
+from tinygpt import documents, shards
 from tinygpt.data import DataError, load_data
 from tinygpt.tokenizer import load_tokenizer
 
@@ -21,6 +21,7 @@ def small(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "_cache_root", lambda: tmp_path)
     monkeypatch.setattr(module, "LARGE", 1000)
     monkeypatch.setattr(shards, "cpu_count", lambda: 1)
+    monkeypatch.setattr(documents, "RECENT", 0)
     return tmp_path
 
 
@@ -57,7 +58,7 @@ def test_the_tokens_are_those_of_the_whole_text(source, kind):
         data = load_data(place, kind, 300)
         found = [*data.train.tolist(), *data.val.tolist()]
         assert found == expected(texts, data.tokenizer)
-        assert isinstance(data.train, np.memmap) and 0.05 < len(data.val) / len(found) < 0.2
+        assert 0.05 < len(data.val) / len(found) < 0.2
 
 
 def test_a_piece_ends_only_where_no_token_can_cross(source):
@@ -111,3 +112,51 @@ def test_what_is_wrong_is_named_with_its_place(tmp_path):
     path.write_bytes(b"good text\n" * 300 + b"\xff")
     with pytest.raises(DataError, match=r"bad\.txt is not UTF-8 at byte 3000"):
         load_data(path, "byte", 0)
+
+
+def test_a_text_without_line_breaks_is_refused(tmp_path):
+    path = tmp_path / "one_line.txt"
+    path.write_bytes(b"word " * 300)
+    with pytest.raises(DataError, match=r"one_line\.txt has no line break"):
+        load_data(path, "byte", 0)
+    assert [p.name for p in tmp_path.iterdir()] == ["one_line.txt"]
+
+
+def test_the_line_of_a_piece_is_that_of_the_file(tmp_path):
+    path = tmp_path / "bad.jsonl"
+    path.write_text('{"text": "good"}\n' * 300 + '{"text": 5}\n')
+    with pytest.raises(DataError, match=r"bad\.jsonl has a number, .* in line 301"):
+        load_data(path, "byte", 0)
+
+
+def test_utf16_is_named_before_it_is_cut(tmp_path):
+    path = tmp_path / "wide.txt"
+    path.write_bytes(TEXT.encode("utf-16"))
+    with pytest.raises(DataError, match=r"is UTF-16, .*iconv -f UTF-16 -t UTF-8"):
+        load_data(path, "byte", 0)
+
+
+def test_what_is_damaged_in_a_stopped_build_is_made_again(source, tmp_path, monkeypatch, rng):
+    place, _ = source
+    files, whole = sorted(place.iterdir()), tmp_path / "whole"
+    shards.build(whole, files, "text", "bpe", 300, {})
+    encode, done = shards.encode, []
+
+    def stops(piece, path):
+        if len(done) == 5:
+            raise KeyboardInterrupt
+        done.append(path)
+        return encode(piece, path)
+
+    for damaged in ("plan.json", "shard_00002.bin", "shard_00003.bin"):
+        done.clear()
+        monkeypatch.setattr(shards, "encode", stops)
+        with pytest.raises(KeyboardInterrupt):
+            shards.build(tmp_path / "part", files, "text", "bpe", 300, {})
+        raw = bytearray((tmp_path / "part" / damaged).read_bytes())
+        raw[rng.integers(len(raw))] ^= 1 << rng.integers(8)
+        (tmp_path / "part" / damaged).write_bytes(raw)
+        monkeypatch.setattr(shards, "encode", encode)
+        shards.build(tmp_path / "part", files, "text", "bpe", 300, {})
+        for name in ("train.bin", "val.bin"):
+            assert (tmp_path / "part" / name).read_bytes() == (whole / name).read_bytes()

@@ -1,8 +1,7 @@
-"""Text or .bin files -> memory-mapped token ids -> batches in an order that can be resumed."""
+"""Text or .bin files -> token ids -> batches in an order that can be resumed."""
 
 import glob
 import hashlib
-import json
 import os
 import shutil
 import sys
@@ -12,10 +11,19 @@ from pathlib import Path
 
 import numpy as np
 
-from tinygpt import device, shards
-from tinygpt.documents import DataError, are_documents, end_of_text, read_documents
+from tinygpt import device, shards, token_files
+from tinygpt.documents import (
+    DataError,
+    TextFiles,
+    are_documents,
+    end_of_text,
+    read_documents,
+    reason,
+    what_is_special,
+)
 from tinygpt.download import download
-from tinygpt.tokenizer import Tokenizer, load_tokenizer, make_tokenizer
+from tinygpt.token_files import Ids, Missing, TokenFolder, chunks, digest
+from tinygpt.tokenizer import Tokenizer, fingerprint, load_tokenizer, make_tokenizer
 
 DATA_DIR = Path(__file__).parent.parent / "data"
 SHIPPED = DATA_DIR / "lantern_and_tide.txt"
@@ -30,29 +38,62 @@ class TokenData:
     """Token ids of the training and the validation split (1-d, unsigned), and what made them.
 
     tokenizer is None where bare ids were given. source says where they come from: a path or a
-    glob where is_named, else in words.
+    glob where is_named, else in words. fingerprint is a hash of the ids of both splits. made is the
+    cache that was written for them, if one was.
     """
 
-    train: np.ndarray
-    val: np.ndarray
+    train: Ids
+    val: Ids
     tokenizer: Tokenizer | None
     source: str
     is_named: bool = True
+    fingerprint: str = ""
+    made: Path | None = None
+
+    def __post_init__(self):
+        self.fingerprint = self.fingerprint or f"{digest(self.train)}-{digest(self.val)}"
 
     def bytes_per_token(self) -> float | None:
         """Mean UTF-8 bytes that a validation token stands for, end-of-text for none; None without
         a tokenizer."""
-        if self.tokenizer is None:
-            return None
-        if (largest := self.val.max()) >= self.tokenizer.vocab_size:
-            raise DataError(f"{self.source} has token id {largest}, but the tokenizer "
-                            f"{self.tokenizer.vocab_size} ids: is it another tokenizer's?")
-        lengths = self.tokenizer.token_lengths()
-        if (end := end_of_text(self.tokenizer)) is not None:
-            lengths[end] = 0
-        step = 1 << 22  # so that a split larger than memory is never in it as a whole
-        parts = (self.val[i:i + step] for i in range(0, len(self.val), step))
-        return sum(int(lengths[part].sum()) for part in parts) / len(self.val) or None
+        return self.tokenizer and mean_bytes(self.val, self.tokenizer, self.source)
+
+    def describe(self) -> dict:
+        """What a checkpoint says of the data, as JSON values, for `check_same`."""
+        return {"source": self.source, "fingerprint": self.fingerprint,
+                "training_tokens": len(self.train), "validation_tokens": len(self.val)}
+
+    def check_same(self, path: Path, theirs: dict | None) -> None:
+        """Raises DataError unless the checkpoint at path, which has `theirs` of `describe`, was
+        trained on these ids; one that does not say (None) may have been."""
+        ours = self.describe()
+        if theirs is None or (isinstance(theirs, dict)
+                              and theirs.get("fingerprint") == self.fingerprint):
+            return
+        if not isinstance(theirs, dict) or not ours.keys() <= theirs.keys():
+            raise DataError(f"{path} has damaged metadata of its data: use another one")
+        names = ["{source} ({training_tokens} training and {validation_tokens} validation tokens, "
+                 "fingerprint {fingerprint})".format(**data) for data in (theirs, ours)]
+        raise DataError(f"{path} was trained on {names[0]}, which is other data than {names[1]}: "
+                        "resume with the same, or start a new run from it with --init_from")
+
+    def forget(self) -> None:
+        """Deletes the cache that was written for these ids: what they were asked for is refused."""
+        if self.made is not None:
+            shutil.rmtree(self.made, ignore_errors=True)
+
+
+def mean_bytes(ids: Ids, tokenizer: Tokenizer, source: str, skip: int = 0) -> float | None:
+    """Mean UTF-8 bytes that the ids behind the first `skip` stand for, or None where that is 0.
+    Raises DataError on an id outside the tokenizer's vocabulary."""
+    lengths, total = tokenizer.token_lengths(), 0
+    for part in chunks(ids):
+        if (largest := part.max()) >= tokenizer.vocab_size:
+            raise DataError(f"{source} has token id {largest}, but the tokenizer "
+                            f"{tokenizer.vocab_size} ids: is it another tokenizer's?")
+        total += int(lengths[part].sum())
+    total -= int(lengths[ids[:skip]].sum())
+    return total / (len(ids) - skip) if total else None
 
 
 class Batches:
@@ -62,7 +103,7 @@ class Batches:
     (seed, epoch). Raises DataError where the array is shorter than a window and its next token.
     """
 
-    def __init__(self, tokens: np.ndarray, block_size: int, batch_size: int, seed: int):
+    def __init__(self, tokens: Ids, block_size: int, batch_size: int, seed: int):
         check_length(tokens, block_size)
         self.tokens, self.block_size, self.batch_size = tokens, block_size, batch_size
         self.seed = seed
@@ -98,7 +139,7 @@ class Batches:
         return rows[:, :-1].astype(np.int32), rows[:, 1:].astype(np.int32)
 
 
-def check_length(tokens: np.ndarray, block_size: int) -> None:
+def check_length(tokens: Ids, block_size: int) -> None:
     """Raises DataError unless a window and the token after it fit into a split."""
     if len(tokens) < block_size + 1:
         raise DataError(f"a split of the data has {len(tokens)} tokens, fewer than block_size + 1 "
@@ -132,7 +173,8 @@ def load_data(source, tokenizer: str | Tokenizer, vocab_size: int, block_size: i
     if not isinstance(tokenizer, str):
         return _from_text(read_documents(files, text_field), tokenizer, vocab_size, str(source),
                           are_documents(files))
-    return _from_cache(files, str(source), tokenizer, vocab_size, block_size, text_field)
+    text = TextFiles(files, text_field, LARGE)
+    return _from_cache(text, str(source), tokenizer, vocab_size, block_size)
 
 
 def shakespeare() -> Path:
@@ -148,10 +190,16 @@ def shakespeare() -> Path:
 
 def _text_files(source: str) -> list[Path]:
     path = Path(source)
-    if os.path.isdir(path):
-        files = sorted(p for p in path.iterdir() if not p.name.startswith("."))
-    else:
-        files = [path] if os.path.isfile(path) else sorted(map(Path, glob.glob(source)))
+    if (what := what_is_special(path)) not in (None, "a folder"):
+        raise DataError(f"{source} is {what}, not a file: write its content to a file first")
+    try:
+        if what is not None:
+            files = sorted(p for p in path.iterdir() if not p.name.startswith("."))
+        else:
+            files = [path] if os.path.isfile(path) else sorted(map(Path, glob.glob(source)))
+    except OSError as error:
+        raise DataError(f"{source} cannot be read ({reason(error)}): name data that can"
+                        ) from error
     files = [p for p in files if p.is_file()]
     if not files:
         raise DataError(f"there is no data at {source[:300]}: give a text file, a folder or glob "
@@ -186,7 +234,10 @@ def _join(texts: list[str], tokenizer: Tokenizer, are_documents: bool) -> list[i
 
 
 def _from_ids(ids, tokenizer: Tokenizer | None) -> TokenData:
-    ids = np.asarray(ids)
+    try:
+        ids = np.asarray(ids)
+    except ValueError as error:  # of lists of different lengths
+        raise DataError(f"token ids cannot be an array ({error})") from error
     if ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer) or (ids < 0).any():
         raise DataError(f"token ids have shape {ids.shape} and dtype {ids.dtype}: "
                         "give a 1-d array of non-negative integers")
@@ -212,23 +263,28 @@ def is_token_file(path: Path) -> bool:
     return path.suffix == ".bin" or (path / "val.bin").is_file()
 
 
-def read_tokens(path: Path, tokenizer: Tokenizer | None) -> np.ndarray:
+def read_tokens(path: Path, tokenizer: Tokenizer | None) -> Ids:
     """The ids (1-d, unsigned) in a .bin, or in the val.bin of a folder.
 
-    Raises DataError where it is damaged, or where a meta.json beside it tells that another
+    Raises DataError where it is damaged, or where a meta.json beside it says that another
     tokenizer, unless None, made it.
     """
     folder, name = (path, "val") if path.is_dir() else (path.parent, path.stem)
-    meta = _read_meta(folder) if (folder / "meta.json").is_file() else {}
-    if meta and tokenizer is not None:
-        _check_tokenizer(folder, meta, tokenizer)
-    return _map_bin(folder, name, meta)
+    with TokenFolder(folder, (name,), _remedy(folder)) as opened:
+        if opened.meta and tokenizer is not None:
+            _check_tokenizer(folder, opened.meta, tokenizer)
+        return opened.read()[name][0]
 
 
 def _from_bins(folder: Path, tokenizer: str | Tokenizer, vocab_size: int) -> TokenData:
-    meta = {}
-    if (folder / "meta.json").is_file():
-        meta = _read_meta(folder)
+    with TokenFolder(folder, remedy=_remedy(folder)) as opened:
+        return _of_opened(opened, tokenizer, vocab_size, str(folder))
+
+
+def _of_opened(opened: TokenFolder, tokenizer: str | Tokenizer, vocab_size: int,
+               source: str) -> TokenData:
+    meta, folder = opened.meta, opened.folder
+    if meta:
         made_with = meta["made_with"]
         if not isinstance(tokenizer, str):
             _check_tokenizer(folder, meta, tokenizer)
@@ -237,47 +293,26 @@ def _from_bins(folder: Path, tokenizer: str | Tokenizer, vocab_size: int) -> Tok
                             f"{_made_with(tokenizer, vocab_size)}: ask for the same")
         tokenizer = load_tokenizer(meta["tokenizer"])
     elif tokenizer in ("bpe", "char"):
-        raise DataError(f"{folder} has no meta.json that tells its tokenizer: pass "
+        raise DataError(f"{folder} has no meta.json that names its tokenizer: pass "
                         "--tokenizer gpt2 (or byte), or the text itself as --data")
     elif isinstance(tokenizer, str):
         tokenizer = make_tokenizer(tokenizer, "", vocab_size)
-    splits = (_map_bin(folder, name, meta) for name in ("train", "val"))
-    return TokenData(*splits, tokenizer, str(folder))
-
-
-def _map_bin(folder: Path, name: str, meta: dict) -> np.ndarray:
-    path, dtype = folder / f"{name}.bin", np.dtype(meta.get("dtype", "<u2"))
-    if not path.is_file():
-        raise DataError(f"there is no {path}")
-    size = path.stat().st_size
-    if size == 0 or size % dtype.itemsize or meta.get(f"{name}_bytes", size) != size:
-        raise DataError(f"{path} is damaged: it has {size} bytes; {_remedy(folder)}")
-    return np.memmap(path, dtype=dtype, mode="r")
+    splits = opened.read().values()
+    # the checksum of a file of uint16 is the digest of its ids
+    digests = [checksum if ids.dtype.itemsize == 2 else digest(ids) for ids, checksum in splits]
+    return TokenData(*(ids for ids, _ in splits), tokenizer, source, fingerprint="-".join(digests))
 
 
 def _check_tokenizer(folder: Path, meta: dict, tokenizer: Tokenizer) -> None:
-    if tokenizer.to_json() != meta["tokenizer"]:
-        raise DataError(f"{folder} was made with another tokenizer than the one given: use its "
-                        "own, or the text")
+    made_with = fingerprint(load_tokenizer(meta["tokenizer"]))
+    if (given := fingerprint(tokenizer)) != made_with:
+        raise DataError(f"{folder} was made with another tokenizer ({meta['made_with']}, "
+                        f"fingerprint {made_with}) than the one given ({tokenizer.kind}, "
+                        f"fingerprint {given}): use its own, or the text")
 
 
 def _made_with(kind: str, vocab_size: int) -> str:
     return f"--tokenizer {kind}" + (f" --vocab_size {vocab_size}" if kind == "bpe" else "")
-
-
-def _read_meta(folder: Path) -> dict:
-    try:
-        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        meta = None
-    whole = isinstance(meta, dict) and {"made_with", "tokenizer", "files"} <= set(meta)
-    try:
-        if whole and meta.get("dtype") in ("<u2", "<u4"):
-            load_tokenizer(meta["tokenizer"])
-            return meta
-    except ValueError:
-        pass
-    raise DataError(f"{folder / 'meta.json'} is damaged: {_remedy(folder)}")
 
 
 def _remedy(folder: Path) -> str:
@@ -286,62 +321,77 @@ def _remedy(folder: Path) -> str:
     return "make it again"
 
 
-def _from_cache(files: list[Path], source: str, kind: str, vocab_size: int, block_size: int,
-                text_field: str) -> TokenData:
-    """The tokens of text files, from the cache where it is newer than they are."""
-    signature = [[str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns] for f in files]
-    if are_documents(files):
-        signature.append(["documents", text_field])
+# ---- the cache of text files
+
+def _from_cache(text: TextFiles, source: str, kind: str, vocab_size: int,
+                block_size: int) -> TokenData:
+    """The tokens of text files, from the cache where it is of their content."""
     label = hashlib.sha256(f"{Path(source).resolve()} {_made_with(kind, vocab_size)}".encode())
-    folder = _cache_root() / f"{Path(files[0]).stem}-{kind}-{label.hexdigest()[:10]}"
-    if not (folder / "meta.json").is_file() or _read_meta(folder)["files"] != signature:
-        meta = {"files": signature, "made_with": _made_with(kind, vocab_size)}
-        if sum(f.stat().st_size for f in files) > LARGE:
-            _cache_in_shards(folder, files, text_field, kind, vocab_size, meta)
-        else:
-            data = _from_text(read_documents(files, text_field), kind, vocab_size, source,
-                              are_documents(files))
-            for ids in (data.train, data.val):
-                check_length(ids, block_size)
-            _write_cache(folder, data, meta)
-    data = _from_bins(folder, kind, vocab_size)
-    data.source = source
+    folder = _cache_root() / f"{Path(text.files[0]).stem}-{kind}-{label.hexdigest()[:10]}"
+    data = _find(folder, text, kind, vocab_size)
+    if data is None:
+        with token_files.locked(folder) as alone:
+            data = _find(folder, text, kind, vocab_size)  # another process may have made it
+            if data is None and text.is_large:
+                _make_in_shards(folder, text, kind, vocab_size)
+                data = _find(folder, text, kind, vocab_size)
+            elif data is None:
+                data = _make(folder, text, kind, vocab_size, block_size, alone)
+    return replace(data, source=source)
+
+
+def _find(folder: Path, text: TextFiles, kind: str, vocab_size: int) -> TokenData | None:
+    """What is in the cache, if it is of this text."""
+    try:
+        with TokenFolder(folder, remedy=_remedy(folder)) as opened:
+            if opened.meta and text.is_described_by(opened.meta):
+                return _of_opened(opened, kind, vocab_size, str(folder))
+    except Missing:
+        pass
+    return None
+
+
+def _make(folder: Path, text: TextFiles, kind: str, vocab_size: int, block_size: int,
+          alone: bool) -> TokenData:
+    """The tokens of a text that is not large, which are put into the cache where that can be."""
+    data = _from_text(text.documents(), kind, vocab_size, ", ".join(map(str, text.files[:3])),
+                      are_documents(text.files))
+    for ids in (data.train, data.val):
+        check_length(ids, block_size)
+    try:
+        with token_files.new_folder(folder, clean=alone) as part:
+            for name, ids in (("train", data.train), ("val", data.val)):
+                ids.astype(ids.dtype.newbyteorder("<")).tofile(part / f"{name}.bin")
+            token_files.write_meta(part, _meta(text, kind, vocab_size, data.tokenizer,
+                                               data.train.dtype))
+        data.made = folder
+    except OSError as error:
+        print(f"the tokens cannot be kept in {folder} ({reason(error)}): they are made again "
+              "the next time", file=sys.stderr)
     return data
 
 
-def _write_cache(folder: Path, data: TokenData, meta: dict) -> None:
-    part = folder.with_name(f".{folder.name}.{os.getpid()}")
-    try:
-        part.mkdir(parents=True, exist_ok=True)
-        for name, ids in (("train", data.train), ("val", data.val)):
-            ids.astype(ids.dtype.newbyteorder("<")).tofile(part / f"{name}.bin")
-            meta[f"{name}_bytes"] = ids.nbytes
-        meta |= {"dtype": data.train.dtype.newbyteorder("<").str,
-                 "tokenizer": data.tokenizer.to_json()}
-        (part / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
-        shutil.rmtree(folder, ignore_errors=True)
-        part.rename(folder)
-    except OSError as error:
-        raise DataError(f"tokens cannot be cached in {folder} ({error.strerror})") from error
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
-
-
-def _cache_in_shards(folder: Path, files: list[Path], text_field: str, kind: str,
-                     vocab_size: int, meta: dict) -> None:
+def _make_in_shards(folder: Path, text: TextFiles, kind: str, vocab_size: int) -> None:
     """The cache of text that may be larger than memory. What a stopped build leaves stays."""
     part = folder.with_name(f".{folder.name}.shards")
+    signature = {"files": text.describe()["files"], "made_with": _made_with(kind, vocab_size)}
     try:
-        tokenizer, dtype = shards.build(part, files, text_field, kind, vocab_size, meta)
-        meta |= {f"{name}_bytes": (part / f"{name}.bin").stat().st_size
-                 for name in ("train", "val")}
-        meta |= {"dtype": dtype.str, "tokenizer": tokenizer.to_json()}
-        (part / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
-        shutil.rmtree(folder, ignore_errors=True)
-        part.rename(folder)
+        tokenizer, dtype = shards.build(part, text.files, text.text_field, kind, vocab_size,
+                                        signature)
+        text.check_unchanged()
+        token_files.write_meta(part, _meta(text, kind, vocab_size, tokenizer, dtype))
+        token_files.publish(part, folder)
     except OSError as error:
-        raise DataError(f"tokens cannot be made in {part} ({error.strerror}): make room, and what "
+        raise DataError(f"tokens cannot be made in {part} ({reason(error)}): make room, and what "
                         "is there already is used again") from error
+
+
+def _meta(text: TextFiles, kind: str, vocab_size: int, tokenizer: Tokenizer,
+          dtype: np.dtype) -> dict:
+    """What meta.json says of the tokens of a text."""
+    return text.describe() | {"made_with": _made_with(kind, vocab_size),
+                              "dtype": dtype.newbyteorder("<").str,
+                              "tokenizer": tokenizer.to_json()}
 
 
 def _cache_root() -> Path:

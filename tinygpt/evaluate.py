@@ -18,12 +18,13 @@ from tinygrad import Tensor
 from gpt import GPT
 from tinygpt import command, device
 from tinygpt.config import check, setting
-from tinygpt.data import TokenData, is_token_file, read_tokens
-from tinygpt.documents import is_jsonl, read_documents, read_text
+from tinygpt.data import is_token_file, mean_bytes, read_tokens
+from tinygpt.documents import check_readable, is_jsonl, read_documents, read_text
 from tinygpt.flags import parse_flags
 from tinygpt.kernels.jit import compiled
 from tinygpt.pretrained import is_pretrained, tokenizer_needed
 from tinygpt.report import bits_per_byte
+from tinygpt.token_files import Ids, chunks
 
 TASKS = ("text", "hellaswag", "lambada")
 
@@ -80,7 +81,7 @@ class Scorer:
         nats, hits = device.read(self.step(self.x, self.y))[:, :n]
         return nats, hits > 0.5
 
-    def text(self, ids: np.ndarray, stride: int) -> np.ndarray:
+    def text(self, ids: Ids, stride: int) -> np.ndarray:
         """Nats (n - 1,) of ids (n,) after the first. The window moves by stride, and but for the
         first one only what is new in it counts, so that a token sees block_size - stride before.
         """
@@ -99,7 +100,7 @@ class Scorer:
         return nats[-len(ending):], hits[-len(ending):]
 
 
-def score_text(model: GPT, text: str | np.ndarray, stride: int | None = None) -> dict[str, float]:
+def score_text(model: GPT, text: str | Ids, stride: int | None = None) -> dict[str, float]:
     """loss (nats per token), perplexity, bits_per_byte and the tokens of a text or of its ids (n,).
 
     The first token, which nothing comes before, is not scored, nor are its bytes. A model without
@@ -113,10 +114,10 @@ def score_text(model: GPT, text: str | np.ndarray, stride: int | None = None) ->
     ids = np.array(model.tokenizer.encode(text)) if isinstance(text, str) else text
     if len(ids) < 2:
         raise ValueError(f"the text has {len(ids)} tokens: give two or more")
-    if (largest := ids.max()) >= model.config.vocab_size:
+    if (largest := max(part.max() for part in chunks(ids))) >= model.config.vocab_size:
         raise ValueError(f"the text has token id {largest}, outside the model's vocabulary of "
                          f"{model.config.vocab_size}: is it another tokenizer's?")
-    each = TokenData(ids, ids[1:], model.tokenizer, "the text").bytes_per_token()
+    each = model.tokenizer and mean_bytes(ids, model.tokenizer, "the text", skip=1)
     loss = float(Scorer(model).text(ids, stride).astype(np.float64).mean())
     bits = {"bits_per_byte": bits_per_byte(loss, each)} if each else {}
     return {"loss": loss, "perplexity": math.exp(min(loss, 700)), **bits, "tokens": len(ids) - 1}
@@ -157,38 +158,64 @@ def score_lambada(model: GPT, questions: list[dict]) -> dict[str, float]:
 def read_questions(path: str, task: str) -> list[dict]:
     """The questions of a task's .jsonl file. Raises ValueError that names a line that is none."""
     found = []
-    for number, line in enumerate(read_text(Path(path)).splitlines(), 1):
+    for number, line in enumerate(read_text(Path(path)).split("\n"), 1):
         if not line.strip():
             continue
         try:
             question = json.loads(line)
-            if task == "lambada":
-                good = " " in question["text"].strip()
-            else:
-                good = (isinstance(question["ctx"], str) and question["ctx"] != ""
-                        and all(isinstance(e, str) and e for e in question["endings"])
-                        and 0 <= int(question["label"]) < len(question["endings"]))
-        except (AttributeError, KeyError, TypeError, ValueError):
-            good = False
-        if not good:
-            raise ValueError(f"{path}:{number} is no question of {task}: give its published .jsonl")
+            wrong = _what_is_wrong(question, task)
+        except (ValueError, RecursionError):
+            wrong = "it is no JSON"
+        if wrong is not None:
+            raise ValueError(f"{path}:{number} is no question of {task} ({wrong}): give its "
+                             "published .jsonl")
         found.append(question)
     if not found:
         raise ValueError(f"{path} has no questions of {task}: give its published .jsonl")
     return found
 
 
+def _what_is_wrong(question, task: str) -> str | None:
+    """Why a JSON value is no question of a task, or None."""
+    if not isinstance(question, dict):
+        return "it is no JSON object"
+    if task == "lambada":
+        if not _is_text(text := question.get("text")) or " " not in text.strip():
+            return "its text is no string of two or more words"
+        return None
+    if not _is_text(question.get("ctx")):
+        return "its ctx is no string of text"
+    endings, label = question.get("endings"), question.get("label")
+    if not isinstance(endings, list) or len(endings) < 2 or not all(map(_is_text, endings)):
+        return "its endings are no list of two or more strings"
+    is_digits = isinstance(label, str) and label.isascii() and label.isdigit() and len(label) < 10
+    if type(label) is not int and not is_digits:
+        return "its label is no whole number"
+    if not 0 <= int(label) < len(endings):
+        return f"its label {label} is not the number of an ending, 0 to {len(endings) - 1}"
+    return None
+
+
+def _is_text(value) -> bool:
+    """Whether a JSON value is a string with something in it, and no half of a surrogate pair."""
+    return isinstance(value, str) and value != "" and not any("\ud800" <= c <= "\udfff"
+                                                              for c in value)
+
+
 def run(config: EvaluateConfig) -> dict[str, float]:
     """The scores that config asks for."""
-    device.choose(config.device)
-    if config.offline and not is_pretrained(config.checkpoint):
+    is_theirs = is_pretrained(config.checkpoint)
+    if is_theirs and config.ema:
+        raise ValueError(f"{config.checkpoint} has no moving average of the weights: leave out "
+                         "--ema")
+    if config.offline and not is_theirs:
         raise ValueError(f"{config.checkpoint} is never downloaded: leave out --offline")
     path = Path(config.text)
+    if not is_token_file(path):
+        check_readable(path)  # before the model is loaded, which may take long
+    device.choose(config.device)
     has_ids = config.task == "text" and is_token_file(path)
-    if is_pretrained(config.checkpoint):
-        if config.ema:
-            raise ValueError(f"{config.checkpoint} has no moving average of the weights: leave out "
-                             "--ema")
+    if is_theirs:
         with tokenizer_needed(not has_ids):
             model = GPT.from_pretrained(config.checkpoint, offline=config.offline)
     else:

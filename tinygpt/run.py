@@ -25,6 +25,7 @@ from tinygpt.signals import pending_signals
 from tinygpt.spikes import SpikeGuard
 from tinygpt.steps import Steps
 from tinygpt.tensorfile import BAD_VALUES
+from tinygpt.tokenizer import up_to_end
 
 MOMENTS = {"adamw": 2, "muon": 1, "lion": 1, "adamw8bit": 0.5}  # numbers of state for a weight
 NOT_FINITE = 10  # steps in a row without a finite loss after which training stops
@@ -96,12 +97,12 @@ class Run:
                             self.params, owned, self.optimizer.state_dict())
         self.steps = Steps(model, config, self.params, self.optimizer, owned, self.ema, self.ranks,
                            self.devices)
+        self._check_kernels()
         self.fresh = 0  # how many steps were taken since the last was compiled anew
 
     # ---- the run
 
     def train(self) -> TrainResult:
-        self._check_kernels()
         with self._only_run(), pending_signals() as pending:
             self.report = self._make_report(None)
             self._greet()
@@ -283,7 +284,7 @@ class Run:
             prompt = [int(self.data.val[0])]
         ids = self.model.stream([prompt], SampleConfig(max_new_tokens=200, seed=self.config.seed))
         with self._averaged(), self.devices.on_the_first(self.model):
-            text = tokenizer.decode(list(ids))
+            text = tokenizer.decode(list(up_to_end(tokenizer, ids)))
         self.report.line(f"sample {self.iter_num}:\n{text}\n")
 
     # ---- saving and resuming
@@ -301,6 +302,7 @@ class Run:
         path = self.model.save_checkpoint(self.iter_num, self.optimizer, self.out_dir, {
             "train_config": asdict(config), "best_val_loss": self.best_val_loss,
             "data_position": self.iter_num * config.gradient_accumulation_steps,
+            "data": self.data.describe(),
             "random_state": {"seed": config.seed}, "stale_evaluations": self.stale,
             "gradient_norms": self.spikes.norms, "is_best": best}, self.ema)
         if best:
@@ -355,6 +357,8 @@ class Run:
             raise ValueError(f"{path} was trained with another tokenizer than the data has now: "
                              "use the same --data and --tokenizer, or start a new run")
         self._check_trained(path, header)
+        if not self.config.eval_only:
+            self.data.check_same(path, header.get("data"))
         optimizer = None if self.config.eval_only else self.optimizer
         header = self.model.load_checkpoint(path, optimizer, self.ema)
         if "iter_num" not in header:
@@ -392,7 +396,7 @@ class Run:
                              f"multiple of {size}, or another number of processes")
         self.ranks.check_same(**asdict(self.model.config), **{
             k: v for k, v in asdict(config).items() if k not in ("device", "threads")},
-            training_tokens=len(self.data.train), validation_tokens=len(self.data.val))
+            training_data=self.data.fingerprint)
 
     def _check_memory(self) -> None:
         """Raises ValueError where training does not fit whatever the batch size is."""

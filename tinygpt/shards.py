@@ -5,7 +5,7 @@ and the shards are put together at the end. What is there already when a stopped
 again is not made again.
 """
 
-import json
+import os
 import re
 import shutil
 import signal
@@ -18,17 +18,23 @@ from multiprocessing import get_context, parent_process
 from pathlib import Path
 
 import numpy as np
+import xxhash
 from tqdm import tqdm
 
 from tinygpt.documents import (
     DataError,
     are_documents,
+    check_encoding,
     decode,
     end_of_text,
     is_jsonl,
+    open_file,
     parse_jsonl,
+    read_bytes,
+    reason,
 )
 from tinygpt.kernels.cpu.launch import cpu_count
+from tinygpt.token_files import parse_sealed, sealed
 from tinygpt.tokenizer import Tokenizer, load_tokenizer, make_tokenizer
 
 PIECE = 32 << 20  # bytes of text in a shard, at most
@@ -57,12 +63,15 @@ def build(folder: Path, files: list[Path], text_field: str, kind: str, vocab_siz
     type of the ids. Raises DataError; OSError where the disk does.
     """
     pieces = cut(files)
-    plan = json.loads(json.dumps({"pieces": list(map(asdict, pieces)), **signature}))
+    if len(pieces) < 2:
+        raise DataError(f"{files[0]} has no line break at which validation text could be cut off: "
+                        "break it into lines, or give several files")
+    plan = {"pieces": list(map(asdict, pieces)), **signature}
     tokenizer = _prepare(folder, plan)
     if tokenizer is None:
         print(f"{len(pieces)} shards: learning the tokenizer", file=sys.stderr)
         tokenizer = _learn(kind, vocab_size, pieces, text_field)
-        _write(folder / "plan.json", json.dumps(plan | {"made": tokenizer.to_json()}).encode())
+        _write(folder / "plan.json", sealed(plan | {"made": tokenizer.to_json()}))
     dtype = np.dtype("<u2" if tokenizer.vocab_size <= 65536 else "<u4")
     separator = None
     if are_documents(files):
@@ -74,8 +83,9 @@ def build(folder: Path, files: list[Path], text_field: str, kind: str, vocab_siz
     for name, part in (("train", jobs[:train]), ("val", jobs[train:])):
         with open(folder / f"{name}.bin", "wb") as whole:
             for _, path in part:
-                with open(path, "rb") as file:
-                    shutil.copyfileobj(file, whole, 1 << 24)
+                if (ids := _read_shard(path)) is None:
+                    raise DataError(f"{path} is damaged: start the same again, which makes it anew")
+                whole.write(ids)
     for path in (*(path for _, path in jobs), folder / "plan.json"):
         path.unlink()
     return tokenizer, dtype
@@ -89,7 +99,8 @@ def cut(files: list[Path]) -> list[Piece]:
     pieces = []
     for path, size in zip(files, sizes, strict=True):
         jsonl, start = is_jsonl(path), 0
-        with open(path, "rb") as file:
+        with open_file(path) as file:
+            check_encoding(path, os.pread(file.fileno(), 4096, 0))
             while start < size:
                 end = _safe_end(file, start + length, size, jsonl)
                 pieces.append(Piece(str(path), start, end, end == size and not jsonl))
@@ -116,23 +127,25 @@ def texts_of(piece: Piece, text_field: str) -> list[str]:
     """The documents of a piece, or the part of one. Raises DataError."""
     path = Path(piece.path)
     try:
-        with open(path, "rb") as file:
+        with open_file(path) as file:
             file.seek(piece.start)
             raw = file.read(piece.end - piece.start)
     except OSError as error:
-        raise DataError(f"{path} cannot be read ({error.strerror})") from error
+        raise DataError(f"{path} cannot be read ({reason(error)})") from error
+    if len(raw) != piece.end - piece.start:
+        raise DataError(f"{path} has become shorter while it is read: start again")
     text = decode(path, raw, piece.start)
-    return parse_jsonl(path, text, text_field) if is_jsonl(path) else [text]
+    return parse_jsonl(path, text, text_field, piece.start) if is_jsonl(path) else [text]
 
 
 def _prepare(folder: Path, plan: dict) -> Tokenizer | None:
     """Makes folder ready for the plan; the tokenizer where it was begun already."""
     try:
-        found = json.loads((folder / "plan.json").read_text(encoding="utf-8"))
+        found = parse_sealed(read_bytes(folder / "plan.json"))
         tokenizer = load_tokenizer(found.pop("made"))
         if found == plan:
             return tokenizer
-    except (OSError, ValueError, KeyError, AttributeError):
+    except (ValueError, KeyError):
         pass  # none, or half of one
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -156,7 +169,7 @@ def _learn(kind: str, vocab_size: int, pieces: list[Piece], text_field: str) -> 
 
 def _encode_all(jobs: list[tuple[Piece, Path]], how: tuple, processes: int | None) -> None:
     """Makes the shards that are missing, with a progress bar in bytes of text."""
-    missing = [(piece, path) for piece, path in jobs if not path.exists()]
+    missing = [(piece, path) for piece, path in jobs if _read_shard(path) is None]
     sizes = {path: piece.end - piece.start for piece, path in jobs}
     with tqdm(total=sum(sizes.values()), unit="B", unit_scale=True, desc="encoding",
               initial=sum(sizes.values()) - sum(sizes[path] for _, path in missing),
@@ -199,7 +212,18 @@ def encode(piece: Piece, path: Path) -> Path:
         ids += tokenizer.encode(text)
         if separator and (piece.ends or piece.path.endswith(".jsonl")):
             ids += separator
-    return _write(path, np.array(ids, dtype).tobytes())
+    raw = np.array(ids, dtype).tobytes()
+    return _write(path, raw + xxhash.xxh3_64_digest(raw))
+
+
+def _read_shard(path: Path) -> memoryview | None:
+    """The bytes of the ids in a shard, before the checksum that it ends with; None where it is
+    damaged or not there."""
+    try:
+        raw = memoryview(read_bytes(path))
+    except DataError:
+        return None
+    return raw[:-8] if xxhash.xxh3_64_digest(raw[:-8]) == raw[-8:] else None
 
 
 def _write(path: Path, data: bytes) -> Path:

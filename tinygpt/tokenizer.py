@@ -7,14 +7,16 @@ A tokenizer is written whole into `to_json()`, which travels inside a checkpoint
 import base64
 import codecs
 import functools
-import hashlib
+import itertools
 import json
 import re
+from collections.abc import Iterable, Iterator
 from typing import Protocol
 
 import numpy as np
 import rustbpe
 import tiktoken
+import xxhash
 
 # GPT-2's rule of where a word ends (its published encoder, and tiktoken's "gpt2")
 GPT2_PATTERN = (r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+"
@@ -33,7 +35,8 @@ class Tokenizer(Protocol):
         """The ids of text. Raises ValueError that names a character it has no ids for."""
 
     def decode_bytes(self, ids: list[int]) -> bytes:
-        """The UTF-8 bytes that ids stand for. Raises ValueError on an id out of range."""
+        """The UTF-8 bytes that ids stand for, an end-of-text for none. Raises ValueError on an id
+        out of range."""
 
     def decode(self, ids: list[int]) -> str:
         """The text that ids stand for; bytes that are not UTF-8 become U+FFFD."""
@@ -60,7 +63,8 @@ class BPETokenizer(_Base):
     """Byte-level byte-pair encoding (arXiv:1508.07909), by tiktoken.
 
     `BPETokenizer()` is GPT-2's, with tiktoken's own files; `BPETokenizer.train` makes one for a
-    text. The last id is the end-of-text token, which no text encodes to.
+    text. The last id, `end_of_text`, ends a document: no text encodes to it, and it is decoded to
+    no text.
     """
 
     kind = "bpe"
@@ -76,6 +80,8 @@ class BPETokenizer(_Base):
         if vocab_size < 257:
             raise ValueError(f"vocab_size={vocab_size} is too small for bpe: choose 257 or more "
                              "(256 bytes and end-of-text), or --tokenizer byte")
+        if vocab_size >= 1 << 31:
+            raise ValueError(f"vocab_size={vocab_size} is too large for bpe: choose one below 2^31")
         trainer = rustbpe.Tokenizer()
         trainer.train_from_iterator([_check_text(text)], vocab_size - 1, pattern=GPT2_PATTERN)
         return cls.of([bytes(token) for token, _ in trainer.get_mergeable_ranks()])
@@ -84,9 +90,13 @@ class BPETokenizer(_Base):
     def of(cls, tokens: list[bytes]) -> "BPETokenizer":
         """The tokenizer of these tokens, in order of rank, and end-of-text after them.
 
-        Raises ValueError where they are not all different, or lack a byte."""
-        if len(set(tokens)) < len(tokens) or not {bytes([b]) for b in range(256)} <= set(tokens):
-            raise ValueError("tokens that are not all different, or lack a byte")
+        Raises ValueError unless they are all different, none is empty, and every byte is one.
+        """
+        distinct = set(tokens)
+        missing = 256 - len({bytes([b]) for b in range(256)} & distinct)
+        if missing or b"" in distinct or len(distinct) < len(tokens):
+            raise ValueError(f"{len(tokens)} tokens that are not all different, or of which one is "
+                             f"empty, or that lack {missing} of the 256 bytes")
         return cls(_encoding(tokens))
 
     def encode(self, text: str) -> list[int]:
@@ -97,13 +107,15 @@ class BPETokenizer(_Base):
 
     def decode_bytes(self, ids: list[int]) -> bytes:
         self._check_ids(ids)
-        return self._encoding.decode_bytes(ids)
+        return self._encoding.decode_bytes([i for i in ids if i != self.end_of_text])
 
     def to_json(self) -> dict:
         return {"kind": self.kind, "tokens": [base64.b64encode(t).decode() for t in self.tokens()]}
 
     @classmethod
     def from_json(cls, data: dict) -> "BPETokenizer":
+        if not isinstance(data["tokens"], list):
+            raise ValueError("tokens that are no list")
         return cls.of([base64.b64decode(t, validate=True) for t in data["tokens"]])
 
     def tokens(self) -> list[bytes]:
@@ -130,9 +142,10 @@ class CharTokenizer(_Base):
         try:
             return [self._ids[c] for c in text]
         except KeyError:
-            missing = sorted(set(text) - set(self._ids))
+            missing = sorted(set(_check_text(text)) - set(self._ids))
+            more = f" and {len(missing) - 10} more" if len(missing) > 10 else ""
             raise ValueError("the tokenizer, which has the characters of its training text only, "
-                             f"lacks {', '.join(map(ascii, missing))}") from None
+                             f"lacks {', '.join(map(_show, missing[:10]))}{more}") from None
 
     def decode_bytes(self, ids: list[int]) -> bytes:
         self._check_ids(ids)
@@ -145,7 +158,7 @@ class CharTokenizer(_Base):
     def from_json(cls, data: dict) -> "CharTokenizer":
         chars = data["chars"]
         if not isinstance(chars, str) or not chars or len(set(chars)) < len(chars):
-            raise ValueError("chars that are no string of different characters")
+            raise ValueError("chars that are no string of one or more different characters")
         return cls(_check_text(chars))
 
 
@@ -180,15 +193,11 @@ def load_tokenizer(data: dict) -> Tokenizer:
 
 
 def fingerprint(tokenizer: Tokenizer | None) -> str | None:
-    """A hash of what a tokenizer does, 16 hexadecimal digits; None without a tokenizer.
-
-    Equal tokenizers have equal fingerprints, whatever file or text they come from: it is the
-    BLAKE2b hash of `to_json()` as canonical JSON.
-    """
+    """A hash (xxh3, 64 bits, in hexadecimal digits) that two tokenizers share where they give the
+    same ids; None without a tokenizer."""
     if tokenizer is None:
         return None
-    text = json.dumps(tokenizer.to_json(), sort_keys=True, separators=(",", ":"))
-    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+    return xxhash.xxh3_64_hexdigest(json.dumps(tokenizer.to_json(), sort_keys=True))
 
 
 def make_tokenizer(kind: str, text: str, vocab_size: int) -> Tokenizer:
@@ -201,6 +210,12 @@ def make_tokenizer(kind: str, text: str, vocab_size: int) -> Tokenizer:
     if kind not in ("gpt2", "byte"):
         raise ValueError(f"there is no tokenizer {kind!r}: choose bpe, gpt2, char or byte")
     return BPETokenizer() if kind == "gpt2" else ByteTokenizer()
+
+
+def up_to_end(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[int]:
+    """The ids before the first end-of-text, where the tokenizer has one: those of one document."""
+    end = getattr(tokenizer, "end_of_text", None)
+    return itertools.takewhile(lambda i: i != end, ids)
 
 
 class StreamDecoder:
@@ -217,6 +232,12 @@ class StreamDecoder:
     def finish(self) -> str:
         """What is left: U+FFFD where the last character is incomplete."""
         return self._utf8.decode(b"", final=True)
+
+
+def _show(char: str) -> str:
+    """A character as itself, where that can be seen, and as its code point."""
+    code = f"U+{ord(char):04X}"
+    return f"{char!r} ({code})" if char.isprintable() and char != " " else code
 
 
 def _check_text(text: str) -> str:
@@ -240,6 +261,11 @@ def _gpt2_encoding() -> tiktoken.Encoding:
 
 
 def _encoding(tokens: list[bytes]) -> tiktoken.Encoding:
-    return tiktoken.Encoding("tinygpt", pat_str=GPT2_PATTERN,
-                             mergeable_ranks={t: i for i, t in enumerate(tokens)},
-                             special_tokens={END_OF_TEXT: len(tokens)})
+    try:
+        return tiktoken.Encoding("tinygpt", pat_str=GPT2_PATTERN,
+                                 mergeable_ranks={t: i for i, t in enumerate(tokens)},
+                                 special_tokens={END_OF_TEXT: len(tokens)})
+    except BaseException as error:  # a panic in Rust, which arrives here as no Exception
+        if type(error).__name__ != "PanicException":
+            raise
+        raise ValueError(f"tiktoken takes no such {len(tokens)} tokens ({error})") from None

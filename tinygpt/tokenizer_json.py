@@ -9,6 +9,7 @@ import json
 from itertools import pairwise
 from pathlib import Path
 
+from tinygpt.documents import read_bytes
 from tinygpt.tokenizer import END_OF_TEXT, BPETokenizer, ByteTokenizer, Tokenizer
 
 _VISIBLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
@@ -56,12 +57,9 @@ def read(path: Path) -> Tokenizer:
     """The tokenizer of a tokenizer.json. Raises ValueError that names the file where it is not one
     of ours: byte-level BPE with GPT-2's pattern, tokens in the order of merges, end-of-text last.
     """
-    if not path.is_file():
-        raise ValueError(f"{path} is not a file")
+    raw = read_bytes(path)
     try:
-        return _tokenizer(json.loads(path.read_text(encoding="utf-8")))
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read ({error.strerror})") from error
+        return _tokenizer(json.loads(raw))
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} is damaged, or no byte-level BPE with GPT-2's pattern and its "
                          "tokens in the order of their merges, which is all that is read here"

@@ -121,12 +121,12 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, implementation: str = "auto") -> T
     return _run("rope", implementation, (x, cos, sin))
 
 
-def dropout(x: Tensor, p: float, key: Tensor | None) -> Tensor:
+def dropout(x: Tensor, p: float, key: Tensor | None, implementation: str = "auto") -> Tensor:
     """Zeroes each element with probability p and scales the rest by 1 / (1 - p).
 
     key (1,) uint32 decides which (see random.py); without one, x comes back unchanged.
     """
-    return reference.dropout(x, p, key)
+    return _run("dropout", implementation, (x,), p, key)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, offset: int | UOp = 0, window: int | None = None,

@@ -1,8 +1,9 @@
 """The specification of every operation, in plain Tensor code.
 
 Nothing here is tuned. Every other implementation has to agree with this one, forward and
-gradients, and tests and benchmarks measure against it alone. The docstrings of the operations
-are in `tinygpt/kernels/__init__.py`.
+gradients, and tests and benchmarks measure against it alone. It takes float64 too, in which
+`tinygpt.check` differentiates. The docstrings of the operations are in
+`tinygpt/kernels/__init__.py`.
 """
 
 import functools
@@ -10,9 +11,15 @@ import math
 import operator
 
 from tinygrad import dtypes
+from tinygrad.dtype import least_upper_dtype
 
 from tinygpt.kernels.blockwise import dequantize, in_blocks, quantize
 from tinygpt.kernels.random import counter, random_bits, uniform
+
+
+def _wide(x):
+    """x in float32, or in float64 where it is that."""
+    return x.cast(least_upper_dtype(x.dtype, dtypes.float32))
 
 
 def linear(x, weight, bias=None, residual=None):
@@ -40,14 +47,14 @@ def _dequantized(weight, scale):
 
 
 def layer_norm(x, weight, bias=None, eps=1e-5):
-    z = x.cast(dtypes.float32)
+    z = _wide(x)
     z = z - z.mean(-1, keepdim=True)
     z = z * (z.square().mean(-1, keepdim=True) + eps).rsqrt() * weight
     return (z if bias is None else z + bias).cast(x.dtype)
 
 
 def rms_norm(x, weight, eps=1e-5):
-    z = x.cast(dtypes.float32)
+    z = _wide(x)
     return (z * (z.square().mean(-1, keepdim=True) + eps).rsqrt() * weight).cast(x.dtype)
 
 
@@ -62,7 +69,7 @@ def swiglu(gate, up):
 
 
 def rope(x, cos, sin):
-    a, b = x.cast(dtypes.float32).chunk(2, dim=-1)
+    a, b = _wide(x).chunk(2, dim=-1)
     return (a * cos - b * sin).cat(b * cos + a * sin, dim=-1).cast(x.dtype)
 
 
@@ -90,7 +97,7 @@ def attention(q, k, v, offset=0, window=None, dropout_p=0.0, dropout_key=None, s
     G, S = k.shape[1:3]
     q = q.reshape(B, G, H // G, T, D)
     k, v = k.unsqueeze(2), v.unsqueeze(2)  # (B, G, 1, S, D)
-    scores = (q @ k.transpose(-1, -2)).cast(dtypes.float32) / math.sqrt(D)  # (B, G, H/G, T, S)
+    scores = _wide(q @ k.transpose(-1, -2)) / math.sqrt(D)  # (B, G, H/G, T, S)
     mask = attention_mask(T, S, offset, window, q.device, start)
     weights = mask.where(scores, -float("inf")).softmax(-1).cast(q.dtype)
     return (dropout(weights, dropout_p, dropout_key) @ v).reshape(B, H, T, D)
@@ -108,7 +115,7 @@ def cached_attention(q, k, v, keys, values, offset, window=None, start=None):
 
 
 def cross_entropy(logits, targets, label_smoothing=0.0, z_loss=0.0):
-    logits = logits.cast(dtypes.float32)
+    logits = _wide(logits)
     V = logits.shape[-1]
     log_z = logits.logsumexp(-1)
     target = (counter(V, targets.device) == targets.unsqueeze(-1)).where(logits, 0)
