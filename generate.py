@@ -1,11 +1,18 @@
 """Writes text with a trained GPT: `python generate.py --prompt "ROMEO:"`."""
 
-import json
 import os
+import signal
 import sys
+
+# Ctrl-C while modules are loaded; main() answers it better
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+
+import json
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -13,55 +20,54 @@ import numpy as np
 from gpt import GPT
 from tinygpt import checkpoint, command, device, kernels, lora
 from tinygpt.bigram import Bigram
-from tinygpt.config import SampleConfig, check_choice, check_range, parse_flags
+from tinygpt.config import SampleConfig, check, setting
+from tinygpt.flags import parse_flags, read_file
 from tinygpt.pretrained import is_pretrained, tokenizer_needed
 from tinygpt.quantize import KINDS
+from tinygpt.signals import pending_signals
 from tinygpt.tokenizer import StreamDecoder, up_to_end
+
+PROMPT = "> "  # where a line is typed
 
 
 @dataclass(frozen=True, kw_only=True)
 class GenerateConfig:
     """What to write with, and what to write on."""
 
-    checkpoint: str | None = field(default=None, metadata={
-        "help": "a .safetensors file, gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a folder in "
-                "Hugging Face's layout; unset: the best one of the newest run in checkpoints/"})
-    offline: bool = field(default=False, metadata={
-        "help": "take what --checkpoint names from the cache only"})
-    lora: str | None = field(default=None, metadata={
-        "help": "a lora.safetensors of a run with --lora_rank, to put on top of --checkpoint"})
-    export: str | None = field(default=None, metadata={
-        "help": "instead of writing text, write the model into this new folder, as transformers "
-                "has GPT-2 or Llama"})
-    ema: bool = field(default=False, metadata={
-        "help": "write with the moving average of the weights, of a run with --ema"})
-    prompt: str = field(default="\n", metadata={
-        "help": "text to continue; FILE:path reads it from a file, - from standard input"})
-    num_samples: int = field(default=1, metadata={"help": "texts to write, as one batch"})
-    stop: list[str] = field(default_factory=list, metadata={
-        "help": "end before this string; may be given several times",
-        "custom_args": {"action": "append", "nargs": None}})
-    out_dir: str | None = field(default=None, metadata={
-        "help": "write the samples to sample_1.txt, sample_2.txt, ... in this folder instead of "
-                "stdout, after those that it has"})
-    json: bool = field(default=False, metadata={
-        "help": "write one JSON object a sample: prompt, text, tokens, seconds and seed"})
-    interactive: bool = field(default=False, metadata={
-        "help": "read lines from the keyboard and continue each; Ctrl-D ends"})
-    device: str = field(default="auto", metadata={
-        "help": "auto, cpu, cuda, metal, or what else tinygrad knows"})
-    quantize: str = field(default="none", metadata={
-        "help": "keep the matrices in memory as int8 or fp16 instead of float32: none, fp16 or "
-                "int8"})
-    threads: int | None = field(default=None, metadata={
-        "help": "threads of the CPU kernels; unset: one for each CPU of this process"})
+    prompt: str = setting("\n",
+        "text to continue; FILE:path reads it from a file, - from standard input", empty=True,
+        positional="optional", section="model and prompt")
+    checkpoint: str | None = setting(None,
+        "a .safetensors file, gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a folder in Hugging "
+        "Face's layout; unset: the best one of the newest run in checkpoints/")
+    offline: bool = setting(False, "take what --checkpoint names from the cache only",
+        needs=("--checkpoint", lambda c: c.checkpoint))
+    lora: str | None = setting(None,
+        "a lora.safetensors of a run with --lora_rank, to put on top of --checkpoint")
+    ema: bool = setting(False,
+        "write with the moving average of the weights, of a run with --ema")
+    quantize: str = setting("none",
+        "keep the matrices in memory as int8 or fp16 instead of float32", choices=("none", *KINDS))
+    device: str = setting("auto", "auto, cpu, cuda, metal, or another that tinygrad knows")
+    threads: int | None = setting(None,
+        "threads of the CPU kernels; unset: one for each CPU of this process", low=1, high=64)
+
+    interactive: bool = setting(False,
+        "read lines from the keyboard and continue each; Ctrl-C ends a text, Ctrl-D the command",
+        section="output")
+    num_samples: int = setting(1, "texts to write, as one batch", low=1)
+    stop: tuple[str, ...] = setting((), "end before this string; may be given several times")
+    json: bool = setting(False,
+        "write one JSON object a sample: prompt, text, tokens, seconds and seed")
+    out_dir: str | None = setting(None,
+        "write the samples to sample_1.txt, sample_2.txt, ... in this folder instead of stdout, "
+        "after those that it has")
+    export: str | None = setting(None,
+        "instead of writing text, write the model into this new folder, as transformers has GPT-2 "
+        "or Llama")
 
     def __post_init__(self):
-        check_range(self, "num_samples", low=1)
-        check_choice(self, "quantize", ("none", *KINDS))
-        check_range(self, "threads", low=1, high=64)
-        if "" in self.stop:
-            raise ValueError("stop is empty: give a string to stop at")
+        check(self)
         if self.export and self.quantize != "none":
             raise ValueError("export writes float32: leave out --quantize")
         if self.interactive and (self.num_samples > 1 or self.json or self.out_dir
@@ -70,16 +76,19 @@ class GenerateConfig:
                              "--num_samples, --json, --out_dir and --prompt -")
 
 
+EXPORTING = {"export", "checkpoint", "offline", "lora", "ema", "device", "threads"}
+
+
 def read_prompt(prompt: str) -> str:
     """The text that --prompt names. Raises ValueError where it cannot be read."""
+    if prompt.startswith("FILE:"):
+        return read_file(prompt.removeprefix("FILE:"))
+    if prompt != "-":
+        return prompt
     try:
-        if prompt == "-":
-            return sys.stdin.buffer.read().decode("utf-8")
-        if prompt.startswith("FILE:"):
-            return Path(prompt.removeprefix("FILE:")).read_bytes().decode("utf-8")
+        return sys.stdin.buffer.read().decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"the prompt {prompt} cannot be read as UTF-8 text ({error})") from error
-    return prompt
+        raise ValueError(f"standard input cannot be read as UTF-8 text ({error})") from error
 
 
 class StopFilter:
@@ -117,9 +126,10 @@ def told(model: GPT, tokens: Iterable[int], stop: Sequence[str]) -> Iterator[str
     yield "" if until.stopped else until.push(text.finish()) + until.finish()
 
 
-def write_one(model: GPT, ids: list[int], config: SampleConfig, stop: Sequence[str]
-              ) -> tuple[list[int], list[float]]:
-    """Streams one continuation to stdout; returns its tokens and the seconds that each took."""
+def write_one(model: GPT, ids: list[int], config: SampleConfig, stop: Sequence[str],
+              pending: Sequence[int] = ()) -> tuple[list[int], list[float]]:
+    """Streams one continuation to stdout, up to a signal in pending; returns its tokens and the
+    seconds that each took."""
     tokens, seconds = [], []
 
     def timed() -> Iterator[int]:
@@ -132,6 +142,8 @@ def write_one(model: GPT, ids: list[int], config: SampleConfig, stop: Sequence[s
 
     for piece in told(model, timed(), stop):
         _put(piece)
+        if pending:
+            break
     return tokens, seconds
 
 
@@ -147,12 +159,11 @@ def draw_many(model: GPT, ids: list[int], config: SampleConfig, stop: Sequence[s
 
 
 def write_many(model: GPT, prompt: str, ids: list[int], config: SampleConfig,
-               what: GenerateConfig) -> None:
-    """Writes what.num_samples continuations to stdout, as text or as JSON lines, or to files.
+               what: GenerateConfig, folder: Path | None) -> None:
+    """Writes what.num_samples continuations to stdout, as text or as JSON lines, or into a folder.
 
     The seconds in a JSON line are those of the whole batch.
     """
-    folder = _folder_for_samples(what.out_dir) if what.out_dir else None
     start, count = time.perf_counter(), what.num_samples
     drawn = draw_many(model, ids, config, what.stop, count)
     seconds, tokens = time.perf_counter() - start, count * config.max_new_tokens
@@ -165,7 +176,7 @@ def write_many(model: GPT, prompt: str, ids: list[int], config: SampleConfig,
             _put(json.dumps({"sample": number, "prompt": prompt, "text": text,
                              "tokens": length, "seconds": round(seconds, 4),
                              "seed": config.seed}) + "\n")
-        elif not what.out_dir:
+        elif not folder:
             _put(f"--- sample {number} of {count} ---\n{prompt}{text}\n")
     print(f"{tokens} tokens in {seconds:.2f} s ({tokens / seconds:,.1f} tokens/s, "
           "compilation included)", file=sys.stderr)
@@ -197,18 +208,39 @@ def converse(model: GPT, ids: list[int], config: SampleConfig, stop: Sequence[st
     A line goes on the text so far, the last block_size tokens of which are kept; an empty one only
     lets the model write on. The line break that ends a line is not part of the text.
     """
-    print("type, and it continues; Ctrl-D ends", file=sys.stderr)
     between, turn = "", 0
-    while line := sys.stdin.readline():
+    while line := read_line():
         line = line.removesuffix("\n")
         try:
             ids += _encode_after(model, between, line) if line else []
         except ValueError as error:  # a character that the tokenizer lacks
             print(error, file=sys.stderr)
             continue
-        tokens, _ = write_one(model, ids, replace(config, seed=config.seed + turn), stop)
+        with pending_signals((signal.SIGINT,), "") as pending:
+            tokens, _ = write_one(model, ids, replace(config, seed=config.seed + turn), stop,
+                                  pending)
         _put("\n")
         ids, between, turn = (ids + tokens)[-model.config.block_size:], "\n", turn + 1
+
+
+def read_line() -> str:
+    """The next line of standard input with its line break, or "" at its end.
+
+    A terminal gets a prompt sign, and line editing with a history where Python has readline. The
+    sign is part of what is written only where that goes to the terminal too.
+    """
+    if not sys.stdin.isatty():
+        return sys.stdin.readline()
+    if not sys.stdout.isatty():
+        print(PROMPT, end="", file=sys.stderr, flush=True)
+        return sys.stdin.readline()
+    with suppress(ImportError):
+        import readline  # noqa: F401 - input() edits lines by it
+    try:
+        return input(PROMPT) + "\n"
+    except EOFError:
+        _put("\n")
+        return ""
 
 
 def _encode_after(model: GPT, between: str, line: str) -> list[int]:
@@ -234,11 +266,25 @@ def _put(text: str) -> None:
     sys.stdout.flush()
 
 
+def _check_memory(model: GPT, length: int, count: int) -> None:
+    """Raises ValueError where the caches and ids of so many texts of that length do not fit."""
+    c = model.config
+    cache = 0 if model.kind == "bigram" else 2 * c.n_layer * c.kv_heads * c.head_size * c.block_size
+    device.check_memory(count * (4 * cache + 4 * c.vocab_size + 16 * length),
+                        f"num_samples={count} texts of {length} tokens", "ask for fewer or shorter "
+                        "ones")
+
+
 def run(what: GenerateConfig, config: SampleConfig) -> None:
+    if sys.stdin is None and (what.interactive or what.prompt == "-"):
+        raise ValueError("standard input is closed: give the text as --prompt")
     device.choose(what.device)
     if what.threads:
         kernels.set_threads(what.threads)
     path = what.checkpoint or checkpoint.best_of_newest_run(Path("checkpoints"))
+    if what.offline and not is_pretrained(path):
+        raise ValueError(f"{path} is a checkpoint here, which is never downloaded: leave out "
+                         "--offline")
     if is_pretrained(path):
         if what.ema:
             raise ValueError(f"{path} has no moving average of the weights: leave out --ema")
@@ -266,9 +312,13 @@ def run(what: GenerateConfig, config: SampleConfig) -> None:
         ids, prompt = [0], model.tokenizer.decode([0])
     if not ids:
         raise ValueError("the prompt is empty: give at least one character")
+    _check_memory(model, len(ids) + config.max_new_tokens, what.num_samples)
+    folder = _folder_for_samples(what.out_dir) if what.out_dir else None
     print(f"{path}, {device.describe()}", file=sys.stderr)
     if what.num_samples > 1 or what.json or what.out_dir:
-        return write_many(model, prompt, ids, config, what)
+        return write_many(model, prompt, ids, config, what, folder)
+    if what.interactive:
+        print("type, and it continues; Ctrl-C ends a text, Ctrl-D the command", file=sys.stderr)
     _put(prompt)
     if what.interactive:
         return converse(model, ids, config, what.stop)
@@ -283,7 +333,11 @@ def main(argv: list[str] | None = None) -> int:
     try:
         flags = parse_flags({"what": GenerateConfig, "sample": SampleConfig},
                             sys.argv[1:] if argv is None else argv, __doc__)
-        run(flags["what"], flags["sample"])
+        what = flags["what"]
+        if what.export is not None and (unused := sorted(flags.typed - EXPORTING)):
+            raise ValueError(f"--{unused[0]} has no effect on --export, which writes no text: "
+                             "leave one of them out")
+        run(what, flags["sample"])
     except command.FAILURES as error:
         return command.tell("generate.py", error, "ask for fewer --num_samples or "
                             "--max_new_tokens, or take --quantize int8")

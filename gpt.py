@@ -9,7 +9,7 @@ Shapes, after each line that changes one:
 import copy
 import functools
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +17,7 @@ from tinygrad import Tensor, UOp, dtypes
 from tinygrad.nn.state import get_state_dict
 
 from tinygpt import device, kernels, lora, pretrained
-from tinygpt.config import SampleConfig, TrainConfig, check_choice, check_range
+from tinygpt.config import SampleConfig, TrainConfig, check, setting
 from tinygpt.kernels.jit import constant
 from tinygpt.kernels.loss import Loss
 from tinygpt.kernels.random import counter, new_key, next_key
@@ -34,52 +34,73 @@ __all__ = ["GPT", "BPETokenizer", "GPTConfig", "KVCache", "SampleConfig", "Train
 class GPTConfig:
     """The architecture. The defaults are GPT-2's, 124M parameters."""
 
-    block_size: int = field(default=1024, metadata={"help": "context length in tokens"})
-    vocab_size: int = field(default=50257, metadata={
-        "help": "number of token ids; with --tokenizer bpe the size of the trained vocabulary"})
-    n_layer: int = field(default=12, metadata={"help": "number of blocks"})
-    n_head: int = field(default=12, metadata={"help": "number of query heads"})
-    n_kv_head: int | None = field(default=None, metadata={
-        "help": "number of key and value heads; unset: as many as n_head"})
-    n_embd: int = field(default=768, metadata={"help": "width of the residual stream"})
-    n_inner: int | None = field(default=None, metadata={
-        "help": "width of the MLP; unset: 4 n_embd, with swiglu 8/3 n_embd up to a multiple of 8"})
-    dropout: float = field(default=0.0, metadata={"help": "dropout probability while training"})
-    bias: bool = field(default=True, metadata={"help": "biases in linear layers and LayerNorm"})
-    norm: str = field(default="layernorm", metadata={"help": "layernorm or rmsnorm"})
-    norm_eps: float = field(default=1e-5, metadata={"help": "epsilon inside the norms"})
-    activation: str = field(default="gelu", metadata={
-        "help": "of the MLP: gelu (exact), gelu_tanh (GPT-2's approximation) or swiglu"})
-    position: str = field(default="learned", metadata={"help": "learned or rope"})
-    rope_theta: float = field(default=10000.0, metadata={"help": "base wavelength of RoPE"})
-    qk_norm: bool = field(default=False, metadata={"help": "RMSNorm on queries and keys"})
-    sliding_window: int | None = field(default=None, metadata={
-        "help": "attend to the last so many positions only; unset: to all"})
-    parallel: bool = field(default=False, metadata={
-        "help": "attention and MLP side by side on one norm, as GPT-J has them"})
-    tie_weights: bool = field(default=True, metadata={
-        "help": "token embedding and output layer share their weights"})
+    block_size: int = setting(1024, "context length in tokens", low=1, fixed=True,
+        section="model")
+    vocab_size: int = setting(50257,
+        "number of token ids; with --tokenizer bpe the size of the trained vocabulary", low=1,
+        fixed=True)
+    n_layer: int = setting(12, "number of blocks", low=1, fixed=True)
+    n_head: int = setting(12, "number of query heads", low=1, fixed=True)
+    n_kv_head: int | None = setting(None,
+        "number of key and value heads; unset: as many as n_head", low=1, fixed=True)
+    n_embd: int = setting(768, "width of the residual stream", low=1, fixed=True)
+    n_inner: int | None = setting(None,
+        "width of the MLP; unset: 4 n_embd, with swiglu 8/3 n_embd up to a multiple of 8", low=1,
+        fixed=True)
+    dropout: float = setting(0.0, "dropout probability while training", low=0, below=1)
+    bias: bool = setting(True, "biases in linear layers and LayerNorm", fixed=True)
+    norm: str = setting("layernorm", "of the blocks", choices=("layernorm", "rmsnorm"), fixed=True)
+    norm_eps: float = setting(1e-5, "epsilon inside the norms", above=0, fixed=True)
+    activation: str = setting("gelu", "of the MLP; gelu is exact, gelu_tanh GPT-2's approximation",
+        choices=("gelu", "gelu_tanh", "swiglu"), fixed=True)
+    position: str = setting("learned", "how positions are encoded", choices=("learned", "rope"),
+        fixed=True)
+    rope_theta: float = setting(10000.0, "base wavelength of RoPE", above=0, fixed=True,
+        needs=("--position rope", lambda c: c.position == "rope"))
+    qk_norm: bool = setting(False, "RMSNorm on queries and keys", fixed=True)
+    sliding_window: int | None = setting(None,
+        "attend to the last so many positions only; unset: to all", low=1, fixed=True)
+    parallel: bool = setting(False, "attention and MLP side by side on one norm, as GPT-J has them",
+        fixed=True)
+    tie_weights: bool = setting(True, "token embedding and output layer share their weights",
+        fixed=True)
 
     def __post_init__(self):
-        for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
-            check_range(self, name, low=1)
-        for name in ("n_kv_head", "n_inner", "sliding_window"):
-            check_range(self, name, low=1)
-        check_range(self, "dropout", low=0, below=1)
-        check_range(self, "norm_eps", above=0)
-        check_range(self, "rope_theta", above=0)
-        check_choice(self, "norm", ("layernorm", "rmsnorm"))
-        check_choice(self, "activation", ("gelu", "gelu_tanh", "swiglu"))
-        check_choice(self, "position", ("learned", "rope"))
+        check(self)
         if self.n_embd % self.n_head:
+            multiple = -(-self.n_embd // self.n_head) * self.n_head
             raise ValueError(f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}: "
-                             f"choose n_embd={self.head_size * self.n_head} or another n_head")
+                             f"choose n_embd={multiple} or another n_head")
         if self.n_head % self.kv_heads:
             raise ValueError(f"n_head={self.n_head} is not divisible by n_kv_head="
                              f"{self.n_kv_head}: choose a divisor of n_head")
         if self.position == "rope" and self.head_size % 2:
             raise ValueError(f"rope rotates pairs, but the head size n_embd / n_head = "
                              f"{self.head_size} is odd: choose an even one, or position=learned")
+
+    def num_params(self) -> int:
+        """The weights of such a model, tied ones once."""
+        C, D, inner = self.n_embd, self.head_size, self.inner_size
+        qkv, mlp_in = (self.n_head + 2 * self.kv_heads) * D, inner * (1 + self.is_gated)
+        norm = C * (2 if self.bias and self.norm == "layernorm" else 1)
+        block = (C * (qkv + C) + C * (mlp_in + inner) + 2 * D * self.qk_norm
+                 + self.bias * (qkv + mlp_in + 2 * C) + norm * (1 if self.parallel else 2))
+        tables = self.vocab_size * (1 if self.tie_weights else 2)
+        tables += self.block_size if self.position == "learned" else 0
+        return C * tables + self.n_layer * block + norm
+
+    def check_memory(self, copies: float = 1) -> None:
+        """Raises ValueError where such a model does not fit into memory, or not with as many
+        numbers for each weight as a run keeps."""
+        count = self.num_params()
+        what = f"the model's {count:,} weights" + (", with what training keeps of each,"
+                                                   if copies > 1 else "")
+        device.check_memory(int(4 * copies * count), what, "choose a smaller n_layer, n_embd, "
+                            "n_inner, vocab_size or block_size")
+
+    @property
+    def is_gated(self) -> bool:
+        return self.activation == "swiglu"
 
     @property
     def head_size(self) -> int:
@@ -91,7 +112,7 @@ class GPTConfig:
 
     @property
     def inner_size(self) -> int:
-        wide = math.ceil(self.n_embd / 3) * 8 if self.activation == "swiglu" else 4 * self.n_embd
+        wide = math.ceil(self.n_embd / 3) * 8 if self.is_gated else 4 * self.n_embd
         return self.n_inner or wide
 
 
@@ -175,7 +196,7 @@ class MLP:
         self.config = config
         C, inner = config.n_embd, config.inner_size
         self.c_fc = Linear(draw, C, inner, config.bias)
-        self.c_gate = Linear(draw, C, inner, config.bias) if config.activation == "swiglu" else None
+        self.c_gate = Linear(draw, C, inner, config.bias) if config.is_gated else None
         self.c_proj = Linear(draw, inner, C, config.bias, std=0.02 / math.sqrt(2 * config.n_layer))
 
     def __call__(self, x: Tensor, run: "Pass", residual: Tensor) -> Tensor:
@@ -279,6 +300,7 @@ class GPT(LanguageModel):
 
     def __init__(self, config: GPTConfig, seed: int | None = 1337):
         device.default()
+        config.check_memory()
         super().__init__(config)
         rng = np.random.default_rng(seed)
 

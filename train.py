@@ -1,20 +1,35 @@
 """Trains a GPT: `python train.py`, or `from train import train`."""
 
-import re
+import os
+import signal
 import sys
+
+# Ctrl-C while modules are loaded; main() answers it better
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+
 import tempfile
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 from gpt import GPT, GPTConfig
 from tinygpt import checkpoint, command, device, kernels
 from tinygpt.batch_size import ADVICE, available_memory, largest_micro_batch
 from tinygpt.bigram import Bigram, BigramConfig
-from tinygpt.config import PRESETS, TrainConfig, given, parse_flags
+from tinygpt.config import PRESETS, TrainConfig
 from tinygpt.data import TokenData, load_data
+from tinygpt.flags import Settings, parse_flags, read_settings
+from tinygpt.loggers import check_loggers
 from tinygpt.pretrained import tokenizer_needed
 from tinygpt.ranks import Ranks, world
-from tinygpt.run import Interrupted, Run, TrainResult
+from tinygpt.run import MOMENTS, Interrupted, Run, TrainResult
+from tinygpt.schedule import context_length
+
+SETTINGS = {f.name: f for cls in (GPTConfig, TrainConfig) for f in fields(cls)}
+# flags that act on an evaluation, and those that have nothing to act on in a bigram model
+EVALUATING = {"data", "text_field", "out_dir", "resume", "eval_only", "batch_size", "eval_iters",
+              "dtype", "ema", "seed", "device", "devices", "kernels", "threads"}
+TABLELESS = {f.name for f in fields(GPTConfig)} - {"block_size", "vocab_size"}
 
 
 def train(model: GPT, train_config: TrainConfig, train_data, tokenizer=None) -> TrainResult:
@@ -104,10 +119,11 @@ def main(argv: list[str] | None = None) -> int:
     try:
         ranks = world()
         with ranks.one_first():
-            shape, config = _settings(argv)
+            flags = _settings(argv)
+        config = flags["train"]
         device.choose(config.device, ranks.local_rank * config.devices)
         with ranks.one_first():
-            model, data = _model_and_data(shape, config, argv)
+            model, data = _model_and_data(flags)
         train(model, config, data)
     except Interrupted as stop:
         if ranks.first:
@@ -123,49 +139,86 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def _settings(argv: list[str]) -> tuple[GPTConfig, TrainConfig]:
-    """What argv asks for; of a run that is gone on with, all else is as that run had it."""
-    flags = _parse(argv)
-    config = flags["train"]
+def _settings(argv: list[str]) -> Settings:
+    """What argv asks for; of a run that is resumed or evaluated, all else is as that run had it.
+    Raises ValueError on a flag that has no effect on it."""
+    flags = parse_flags({"model": GPTConfig, "train": TrainConfig}, argv, __doc__, PRESETS,
+                        _former_settings)
+    shape, config = flags["model"], flags["train"]
     if config.resume or config.eval_only:
-        saved = Path(config.out_dir) / "config.json"
-        if not saved.is_file():
-            what = "evaluate: leave out --eval_only" if config.eval_only else (
-                "resume: leave out --resume")
-            raise ValueError(f"there is no run in {config.out_dir} to {what}, or name "
-                             "another --out_dir")
-        flags = _parse(["--config", str(saved), *argv])
-        had = _parse(["--config", str(saved)])["train"].tokenizer
-        if (asked := flags["train"].tokenizer) != had:
-            raise ValueError(f"tokenizer={asked!r}, but the run in {config.out_dir} has "
-                             f"--tokenizer {had}: leave out --tokenizer, or start a new run")
-    return flags["model"], flags["train"]
+        _check_former(flags, read_settings(_former_settings(config), SETTINGS))
+    if config.model == "bigram" and (unused := flags.typed & TABLELESS):
+        raise ValueError(f"--{min(unused)} has no effect on --model bigram, a table: leave one of "
+                         "them out")
+    context_length(0, config, shape.block_size)
+    check_loggers(config.tensorboard, config.wandb)
+    checkpoint.check_out_dir(Path(config.out_dir))
+    return flags
 
 
-def _model_and_data(shape: GPTConfig, config: TrainConfig, argv: list[str]):
+def _former_settings(config) -> Path | None:
+    """The settings of the run that config resumes or evaluates."""
+    if not (config.resume or config.eval_only):
+        return None
+    saved = Path(config.out_dir) / "config.json"
+    if not saved.is_file():
+        verb, flag = ("evaluate", "eval_only") if config.eval_only else ("resume", "resume")
+        raise ValueError(f"there is no run in {config.out_dir} to {verb}: leave out --{flag}, or "
+                         "name another --out_dir")
+    return saved
+
+
+def _check_former(flags: Settings, former: dict) -> None:
+    """Raises ValueError where a flag asks the former run for what it cannot be."""
+    config = flags["train"]
+    values = vars(flags["model"]) | vars(config)
+    for name in sorted(flags.typed):
+        if values[name] == former.get(name, SETTINGS[name].default):
+            continue
+        if SETTINGS[name].metadata.get("fixed"):
+            raise ValueError(f"the run in {config.out_dir} has {name}={former.get(name)}, but "
+                             f"{name}={values[name]} was asked for: use the same, or start a new "
+                             "run")
+        if config.eval_only and name not in EVALUATING:
+            raise ValueError(f"--{name} has no effect on --eval_only, which takes no step: leave "
+                             "one of them out")
+
+
+def _model_and_data(flags: Settings):
+    shape, config = flags["model"], flags["train"]
     if config.init_from != "scratch":
-        return _pretrained(shape, config, argv)
+        return _pretrained(flags)
+    part = config.lora_rank or config.freeze or config.devices > 1
+    # what it takes at least, before text is tokenized for it
+    replace(shape, vocab_size=1).check_memory(1 if part else 2 + MOMENTS[config.optimizer])
     data = load_data(config.data, config.tokenizer, shape.vocab_size, shape.block_size,
                      config.text_field)
     size = data.tokenizer.vocab_size
+    if "vocab_size" in flags.typed and config.tokenizer != "bpe" and size != shape.vocab_size:
+        data.forget()
+        raise ValueError(f"vocab_size={shape.vocab_size} is for --tokenizer bpe, "
+                         f"{config.tokenizer} has {size} ids here: leave out --vocab_size")
     if config.model == "bigram":
         return Bigram(BigramConfig(block_size=shape.block_size, vocab_size=size)), data
     return GPT(replace(shape, vocab_size=size), config.seed), data
 
 
-def _pretrained(shape: GPTConfig, config: TrainConfig, argv: list[str]) -> tuple[GPT, TokenData]:
+def _pretrained(flags: Settings) -> tuple[GPT, TokenData]:
     """The model that --init_from names, or that the run in out_dir made of it, and data in its ids.
     """
-    goes_on = config.resume or config.eval_only
-    path = checkpoint.newest(Path(config.out_dir)) if goes_on else None
+    shape, config = flags["model"], flags["train"]
+    path = None
+    if config.resume or config.eval_only:
+        path = checkpoint.newest(Path(config.out_dir))
     if path is not None:
         model = GPT(shape, seed=None)
         with checkpoint.Checkpoint(path) as file:
             model.tokenizer = checkpoint.tokenizer_of(file)
     else:
-        options = {name: getattr(shape, name) for name in given(GPTConfig, argv, PRESETS)}
-        with tokenizer_needed("tokenizer" not in given(TrainConfig, argv, PRESETS)):
+        options = {f.name: getattr(shape, f.name) for f in fields(shape) if f.name in flags.given}
+        with tokenizer_needed("tokenizer" not in flags.given):
             model = GPT.from_pretrained(config.init_from, offline=config.offline, **options)
+        _check_tokenizer(model, config, flags.typed)
     if model.tokenizer is None and config.tokenizer in ("bpe", "char"):
         raise ValueError(f"{config.init_from} comes with no tokenizer that can be read here: pass "
                          "--tokenizer gpt2 or byte, whichever it was trained with")
@@ -174,11 +227,14 @@ def _pretrained(shape: GPTConfig, config: TrainConfig, argv: list[str]) -> tuple
     return model, data
 
 
-def _parse(argv: list[str]) -> dict:
-    text = "\0".join(argv)  # --batch_size auto keeps the number that the preset has
-    text = re.sub(r"(?<![^\0])--batch[-_]size[=\0]auto(?![^\0])", "--auto_batch_size", text)
-    argv = text.split("\0") if argv else []
-    return parse_flags({"model": GPTConfig, "train": TrainConfig}, argv, __doc__, PRESETS)
+def _check_tokenizer(model: GPT, config: TrainConfig, typed: set[str]) -> None:
+    """Raises ValueError where a flag asks for another tokenizer than comes with the model."""
+    if model.tokenizer is None or "tokenizer" not in typed:
+        return
+    kinds = {model.tokenizer.kind, *(["gpt2"] if model.tokenizer.vocab_size == 50257 else [])}
+    if config.tokenizer not in kinds:
+        raise ValueError(f"{config.init_from} has its own tokenizer, of the kind "
+                         f"{model.tokenizer.kind}: leave out --tokenizer {config.tokenizer}")
 
 
 if __name__ == "__main__":

@@ -99,7 +99,7 @@ def test_out_of_memory_names_the_flags(config, text, monkeypatch, error):
 
 @pytest.mark.parametrize("words", [["--batch_size", "auto"], ["--batch-size=auto"]])
 def test_batch_size_auto_keeps_what_the_preset_has(words):
-    found = command._parse(["--preset", "gpt2", *words, "--out_dir", "x"])["train"]
+    found = command._settings(["--preset", "gpt2", *words, "--out_dir", "x"])["train"]
     assert found.auto_batch_size and found.out_dir == "x"
     assert (found.batch_size, found.gradient_accumulation_steps) == (12, 40)
-    assert not command._parse([])["train"].auto_batch_size
+    assert not command._settings([])["train"].auto_batch_size

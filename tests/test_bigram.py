@@ -68,7 +68,7 @@ def test_the_commands_train_resume_and_write(command, text_file, tmp_path):
     assert written.returncode == 0 and len(written.stdout) == 8, written.stderr
     refused = command("train.py", "--resume", "--model", "gpt")
     assert refused.returncode == 2
-    assert "has a bigram model, not a gpt model: train with --model bigram" in refused.stderr
+    assert "has model=bigram, but model=gpt was asked for" in refused.stderr
     small = command("generate.py", "--quantize", "int8")
     assert small.returncode == 2 and "bigram model is not quantized" in small.stderr
 

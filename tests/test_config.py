@@ -2,13 +2,19 @@
 
 import itertools
 import json
+import os
+import re
 from dataclasses import asdict, fields, replace
 
 import numpy as np
 import pytest
 
+from generate import GenerateConfig
 from gpt import GPTConfig
-from tinygpt.config import PRESETS, SampleConfig, TrainConfig, parse_flags, to_json
+from tinygpt.config import PRESETS, SampleConfig, TrainConfig
+from tinygpt.evaluate import EvaluateConfig
+from tinygpt.flags import parse_flags, to_json
+from tinygpt.hints import HINTS
 
 CLASSES = {"model": GPTConfig, "train": TrainConfig}
 
@@ -75,7 +81,7 @@ OUT_OF_RANGE = {
         "learning_rate": [0.0, -1e-3, NAN, INF], "warmup_iters": [-1], "lr_decay_iters": [0],
         "min_lr": [-1e-9, NAN], "weight_decay": [-0.1, NAN, INF], "beta1": [-0.1, 1.0, NAN],
         "beta2": [-0.1, 1.0, 1.5], "grad_clip": [-1.0, NAN], "label_smoothing": [-0.1, 1.0],
-        "z_loss": [-1e-4], "dtype": ["float16", ""], "eval_interval": [0], "eval_iters": [0],
+        "z_loss": [-1e-4], "dtype": ["float64", ""], "eval_interval": [0], "eval_iters": [0],
         "log_interval": [0], "sample_interval": [-1], "keep": [0], "seed": [-1],
         "model": ["rnn", ""], "optimizer": ["sgd", "AdamW", ""], "schedule": ["step", "WSD"],
         "decay_fraction": [0.0, -0.1, 1.01, NAN], "ema_decay": [-0.1, 1.0, NAN],
@@ -171,6 +177,100 @@ def test_a_flag_out_of_range_is_a_value_error():
         parse("--n_layer=0")
     with pytest.raises(ValueError, match=r"learning_rate=nan"):
         parse("--learning_rate=nan")
+
+
+@pytest.mark.parametrize("word, says", [
+    ("--n_lay", "did you mean --n_layer?"), ("--batchsize", "use --batch_size"),
+    ("--lr=1", "use --learning_rate"), ("--max_steps", "use --max_iters"),
+    ("--data-path", "use --data"), ("--grad_accum_steps", "use --gradient_accumulation_steps"),
+    ("--bpe_vocab_size", "--vocab_size is the size"), ("--mlp", "--activation swiglu"),
+    ("--pos_encoding", "use --position"), ("--amp", "--dtype bfloat16"),
+    ("--compile", "leave it out"), ("--ddp", "mpirun"), ("--kv_cache", "leave it out"),
+    ("--generate_only", "run generate.py"), ("--zzz", "no flag --zzz (")])
+def test_an_unknown_flag_gets_the_name_that_is_meant(capsys, word, says):
+    line = complaint(capsys, word, "1")
+    assert f"there is no flag {word.partition('=')[0].replace('data-path', 'data_path')}" in line
+    assert says in line
+
+
+def test_hints_name_flags_that_a_command_has_and_never_one_that_it_lacks(capsys):
+    known = {f.name for cls in (*CLASSES.values(), SampleConfig, GenerateConfig, EvaluateConfig)
+             for f in fields(cls)}
+    for name, texts in HINTS.items():
+        for text in texts:
+            assert set(re.findall(r"--(\w+)", text)) <= known, (name, text)
+    assert "use --temperature" in complaint(capsys, "--temp", classes={"sample": SampleConfig})
+    assert "learning_rate" not in complaint(capsys, "--lr", classes={"sample": SampleConfig})
+
+
+def test_warmup_steps_is_a_name_for_warmup_iters(tmp_path):
+    """As a flag, in JSON and in a script."""
+    assert settings("--warmup-steps", "7") == settings("--warmup_iters=7")
+    (tmp_path / "a.json").write_text('{"warmup_steps": 8}')
+    assert settings("--config", tmp_path / "a.json")["warmup_iters"] == 8
+    config = TrainConfig(batch_size=8, learning_rate=1e-3, warmup_steps=50, max_iters=1000,
+                         eval_interval=100, eval_iters=20)
+    assert config == replace(config, warmup_iters=50) and config.warmup_iters == 50
+    assert replace(config, max_iters=3).warmup_iters == 50
+    assert "warmup_steps" not in asdict(config)
+    with pytest.raises(ValueError, match=r"warmup_steps=-1|warmup_iters=-1"):
+        TrainConfig(warmup_steps=-1)
+    with pytest.raises(ValueError, match=r"warmup_steps=3, but warmup_iters=4"):
+        TrainConfig(warmup_steps=3, warmup_iters=4)
+
+
+@pytest.mark.parametrize("words", [
+    ["--lora_alpha=3"], ["--lora_targets=h.*"], ["--ema_decay=0.9"], ["--decay_fraction=0.5"],
+    ["--decay_fraction=0.5", "--schedule=linear"], ["--curriculum_start_block_size=8"],
+    ["--shard_optimizer"], ["--offline"], ["--rope_theta=5", "--position=learned"],
+    ["--min_lr=1e-5", "--schedule=constant"], ["--lr_decay_iters=9", "--decay_lr=false"],
+    ["--schedule=linear", "--no_decay_lr"]])
+def test_a_flag_without_effect_is_refused_and_a_preset_is_not(words, tmp_path):
+    name = words[0].partition("=")[0]
+    with pytest.raises(ValueError, match=f"^{name} has no effect without --|^{name} has no effect "
+                       "without a learning rate") as caught:
+        parse(*words)
+    assert "\n" not in str(caught.value)
+    rest = [word for word in words[1:] if word != "--no_decay_lr"]
+    (tmp_path / "a.json").write_text(json.dumps(settings(*rest)))
+    assert parse("--config", tmp_path / "a.json") == parse(*rest)
+
+
+def test_flags_with_what_they_need_are_taken():
+    found = settings("--lora_rank=2", "--lora_alpha=3", "--ema", "--ema_decay=0.9", "--schedule",
+                     "wsd", "--decay_fraction=0.5", "--curriculum",
+                     "--curriculum_start_block_size=16", "--devices=2", "--shard_optimizer",
+                     "--rope_theta=500")
+    assert found["lora_alpha"] == 3 and found["ema_decay"] == 0.9 and found["shard_optimizer"]
+
+
+def test_a_text_by_position_does_not_fall_to_the_switch_before_it(capsys):
+    classes = {"what": GenerateConfig, "sample": SampleConfig}
+    for words in (["ROMEO:"], ["--json", "ROMEO:"], ["--seed=3", "ROMEO:", "--json"],
+                  ["--prompt=ROMEO:"], ["ROMEO:", "--no_ema"], ["--json", "true", "ROMEO:"]):
+        flags = parse_flags(classes, words, "text")
+        assert flags["what"].prompt == "ROMEO:" and flags.typed >= {"prompt"}
+        assert flags["what"].json == any(word == "--json" for word in words)
+    assert parse_flags(classes, ["-"], "text")["what"].prompt == "-"
+    assert parse_flags(classes, [], "text")["what"].prompt == "\n"
+    assert "twice" in complaint(capsys, "a", "--prompt=b", classes=classes)
+    assert "quotes" in complaint(capsys, "ROMEO:", "speaks", classes=classes)
+
+
+def test_help_has_plain_headings_kinds_choices_and_each_default_once(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    with pytest.raises(SystemExit):
+        parse("--help", "--preset", "gpt2")
+    text = capsys.readouterr().out
+    lines = text.splitlines()
+    assert not re.search(r"\['|TrainConfig|GPTConfig|\bstr\b|\bbool\b|--nobias|default: None", text)
+    for heading in ("model:", "data:", "batches:", "optimizer:", "machine:"):
+        assert heading in lines
+    assert "  --n_layer INT " in text and "(default: 12)" in text  # the preset's
+    assert "--tokenizer {bpe,gpt2,char,byte}" in text and "--bias, --no_bias " in text
+    assert "  --data TEXT " in text and "  --learning_rate FLOAT " in text
+    assert all(line.count("default") <= 1 for line in lines)
+    assert next(line for line in lines if "--learning_rate" in line).endswith("(default: 0.0006)")
 
 
 # ---- presets, word for word as nanoGPT has them
@@ -289,6 +389,22 @@ def test_a_value_of_another_type_is_refused(tmp_path, capsys, value):
         assert "n_layer" in str(error) and "\n" not in str(error)
 
 
+@pytest.mark.parametrize("kind", ["deep", "pipe", "latin", "device"])
+def test_a_config_that_cannot_be_read_is_named_and_does_not_hang(tmp_path, kind):
+    file = tmp_path / "bad.json"
+    if kind == "deep":
+        file.write_text("[" * 100_000)
+    elif kind == "latin":
+        file.write_bytes(b'{"data": "\xe9"}')
+    elif kind == "pipe":
+        os.mkfifo(file)
+    else:
+        file.symlink_to("/dev/zero")
+    with pytest.raises(ValueError, match=r"^--config: .*bad\.json ") as caught:
+        parse("--config", file)
+    assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize("words", [["--config"], ["--config="], ["--config", "none.json"],
                                    ["--config", "."]])
 def test_a_missing_config_file_is_a_value_error(words):
@@ -300,12 +416,24 @@ def test_a_missing_config_file_is_a_value_error(words):
 def test_an_unknown_preset_is_told_with_those_there_are(words):
     with pytest.raises(ValueError, match=r"preset.*shakespeare_char_cpu") as caught:
         parse(*words)
+    assert ("did you mean gpt2?" in str(caught.value)) == ("gpt5" in words)
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("settings", [dict(learning_rate="1e-3"), dict(batch_size=8.0),
-                                      dict(max_iters="10"), dict(threads=1.5)])
+@pytest.mark.parametrize("settings", [
+    dict(learning_rate="1e-3"), dict(batch_size=8.0), dict(max_iters="10"), dict(threads=1.5),
+    dict(batch_size=True), dict(learning_rate=False), dict(max_iters=10 ** 400),
+    dict(learning_rate=10 ** 400), dict(ema=1), dict(ema="no"), dict(out_dir=3), dict(out_dir=""),
+    dict(freeze=""), dict(dtype=None), dict(out_dir="a\0b")], ids=lambda s: str(s)[:30])
 def test_a_setting_of_the_wrong_type_is_named(settings):
-    with pytest.raises(ValueError, match=rf"{next(iter(settings))}=.* is no number"):
+    with pytest.raises(ValueError, match=f"^{next(iter(settings))}=.*choose") as caught:
         TrainConfig(**settings)
-    assert TrainConfig(batch_size=np.int64(8)).batch_size == 8
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 200
+
+
+def test_numbers_of_numpy_and_paths_become_pythons_own(tmp_path):
+    config = TrainConfig(batch_size=np.int64(8), learning_rate=np.float32(0.5), ema=np.bool_(True),
+                         out_dir=tmp_path)
+    assert json.loads(to_json(config))["out_dir"] == str(tmp_path)
+    assert (config.batch_size, config.learning_rate, config.ema) == (8, 0.5, True)
+    assert config.ema is True

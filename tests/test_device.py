@@ -118,7 +118,7 @@ def test_a_cc_that_is_no_clang_is_told(monkeypatch, default_again, tmp_path, com
         (tmp_path / "gcc").chmod(0o755)
         compiler = str(tmp_path / "gcc")
     monkeypatch.setenv("CC", compiler)
-    monkeypatch.setattr(device, "Device", SimpleNamespace(DEFAULT="CPU"))
+    monkeypatch.setattr(device, "Device", SimpleNamespace(DEFAULT="CPU", canonicalize=str))
     with pytest.raises(DeviceError, match="clang") as caught:
         device.default()
     assert "\n" not in str(caught.value) and f"CC={compiler}" in str(caught.value)

@@ -298,6 +298,8 @@ def named(row: dict) -> str:
     ids=named)
 def test_options_combine(config, row, no_evaluations):
     shape = {k: v for k, v in row.items() if k in SHAPES}
+    if row.get("lora_rank") and row.get("freeze"):  # of what else is trained then
+        row = row | {"freeze": "h.*.lora.a"}
     try:
         go_on_exactly(lambda seed: GPT(replace(TINY, vocab_size=32, **shape), seed),
                       replace(config, **{k: v for k, v in row.items() if k not in shape}))
@@ -397,3 +399,83 @@ def test_a_flag_that_could_do_nothing_is_refused(saved, tmp_path, capsys):
         assert main(flags) == 2
         out, err = capsys.readouterr()
         assert out == "" and len(err.splitlines()) == 1 and says in err
+
+
+# ---- flags that a run, or what else is asked for, leaves without effect
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The folder of a run of the command, and of its text; a run of one step."""
+    folder = tmp_path_factory.mktemp("finished")
+    (folder / "t.txt").write_text("To sleep: perchance to dream.\n" * 20)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(Run, "_sample", lambda run: None)
+        assert command.main(["--data", "t.txt", *SHAPE_FLAGS, "--tokenizer=byte", "--max_iters=1",
+                             "--eval_iters=1", "--lora_rank=1"]) == 0
+    return folder
+
+
+def refusal(main, flags, capsys) -> str:
+    """The one line that a command ends with."""
+    capsys.readouterr()
+    assert main(flags) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and len(err.splitlines()) == 1, err
+    return err
+
+
+@pytest.mark.parametrize("flags, says", [
+    ("--resume --vocab_size 300", "vocab_size=256, but vocab_size=300"),
+    ("--resume --n_embd 32", "n_embd=16, but n_embd=32"),
+    ("--resume --norm layernorm", "norm=rmsnorm, but norm=layernorm"),
+    ("--resume --tokenizer bpe", "tokenizer=byte, but tokenizer=bpe"),
+    ("--resume --init_from x", "init_from=scratch, but init_from=x"),
+    ("--resume --lora_alpha 3", "lora_alpha=16.0, but lora_alpha=3.0"),
+    ("--resume --lora_rank 0", "lora_rank=1, but lora_rank=0"),
+    ("--resume --freeze h.0.*", "freeze=None, but freeze=h.0.*"),
+    ("--resume --optimizer lion", "optimizer=muon, but optimizer=lion"),
+    ("--eval_only --max_iters 5", "--max_iters has no effect on --eval_only"),
+    ("--eval_only --learning_rate 1", "--learning_rate has no effect on --eval_only"),
+    ("--out_dir new --model bigram --n_layer 2", "--n_layer has no effect on --model bigram"),
+    ("--out_dir new --tokenizer byte --vocab_size 300", "leave out --vocab_size"),
+    ("--out_dir new --tokenizer byte --lora_rank 1 --freeze wte* --block_size 8",
+     "named like 'wte*'"),
+    ("--out_dir new --n_layer 100000000", "choose a smaller n_layer"),
+    ("--out_dir t.txt/x", "t.txt is a file"), ("--curriculum --out_dir new "
+     "--curriculum_start_block_size 7", "does not double up"),
+])
+def test_what_train_cannot_do_is_refused_and_leaves_everything(finished, monkeypatch, capsys,
+                                                               flags, says):
+    monkeypatch.chdir(finished)
+    before = {p: p.read_bytes() for p in finished.rglob("*") if p.is_file()}
+    assert says in refusal(command.main, ["--data", "t.txt", *flags.split()], capsys)
+    assert {p: p.read_bytes() for p in finished.rglob("*") if p.is_file()} == before
+    assert {p.name for p in finished.iterdir()} == {"t.txt", "checkpoints"}
+
+
+@pytest.mark.parametrize("flags", [
+    "--resume --vocab_size 256 --n_embd 16 --lora_rank 1 --tokenizer byte --dropout 0.1",
+    "--resume --preset shakespeare --lora_rank 1 --block_size 8 --n_layer 1 --n_embd 16 "
+    "--tokenizer byte --vocab_size 256", "--eval_only --max_iters 1 --eval_iters 2"])
+def test_what_the_run_has_may_be_asked_for_again(finished, monkeypatch, flags):
+    told = []
+    monkeypatch.chdir(finished)
+    monkeypatch.setattr(command, "train", lambda *args: told.append(args))
+    assert command.main(flags.split()) == 0 and len(told) == 1
+
+
+@pytest.mark.parametrize("flags, says", [
+    ("--prompt a", "--prompt has no effect on --export"), ("a", "--prompt has no effect on"),
+    ("--interactive", "--interactive has no effect"), ("--num_samples 2", "--num_samples has no"),
+    ("--temperature 1", "--temperature has no"), ("--stop a", "--stop has no effect")])
+def test_an_export_writes_no_text(saved, capsys, tmp_path, flags, says):
+    assert says in refusal(generate.main, ["--export", "x", *flags.split()], capsys)
+    assert not (tmp_path / "x").exists()
+
+
+def test_offline_without_anything_to_fetch_is_refused(saved, capsys):
+    assert "without --checkpoint" in refusal(generate.main, ["--offline"], capsys)
+    for main, words in ((generate.main, ["--checkpoint"]), (evaluate.main, ["t.txt"])):
+        flags = ["--offline", *words, saved] if main is generate.main else [saved, *words]
+        assert "never downloaded" in refusal(main, [*flags, "--offline"], capsys)

@@ -2,9 +2,15 @@
 
 import io
 import json
+import os
+import pty
+import select
+import signal
+import sys
 
 import numpy as np
 import pytest
+from conftest import ROOT
 
 from generate import StopFilter, converse, read_prompt, statistics, told
 from gpt import GPT, GPTConfig, SampleConfig
@@ -72,9 +78,9 @@ def test_the_prompt_can_come_from_standard_input(command, saved):
     (("--checkpoint", "missing.safetensors"), "there is no checkpoint missing.safetensors"),
     (("--top_p", "1.5"), "top_p=1.5"), (("--temperature", "-1"), "temperature=-1"),
     (("--quantize", "int4"), "quantize='int4'"), (("--threads", "0"), "threads=0"),
-    (("--num_samples", "0"), "num_samples=0"), (("--stop", ""), "stop is empty"),
+    (("--num_samples", "0"), "num_samples=0"), (("--stop", ""), "stop='' is empty"),
     (("--interactive", "--json"), "leave out --num_samples, --json"),
-    (("--top_q", "1"), "unrecognized arguments")])
+    (("--top_q", "1"), "no flag --top_q; did you mean --top_p?")])
 def test_a_mistake_gets_one_line_and_status_2(command, saved, flags, says):
     done = command("generate.py", *flags)
     assert done.returncode == 2 and done.stdout == ""
@@ -181,6 +187,52 @@ def test_interactive_ends_with_its_input_and_several_stops_are_taken(command, sa
                    "--stop", "\n\n", "--stop", "e", input="a\n")
     assert done.returncode == 0 and done.stdout.startswith("So"), done.stderr
     assert "e" not in done.stdout and "Ctrl-D" in done.stderr
+
+
+def test_ctrl_c_ends_the_text_and_not_the_command(saved, monkeypatch, capsys):
+    """The first one while a text is written; what is there by then stays part of it."""
+    model, asked = GPT.from_checkpoint(saved), []
+
+    def stream(rows, config):
+        asked.append(bytes(rows[0]).decode())
+        yield ord("x")
+        if len(asked) == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+        yield from b"yz"
+
+    monkeypatch.setattr(model, "stream", stream)
+    monkeypatch.setattr("sys.stdin", io.StringIO("a\nb\n"))
+    converse(model, [10], SampleConfig(), ())
+    assert asked == ["\na", "\naxy\nb"] and capsys.readouterr().out == "xy\nxyz\n"
+
+
+def test_a_terminal_gets_a_prompt_sign_line_editing_and_a_history(saved):
+    """And Ctrl-D at the sign ends the command."""
+    pid, terminal = pty.fork()
+    if not pid:
+        os.chdir(saved.parent.parent)
+        os.environ["TERM"] = "xterm"
+        os.execv(sys.executable, [sys.executable, str(ROOT / "generate.py"), "--interactive",
+                                  "--max_new_tokens", "1", "--prompt", "So"])
+
+    def until(text: bytes) -> bytes:
+        seen = b""
+        while text not in seen:
+            assert select.select([terminal], [], [], 60)[0], seen
+            seen += os.read(terminal, 4096)
+        return seen
+
+    until(b"> ")
+    os.write(terminal, b"first words\n")
+    until(b"first words\r\n")
+    until(b"> ")
+    os.write(terminal, b"\x1b[A")  # the arrow up
+    until(b"first words")
+    os.write(terminal, b"\n")
+    until(b"> ")
+    os.write(terminal, b"\x04")
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    os.close(terminal)
 
 
 def test_a_prompt_that_is_not_utf8_is_refused(tmp_path):

@@ -202,3 +202,23 @@ def test_the_cache_is_an_object_of_its_own(T, rng):
         assert (kept.numpy()[:, :, 2:2 + T] == given).all()
         assert (kept.numpy()[:, :, :2] == 0).all() and (kept.numpy()[:, :, 2 + T:] == 0).all()
     assert (cache.layers[0][0].numpy() == 0).all()
+
+
+@pytest.mark.parametrize("row", covering(MODEL), ids=str)
+def test_the_weights_of_a_configuration_are_counted_without_them(row):
+    config = GPTConfig(block_size=8, vocab_size=11, n_layer=3, n_head=4, n_embd=16, **row)
+    assert config.num_params() == GPT(config, seed=None).num_params()
+
+
+@pytest.mark.parametrize("wrong", [dict(n_layer=10 ** 8), dict(n_inner=10 ** 12),
+                                   dict(vocab_size=10 ** 12)])
+def test_a_model_that_no_memory_holds_is_refused_at_once(wrong):
+    with pytest.raises(ValueError, match=r"weights take [\d,.]+ GB of memory.*choose a smaller"):
+        GPT(GPTConfig(**wrong))
+
+
+def test_the_width_that_is_proposed_can_be_taken():
+    with pytest.raises(ValueError, match="choose n_embd=32 or") as caught:
+        GPTConfig(n_embd=16, n_head=32)
+    assert "n_head=32" in str(caught.value)
+    GPTConfig(n_embd=32, n_head=32)

@@ -15,9 +15,10 @@ from conftest import ROOT
 from tiny import FLAGS, TINY, losses
 
 from gpt import GPT
-from tinygpt import checkpoint
+from tinygpt import checkpoint, device, run
 from tinygpt.checkpoint import CheckpointError
 from tinygpt.kernels import use
+from tinygpt.report import Report
 from train import train
 
 
@@ -144,10 +145,35 @@ def test_a_config_json_that_is_no_runs_is_left_alone(config, text, tmp_path, set
 def test_a_run_that_is_over_says_so_and_keeps_its_settings(config, text, tmp_path, capsys,
                                                            without_samples):
     train(GPT(TINY), config, text)
-    settings = (tmp_path / "out" / "config.json").read_bytes()
-    train(GPT(TINY), replace(config, resume=True, max_iters=4), text)
+    before = contents(tmp_path / "out")
+    result = train(GPT(TINY), replace(config, resume=True, max_iters=4), text)
     assert "the run is over after 6 steps" in capsys.readouterr().err
-    assert (tmp_path / "out" / "config.json").read_bytes() == settings
+    assert contents(tmp_path / "out") == before and result.iter_num == 6
+
+
+@pytest.mark.parametrize("settings, says", [
+    (dict(kernels="flash"), "'flash' have no attention"),
+    (dict(freeze="nothing*"), "nothing is named like"),
+    (dict(optimizer="adamw", max_iters=3), "optimizer's state take 9")])
+def test_a_run_that_is_refused_leaves_no_folder_and_says_nothing_else(
+        config, text, tmp_path, capsys, monkeypatch, settings, says):
+    if "optimizer" in settings:
+        monkeypatch.setitem(run.MOMENTS, "adamw", 3e5)
+        monkeypatch.setattr(device, "memory", lambda: 10 ** 9)
+    try:
+        with pytest.raises(ValueError, match=says):
+            train(GPT(TINY), replace(config, out_dir=str(tmp_path / "a" / "b"), **settings), text)
+    finally:
+        use("auto")
+    assert list(tmp_path.iterdir()) == [] and capsys.readouterr() == ("", "")
+
+
+def test_the_save_comes_before_the_picture(config, text, tmp_path, monkeypatch, without_samples):
+    seen = []
+    monkeypatch.setattr(Report, "draw", lambda report: seen.append(
+        checkpoint.newest(tmp_path / "out").name))
+    train(GPT(TINY), config, text)
+    assert seen == ["ckpt_3.safetensors", "ckpt_6.safetensors"]
 
 
 def test_what_a_script_trained_on_is_what_resume_reads(config, text, text_file, tmp_path,

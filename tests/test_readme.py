@@ -9,7 +9,8 @@ from conftest import ROOT
 import generate
 import train
 from gpt import GPTConfig
-from tinygpt.config import PRESETS, SampleConfig, TrainConfig, parse_flags
+from tinygpt.config import PRESETS, SampleConfig, TrainConfig
+from tinygpt.flags import parse_flags
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.S)

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import sys
 
 import numpy as np
 import pytest
@@ -176,16 +177,65 @@ def test_a_falling_loss_is_no_spike(make, capsys):
 def test_the_plot_is_a_png_that_is_redrawn_at_every_evaluation(make, tmp_path, capsys):
     report = make(log_interval=1)
     report.evaluation(0, 5.0, 5.5, 1e-5, None)
+    report.draw()
     assert not (tmp_path / "loss.png").exists()  # there is nothing to see yet
     pictures = []
     for n in (1, 10):
         report.step(n, 4.0, 0.5, 1e-5, 0.01, compiled=False)
         report.evaluation(n, 4.0 - n / 10, 4.5, 1e-5, None)
+        report.draw()
         picture = (tmp_path / "loss.png").read_bytes()
         assert picture.startswith(b"\x89PNG\r\n\x1a\n") and picture.endswith(b"IEND\xaeB`\x82")
         pictures.append(picture)
     assert pictures[0] != pictures[1]
     assert {p.name for p in tmp_path.iterdir()} == {"loss.png", "metrics.jsonl"}
+
+
+@pytest.mark.parametrize("failing", ["matplotlib.figure", "savefig", "the disk"])
+def test_a_picture_that_cannot_be_drawn_is_one_remark(make, tmp_path, capsys, monkeypatch,
+                                                      failing):
+    if failing == "the disk":
+        (tmp_path / "loss.png").mkdir()
+    elif failing == "savefig":
+        def fail(*args, **options):
+            raise RuntimeError("no font\nat all")
+
+        monkeypatch.setattr("matplotlib.figure.Figure.savefig", fail)
+    else:
+        monkeypatch.setitem(sys.modules, failing, None)  # as if it were not installed
+    report = make()
+    for n in (1, 2):
+        report.step(n, 4.0, 0.5, 1e-5, 0.01, compiled=False)
+        report.draw()
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("loss.png is not drawn (") and "the run continues" in line
+    assert [r["iter"] for r in records(tmp_path)] == [1, 2]
+
+
+def test_a_logger_that_fails_is_left_out(make, tmp_path, capsys):
+    class Broken:
+        def log(self, iter_num, figures):
+            raise ConnectionError("the server is gone")
+
+        def close(self):
+            raise ConnectionError("the server is gone")
+
+    report = make(loggers=[Broken()])
+    for n in (1, 2):
+        report.step(n, 4.0, 0.5, 1e-5, 0.01, compiled=False)
+    report.close()
+    assert capsys.readouterr().err == (
+        "Broken gets no more figures (the server is gone); the run continues\n")
+    assert [r["iter"] for r in records(tmp_path)] == [1, 2]
+
+
+def test_the_bar_has_the_remaining_time_once(make, monkeypatch, capsys):
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    report = make(log_interval=10**6)
+    for n in (1, 2, 3):
+        report.step(n, 2.0, 0.5, 1e-3, 0.5, compiled=False)
+    shown = str(report.bar)
+    assert shown.count("ETA 8:18") == 1 and "<" not in shown and "3/1000" in shown
 
 
 def test_remarks_go_to_stderr_and_lines_to_stdout(make, capsys):

@@ -63,7 +63,7 @@ def test_a_resumed_run_keeps_its_tokenizer(tmp_path, text_file, capsys):
     (tmp_path / "out" / "config.json").write_text(json.dumps(settings))
     argv = ["--resume", "--tokenizer", "bpe", "--out_dir", str(tmp_path / "out")]
     assert command_line.main(argv) == 2
-    assert "has --tokenizer byte: leave out --tokenizer" in capsys.readouterr().err
+    assert "has tokenizer=byte, but tokenizer=bpe was asked for" in capsys.readouterr().err
 
 
 def test_a_refused_command_leaves_no_cache(text_file, tmp_path, cache, capsys):

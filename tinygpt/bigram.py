@@ -1,12 +1,12 @@
 """The baseline that a GPT has to beat: the next token is guessed from the last one alone."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from tinygrad import Tensor
 
 from tinygpt import device, kernels
-from tinygpt.config import check_range
+from tinygpt.config import check, setting
 from tinygpt.kernels.loss import Loss
 from tinygpt.language_model import LanguageModel
 
@@ -15,14 +15,13 @@ from tinygpt.language_model import LanguageModel
 class BigramConfig:
     """The sizes of the table and of a training sequence."""
 
-    block_size: int = field(default=128, metadata={"help": "tokens of a training sequence"})
-    vocab_size: int = field(default=256, metadata={"help": "number of token ids"})
+    block_size: int = setting(128, "tokens of a training sequence", low=1)
+    vocab_size: int = setting(256, "number of token ids", low=1)
 
     dropout = 0.0  # there is nothing to drop
 
     def __post_init__(self):
-        check_range(self, "block_size", low=1)
-        check_range(self, "vocab_size", low=1)
+        check(self)
 
 
 class Bigram(LanguageModel):
@@ -35,6 +34,8 @@ class Bigram(LanguageModel):
 
     def __init__(self, config: BigramConfig):
         device.default()
+        device.check_memory(4 * config.vocab_size ** 2, "the table of a bigram model",
+                            "choose a smaller vocab_size")
         super().__init__(config)
         self.table = Tensor.zeros(config.vocab_size, config.vocab_size).contiguous().realize()
 

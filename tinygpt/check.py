@@ -13,7 +13,7 @@ import tempfile
 import traceback
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
@@ -23,7 +23,8 @@ from tinygrad.helpers import Context
 
 from gpt import GPT, GPTConfig
 from tinygpt import checkpoint, command, device, kernels
-from tinygpt.config import TrainConfig, check_choice, check_range, parse_flags
+from tinygpt.config import TrainConfig, check, setting
+from tinygpt.flags import parse_flags
 from tinygpt.kernels import cases
 from tinygpt.kernels.jit import compiled
 from tinygpt.kernels.random import make_key
@@ -57,20 +58,18 @@ MODELS = {
 class CheckConfig:
     """What is checked, and on what."""
 
-    checkpoint: str | None = field(default=None, metadata={
-        "help": "check this trained model, as evaluate takes one: its weights, its gradients and "
-                "its cached decoding; unset: the device, the kernels and tiny models"})
-    device: str = field(default="auto", metadata={
-        "help": "auto, cpu, cuda, metal, or what else tinygrad knows"})
-    kernels: str = field(default="auto", metadata={
-        "help": "implementation of the operations to check: "
-                f"{', '.join(kernels.IMPLEMENTATIONS)}; auto: all that can run"})
-    threads: int | None = field(default=None, metadata={
-        "help": "threads of the CPU kernels; unset: one for each CPU of this process"})
+    checkpoint: str | None = setting(None,
+        "check this trained model, as evaluate takes one: its weights, its gradients and its "
+        "cached decoding; unset: the device, the kernels and tiny models", section="check")
+    device: str = setting("auto", "auto, cpu, cuda, metal, or another that tinygrad knows")
+    kernels: str = setting("auto",
+        "implementation of the operations to check; auto: all that can run",
+        choices=("auto", *kernels.IMPLEMENTATIONS))
+    threads: int | None = setting(None,
+        "threads of the CPU kernels; unset: one for each CPU of this process", low=1, high=64)
 
     def __post_init__(self):
-        check_choice(self, "kernels", ("auto", *kernels.IMPLEMENTATIONS))
-        check_range(self, "threads", low=1, high=64)
+        check(self)
 
 
 @dataclass(frozen=True)

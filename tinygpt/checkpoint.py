@@ -260,7 +260,10 @@ def model_kind(header: dict) -> str:
 
 def check_kind(path: str | Path, header: dict, kind: str) -> None:
     """Raises CheckpointError where a checkpoint is not of the model `kind`."""
-    if (theirs := model_kind(header)) != kind:
+    if (theirs := model_kind(header)) not in ("gpt", "bigram"):
+        raise CheckpointError(f"{path} has a model {theirs!r}, which is none that there is here: "
+                              "use another one")
+    if theirs != kind:
         raise CheckpointError(f"{path} has a {theirs} model, not a {kind} model: train with "
                               f"--model {theirs}, or start a new run")
 
@@ -292,20 +295,18 @@ def rotate(out_dir: Path, keep: int) -> None:
         path.unlink(missing_ok=True)
 
 
-def make_out_dir(out_dir: Path) -> None:
-    """Makes the folder of a run where it is not there. Raises CheckpointError where it cannot be
-    made, or has a config.json that is no run's."""
-    if out_dir.exists() and not out_dir.is_dir():
-        raise CheckpointError(f"out_dir {out_dir} is a file: name a folder")
-    try:
-        out_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise CheckpointError(f"out_dir {out_dir} cannot be made ({error.strerror}): name another"
-                              ) from error
+def check_out_dir(out_dir: Path) -> None:
+    """Raises CheckpointError where out_dir cannot be the folder of a run, or has a config.json that
+    is no run's. Makes nothing."""
+    there = next((path for path in (out_dir, *out_dir.parents) if path.exists()), Path("."))
+    if not there.is_dir():
+        raise CheckpointError(f"out_dir {out_dir}: {there} is a file: name a folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise CheckpointError(f"out_dir {out_dir}: {there} cannot be written: name another")
     if (settings := out_dir / "config.json").exists():
         try:
             is_ours = "out_dir" in json.loads(settings.read_bytes())
-        except (OSError, ValueError, TypeError):
+        except (OSError, ValueError, TypeError, RecursionError):
             is_ours = False
         if not is_ours:
             raise CheckpointError(f"{settings} is not that of a run, which would write its own "
@@ -314,8 +315,15 @@ def make_out_dir(out_dir: Path) -> None:
 
 @contextmanager
 def locked(out_dir: Path):
-    """While a run writes into out_dir no other one does. Raises CheckpointError where one does."""
-    folder = os.open(out_dir, os.O_RDONLY)
+    """Makes the folder of a run where it is not there, and while a run writes into it no other one
+    does. A folder that was made and is left empty is removed. Raises CheckpointError."""
+    made = [path for path in (out_dir, *out_dir.parents) if not path.exists()]
+    try:
+        out_dir.mkdir(parents=True, exist_ok=True)
+        folder = os.open(out_dir, os.O_RDONLY)
+    except OSError as error:
+        raise CheckpointError(f"out_dir {out_dir} cannot be made ({error.strerror}): name another"
+                              ) from error
     try:
         try:
             fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -327,6 +335,9 @@ def locked(out_dir: Path):
         yield
     finally:
         os.close(folder)
+        with suppress(OSError):  # of one that is not empty
+            for path in made:
+                path.rmdir()
 
 
 def set_aside(out_dir: Path) -> Path | None:

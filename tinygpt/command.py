@@ -2,7 +2,9 @@
 
 import io
 import os
+import signal
 import sys
+import threading
 import warnings
 from contextlib import suppress
 
@@ -12,11 +14,15 @@ FAILURES = (KeyboardInterrupt, ValueError, MemoryError, OSError)
 
 
 def prepare() -> None:
-    """Warnings become one line each; what is told, and cannot be, is no reason to fail."""
+    """Warnings become one line each, characters that a stream cannot write are replaced, and Ctrl-C
+    raises KeyboardInterrupt again, which before main() had to end the process."""
+    ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN  # by nohup, or by a shell
+    if threading.current_thread() is threading.main_thread() and not ignored:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     warnings.formatwarning = lambda message, *_: f"{message}\n"
-    for name in ("stdout", "stderr"):
+    for name in ("stdin", "stdout", "stderr"):
         stream = getattr(sys, name)
-        if stream is None:  # closed by whoever started the command
+        if stream is None and name != "stdin":  # closed by whoever started the command
             setattr(sys, name, io.StringIO())
         elif hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
@@ -40,6 +46,8 @@ def failure(error: BaseException, remedy: str) -> tuple[int, str]:
         return 141, ""
     if device.is_out_of_memory(error):
         return 2, str(out_of_memory(error, remedy))
+    if isinstance(error, OSError) and error.strerror:  # which Python begins with a number
+        return 2, f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     return 2, str(error)
 
 

@@ -1,182 +1,261 @@
-"""What a run and a draw can be told, and the way from dataclass to flags to JSON and back.
+"""The settings of a run and of sampling, each declared in one place, and the recipes.
 
-A configuration is a frozen dataclass whose fields say what they mean; flags are made from those
-fields. `--preset NAME` and `--config FILE` stand for the flags that they contain, at the place
-where they are given, so that of two settings the later one wins.
+A configuration is a frozen dataclass. `setting` declares a field with its default, its help and the
+values that it takes; the check, the flag and its place in --help follow from that (see flags.py).
 """
 
-import json
+import difflib
 import math
-import sys
-from dataclasses import asdict, dataclass, field, fields
+import os
+from collections.abc import Iterable
+from dataclasses import Field, InitVar, dataclass, field, fields
 from numbers import Integral, Real
-from pathlib import Path
-from typing import NoReturn
+from typing import get_args
 
-from simple_parsing import ArgumentParser
-
-
-def check_range(config, name: str, low=None, high=None, above=None, below=None) -> None:
-    """Raises ValueError where the field is not finite, outside the bounds or of another type; None
-    is taken where its type has it."""
-    value = getattr(config, name)
-    wanted = next(f.type for f in fields(config) if f.name == name)
-    if value is None and isinstance(None, wanted):
-        return
-    kind = Integral if wanted in (int, int | None) else Real
-    if not isinstance(value, kind) or isinstance(value, bool):
-        raise ValueError(f"{name}={value!r} is no number, or no whole one where it has to be")
-    bounds = [(low, "at least", lambda v, b: v >= b), (high, "at most", lambda v, b: v <= b),
-              (above, "above", lambda v, b: v > b), (below, "below", lambda v, b: v < b)]
-    given = [(text, bound, holds) for bound, text, holds in bounds if bound is not None]
-    if not math.isfinite(value) or not all(holds(value, bound) for _, bound, holds in given):
-        wanted = " and ".join(f"{text} {bound}" for text, bound, _ in given)
-        raise ValueError(f"{name}={value} is out of range: choose a value {wanted}")
+LARGEST = 2 ** 64  # of whole numbers: what no machine can count, and numpy cannot hold
+RULES = {"low", "high", "above", "below", "choices", "empty", "auto", "needs", "fixed", "section",
+         "positional"}
 
 
-def check_choice(config, name: str, choices: tuple[str, ...]) -> None:
-    """Raises ValueError where the field is none of the choices."""
-    if getattr(config, name) not in choices:
-        raise ValueError(f"{name}={getattr(config, name)!r} is unknown: "
-                         f"choose one of {', '.join(choices)}")
+def setting(default, text: str, **rules):
+    """A dataclass field whose metadata holds its help text and its rules:
+
+    low, high, above, below    bounds of a number
+    choices                    the strings that are allowed
+    empty                      whether an empty string is allowed
+    auto                       the switch that "auto" stands for on the command line
+    needs                      (words, function of the configuration): where the function is false
+                               the setting has no effect, and a flag that sets it is refused
+    fixed                      whether it stays the same when a run is resumed
+    section                    the heading in --help from this field on
+    positional                 whether a command takes it by position: "required" or "optional"
+
+    A flag whose default is a tuple can be given several times.
+    """
+    assert rules.keys() <= RULES, rules
+    return field(default=default, metadata={"help": text, **rules})
+
+
+def kind_of(setting: Field) -> tuple[type, bool]:
+    """The type of a field's values, and whether None is one of them."""
+    if setting.type == tuple[str, ...]:
+        return tuple, False
+    types = [t for t in get_args(setting.type) if t is not type(None)]
+    return (types[0], True) if types else (setting.type, False)
+
+
+def check(config) -> None:
+    """Raises ValueError that names the first field with a value of the wrong type, out of range, or
+    unknown, and the remedy. Paths and numpy's numbers become Python's own strings and numbers."""
+    for f in fields(config):
+        object.__setattr__(config, f.name, check_value(f, getattr(config, f.name)))
+
+
+def check_value(f: Field, value):
+    """The value that a field gets from a value that is given for it. Raises ValueError."""
+    kind, optional = kind_of(f)
+    if optional and value is None:
+        return None
+    checks = {int: _check_number, float: _check_number, bool: _check_bool, str: _check_text,
+              tuple: _check_texts}
+    return checks[kind](f, value)
+
+
+def _check_number(f: Field, value) -> int | float:
+    kind, _ = kind_of(f)
+    if isinstance(value, bool) or not isinstance(value, Integral if kind is int else Real):
+        raise ValueError(f"{f.name}={value!r} is no {'whole number' if kind is int else 'number'}: "
+                         "choose one")
+    tests = {"low": ("at least", lambda v, b: v >= b), "high": ("at most", lambda v, b: v <= b),
+             "above": ("above", lambda v, b: v > b), "below": ("below", lambda v, b: v < b)}
+    given = [(*tests[rule], bound) for rule, bound in f.metadata.items() if rule in tests]
+    try:
+        finite = math.isfinite(value) and (kind is float or value < LARGEST)
+    except OverflowError:
+        finite = False
+    if not finite or not all(holds(value, bound) for _, holds, bound in given):
+        wanted = " and ".join(f"{words} {bound}" for words, _, bound in given)
+        raise ValueError(f"{f.name}={str(value)[:40]} is out of range: choose a finite value "
+                         f"{wanted}".rstrip())
+    return kind(value)
+
+
+def _check_bool(f: Field, value) -> bool:
+    if str(value) not in ("True", "False") or isinstance(value, str):
+        raise ValueError(f"{f.name}={value!r} is neither True nor False: choose one")
+    return bool(value)
+
+
+def _check_text(f: Field, value) -> str:
+    if isinstance(value, os.PathLike):
+        value = os.fspath(value)
+    if not isinstance(value, str):
+        raise ValueError(f"{f.name}={value!r} is no text: choose a string")
+    choices = f.metadata.get("choices")
+    if choices and value not in choices:
+        raise ValueError(f"{f.name}={value!r} is unknown: choose one of {', '.join(choices)}"
+                         f"{did_you_mean(value, choices)}")
+    if not value and not f.metadata.get("empty"):
+        raise ValueError(f"{f.name}={value!r} is empty: choose another, or leave it out")
+    if "\0" in value:
+        raise ValueError(f"{f.name}={value!r} has a zero byte: choose a text without")
+    return value
+
+
+def _check_texts(f: Field, value) -> tuple[str, ...]:
+    if not isinstance(value, list | tuple):
+        raise ValueError(f"{f.name}={value!r} is no list: choose a list of strings")
+    return tuple(_check_text(f, text) for text in value)
+
+
+def did_you_mean(word: str, known: Iterable[str], prefix: str = "") -> str:
+    """What to append to a message about an unknown word: a question, or nothing."""
+    by_lower = {k.lower(): k for k in known}
+    close = difflib.get_close_matches(word.lower(), by_lower, n=1, cutoff=0.7)
+    return f"; did you mean {prefix}{by_lower[close[0]]}?" if close else ""
+
+
+FALLS = ("a learning rate that falls: --decay_lr, and a --schedule other than constant",
+         lambda c: c.decay_lr and c.schedule != "constant")
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """How a model is trained. The names are nanoGPT's where nanoGPT has one."""
+    """How a model is trained. The names are nanoGPT's where nanoGPT has one.
 
-    data: str = field(default="shakespeare", metadata={
-        "help": "a text or .jsonl file, a folder or glob of them, a folder with train.bin and "
-                "val.bin, or 'shakespeare'"})
-    text_field: str = field(default="text", metadata={
-        "help": "where the text is in each object of a .jsonl file"})
-    tokenizer: str = field(default="bpe", metadata={
-        "help": "bpe (trained on the data), gpt2, char or byte"})
-    model: str = field(default="gpt", metadata={
-        "help": "gpt, or bigram: a table of what follows each token, to compare with"})
-    out_dir: str = field(default="checkpoints", metadata={"help": "where the run is saved"})
-    init_from: str = field(default="scratch", metadata={
-        "help": "weights to begin with: scratch, gpt2, gpt2-medium, gpt2-large, gpt2-xl, a folder "
-                "in Hugging Face's layout, or a .safetensors file; without a --preset, "
-                "finetune_shakespeare is the recipe then"})
-    offline: bool = field(default=False, metadata={
-        "help": "take what --init_from names from the cache only"})
-    freeze: str | None = field(default=None, metadata={
-        "help": "weights that stay as they are: patterns of their names, comma-separated, such as "
-                "'wte*,wpe*,h.[0-5].*'"})
-    lora_rank: int = field(default=0, metadata={
-        "help": "train low-rank adapters of that rank and nothing else (LoRA); 0: all weights"})
-    lora_alpha: float = field(default=16.0, metadata={
-        "help": "the adapters are multiplied by lora_alpha / lora_rank"})
-    lora_targets: str = field(default="h.*.attn.c_attn", metadata={
-        "help": "linear layers that get an adapter: patterns of their names, comma-separated"})
-    resume: bool = field(default=False, metadata={
-        "help": "continue the newest checkpoint in out_dir"})
-    eval_only: bool = field(default=False, metadata={
-        "help": "evaluate the best checkpoint in out_dir, or the newest where there is no best, "
-                "and end; changes nothing there"})
-    batch_size: int = field(default=12, metadata={
-        "help": "sequences in a micro-batch; auto: what it would be, as --auto_batch_size"})
-    auto_batch_size: bool = field(default=False, metadata={
-        "help": "take the largest micro-batch that fits into memory, and as many as make up "
-                "batch_size times gradient_accumulation_steps sequences"})
-    gradient_accumulation_steps: int = field(default=1, metadata={
-        "help": "micro-batches in a step"})
-    grad_checkpoint: bool = field(default=False, metadata={
-        "help": "keep only the inputs of the blocks and compute the rest again in the backward "
-                "pass: slower, and memory for one block instead of all"})
-    max_iters: int = field(default=2000, metadata={"help": "training steps"})
-    max_minutes: float | None = field(default=None, metadata={
-        "help": "stop after so many minutes as if max_iters were reached; the schedule is by "
-                "steps all the same"})
-    curriculum: bool = field(default=False, metadata={
-        "help": "train on short contexts first: lengths that double up to block_size over the "
-                "first half of the steps, with as many tokens a step"})
-    curriculum_start_block_size: int = field(default=32, metadata={
-        "help": "the first length of --curriculum: a half, a quarter, an eighth ... of block_size"})
-    patience: int = field(default=0, metadata={
-        "help": "stop after so many evaluations in a row without a new best; 0: never"})
-    optimizer: str = field(default="adamw", metadata={
-        "help": "adamw, lion, muon (AdamW but for the blocks' matrices) or adamw8bit"})
-    learning_rate: float = field(default=1e-3, metadata={"help": "the highest learning rate"})
-    decay_lr: bool = field(default=True, metadata={
-        "help": "let the learning rate fall after the warm-up"})
-    schedule: str = field(default="cosine", metadata={
-        "help": "how the learning rate falls: cosine, linear, wsd (late and linear) or constant "
-                "(not at all)"})
-    decay_fraction: float = field(default=0.2, metadata={
-        "help": "share of the steps, the last ones, in which wsd falls"})
-    warmup_iters: int = field(default=100, metadata={
-        "help": "steps over which the learning rate rises"})
-    lr_decay_iters: int | None = field(default=None, metadata={
-        "help": "step at which min_lr is reached; unset: max_iters"})
-    min_lr: float | None = field(default=None, metadata={
-        "help": "the lowest learning rate; unset: a tenth of learning_rate"})
-    weight_decay: float = field(default=0.1, metadata={"help": "of matrices, not of vectors"})
-    beta1: float = field(default=0.9, metadata={"help": "AdamW's decay of the first moment"})
-    beta2: float = field(default=0.99, metadata={"help": "AdamW's decay of the second moment"})
-    ema: bool = field(default=False, metadata={
-        "help": "keep a moving average of the weights too, and evaluate and sample from it"})
-    ema_decay: float = field(default=0.999, metadata={
-        "help": "share of the average that a step keeps; less in the first steps"})
-    grad_clip: float = field(default=1.0, metadata={
-        "help": "largest norm of the gradient; 0: unlimited"})
-    skip_spikes: float = field(default=0.0, metadata={
-        "help": "skip a step whose gradient's norm is above so many times the median of the "
-                "last 100; 0: never"})
-    label_smoothing: float = field(default=0.0, metadata={
-        "help": "share of the target spread over the vocabulary"})
-    z_loss: float = field(default=0.0, metadata={
-        "help": "weight of log(Z)^2 in the loss, which keeps logits small"})
-    dtype: str = field(default="float32", metadata={
-        "help": "of activations: float32, bfloat16, or float16, with the loss scaled so that "
-                "gradients do not underflow; weights are kept in float32"})
-    eval_interval: int = field(default=250, metadata={
-        "help": "steps between evaluations, each of which saves a checkpoint"})
-    eval_iters: int = field(default=20, metadata={"help": "batches in an evaluation of a split"})
-    log_interval: int = field(default=10, metadata={"help": "steps between log lines"})
-    sample_interval: int = field(default=0, metadata={
-        "help": "steps between samples; 0: only at the end"})
-    tensorboard: bool = field(default=False, metadata={
-        "help": "log to TensorBoard too, in out_dir/tensorboard; needs tensorboardX"})
-    wandb: bool = field(default=False, metadata={
-        "help": "log to Weights & Biases too; needs wandb"})
-    keep: int = field(default=2, metadata={"help": "newest checkpoints to keep beside the best"})
-    seed: int = field(default=1337, metadata={
-        "help": "of weights, batches, dropout and samples"})
-    device: str = field(default="auto", metadata={
-        "help": "auto, cpu, cuda, metal, or what else tinygrad knows"})
-    devices: int = field(default=1, metadata={
-        "help": "so many devices of that kind, cuda:0, cuda:1, ..., each with the weights and its "
-                "part of every micro-batch"})
-    shard_optimizer: bool = field(default=False, metadata={
-        "help": "each of several devices keeps its part of the optimizer's state instead of all "
-                "(ZeRO-1)"})
-    kernels: str = field(default="auto", metadata={
-        "help": "implementation of the operations: auto, cpu, portable, reference, or flash: "
-                "attention in kernels for GPUs, all else automatic"})
-    threads: int | None = field(default=None, metadata={
-        "help": "threads of the CPU kernels; unset: one for each CPU of this process"})
+    `warmup_steps` is another name for `warmup_iters`.
+    """
 
-    def __post_init__(self):
-        for name in ("batch_size", "gradient_accumulation_steps", "max_iters", "eval_interval",
-                     "eval_iters", "log_interval", "keep", "lr_decay_iters",
-                     "curriculum_start_block_size"):
-            check_range(self, name, low=1)
-        for name in ("warmup_iters", "sample_interval", "seed", "weight_decay", "grad_clip",
-                     "z_loss", "min_lr", "patience"):
-            check_range(self, name, low=0)
-        check_range(self, "learning_rate", above=0)
-        check_range(self, "lora_rank", low=0)
-        check_range(self, "lora_alpha", above=0)
-        check_range(self, "max_minutes", above=0)
-        if self.skip_spikes:
-            check_range(self, "skip_spikes", low=1)
-        check_range(self, "decay_fraction", above=0, high=1)
-        for name in ("beta1", "beta2", "ema_decay", "label_smoothing"):
-            check_range(self, name, low=0, below=1)
-        check_choice(self, "tokenizer", ("bpe", "gpt2", "char", "byte"))
-        check_choice(self, "model", ("gpt", "bigram"))
+    data: str = setting("shakespeare",
+        "a text or .jsonl file, a folder or glob of them, a folder with train.bin and val.bin, or "
+        "'shakespeare'", empty=True, section="data")
+    text_field: str = setting("text", "where the text is in each object of a .jsonl file")
+    tokenizer: str = setting("bpe", "bpe is trained on the data", fixed=True,
+        choices=("bpe", "gpt2", "char", "byte"))
+
+    model: str = setting("gpt", "bigram is a table of what follows each token, to compare with",
+        choices=("gpt", "bigram"), fixed=True, section="what is trained")
+    init_from: str = setting("scratch",
+        "weights to begin with: scratch, gpt2, gpt2-medium, gpt2-large, gpt2-xl, a folder in "
+        "Hugging Face's layout, or a .safetensors file; without a --preset, finetune_shakespeare "
+        "is the recipe then", fixed=True)
+    offline: bool = setting(False, "take what --init_from names from the cache only",
+        needs=("--init_from", lambda c: c.init_from != "scratch"))
+    freeze: str | None = setting(None,
+        "weights that stay as they are: patterns of their names, comma-separated, such as "
+        "'wte*,wpe*,h.[0-5].*'", fixed=True)
+    lora_rank: int = setting(0,
+        "train low-rank adapters of that rank and nothing else (LoRA); 0: all weights", low=0,
+        fixed=True)
+    lora_alpha: float = setting(16.0, "the adapters are multiplied by lora_alpha / lora_rank",
+        above=0, fixed=True, needs=("--lora_rank", lambda c: c.lora_rank))
+    lora_targets: str = setting("h.*.attn.c_attn",
+        "linear layers that get an adapter: patterns of their names, comma-separated", fixed=True,
+        needs=("--lora_rank", lambda c: c.lora_rank))
+
+    out_dir: str = setting("checkpoints", "where the run is saved", section="the run")
+    resume: bool = setting(False, "continue the newest checkpoint in out_dir")
+    eval_only: bool = setting(False,
+        "evaluate the best checkpoint in out_dir, or the newest where there is no best, and end; "
+        "changes nothing there")
+    max_iters: int = setting(2000, "training steps", low=1)
+    max_minutes: float | None = setting(None,
+        "stop after so many minutes as if max_iters were reached; the schedule is by steps all the "
+        "same", above=0)
+    patience: int = setting(0,
+        "stop after so many evaluations in a row without a new best; 0: never", low=0)
+    keep: int = setting(2, "newest checkpoints to keep besides the best", low=1)
+    seed: int = setting(1337, "of weights, batches, dropout and samples", low=0)
+
+    batch_size: int = setting(12,
+        "sequences in a micro-batch; auto: what --auto_batch_size takes", low=1,
+        auto="auto_batch_size", section="batches")
+    auto_batch_size: bool = setting(False,
+        "take the largest micro-batch that fits into memory, and as many as make up batch_size "
+        "times gradient_accumulation_steps sequences")
+    gradient_accumulation_steps: int = setting(1, "micro-batches in a step", low=1)
+    grad_checkpoint: bool = setting(False,
+        "keep only the inputs of the blocks and compute the rest again in the backward pass: "
+        "slower, and memory for one block instead of all")
+    curriculum: bool = setting(False,
+        "train on short contexts first: lengths that double up to block_size over the first half "
+        "of the steps, with as many tokens a step")
+    curriculum_start_block_size: int = setting(32,
+        "the first length of --curriculum: a half, a quarter, an eighth ... of block_size", low=1,
+        needs=("--curriculum", lambda c: c.curriculum))
+
+    optimizer: str = setting("adamw", "muon is AdamW but for the matrices of the blocks",
+        choices=("adamw", "lion", "muon", "adamw8bit"), fixed=True, section="optimizer")
+    learning_rate: float = setting(1e-3, "the highest learning rate", above=0)
+    decay_lr: bool = setting(True, "let the learning rate fall after the warm-up")
+    schedule: str = setting("cosine",
+        "how the learning rate falls; wsd: late and linear, constant: not at all",
+        choices=("cosine", "linear", "wsd", "constant"),
+        needs=("--decay_lr", lambda c: c.decay_lr or c.schedule == "constant"))
+    decay_fraction: float = setting(0.2, "share of the steps, the last ones, in which wsd falls",
+        above=0, high=1, needs=("--schedule wsd", lambda c: c.decay_lr and c.schedule == "wsd"))
+    warmup_iters: int = setting(100, "steps over which the learning rate rises", low=0)
+    lr_decay_iters: int | None = setting(None,
+        "step at which min_lr is reached; unset: max_iters", low=1,
+        needs=(FALLS[0], lambda c: FALLS[1](c) or c.curriculum))
+    min_lr: float | None = setting(None,
+        "the lowest learning rate; unset: a tenth of learning_rate", low=0, needs=FALLS)
+    weight_decay: float = setting(0.1, "of matrices, not of vectors", low=0)
+    beta1: float = setting(0.9, "AdamW's decay of the first moment", low=0, below=1)
+    beta2: float = setting(0.99, "AdamW's decay of the second moment", low=0, below=1)
+    grad_clip: float = setting(1.0, "largest norm of the gradient; 0: unlimited", low=0)
+    skip_spikes: float = setting(0.0,
+        "skip a step whose gradient's norm is above so many times the median of the last 100; 0: "
+        "never", low=0)
+    ema: bool = setting(False,
+        "keep a moving average of the weights too, and evaluate and sample from it")
+    ema_decay: float = setting(0.999,
+        "share of the average that a step keeps; less in the first steps", low=0, below=1,
+        needs=("--ema", lambda c: c.ema))
+
+    label_smoothing: float = setting(0.0, "share of the target spread over the vocabulary", low=0,
+        below=1, section="loss and numbers")
+    z_loss: float = setting(0.0, "weight of log(Z)^2 in the loss, which keeps logits small", low=0)
+    dtype: str = setting("float32",
+        "of activations; weights are kept in float32, and with float16 the loss is scaled so that "
+        "gradients do not underflow", choices=("float32", "bfloat16", "float16"))
+
+    eval_interval: int = setting(250,
+        "steps between evaluations, each of which saves a checkpoint", low=1,
+        section="evaluation and logs")
+    eval_iters: int = setting(20, "batches in an evaluation of a split", low=1)
+    log_interval: int = setting(10, "steps between log lines", low=1)
+    sample_interval: int = setting(0, "steps between samples; 0: only at the end", low=0)
+    tensorboard: bool = setting(False,
+        "log to TensorBoard too, in out_dir/tensorboard; needs tensorboardX")
+    wandb: bool = setting(False, "log to Weights & Biases too; needs wandb")
+
+    device: str = setting("auto", "auto, cpu, cuda, metal, or another that tinygrad knows",
+        section="machine")
+    devices: int = setting(1,
+        "so many devices of that kind, cuda:0, cuda:1, ..., each with the weights and its part of "
+        "every micro-batch", low=1)
+    shard_optimizer: bool = setting(False,
+        "each of several devices keeps its part of the optimizer's state instead of all (ZeRO-1)",
+        needs=("--devices 2 or more", lambda c: c.devices > 1))
+    kernels: str = setting("auto",
+        "implementation of the operations; flash: attention in kernels for GPUs, all else "
+        "automatic", choices=("auto", "cpu", "portable", "reference", "flash"))
+    threads: int | None = setting(None,
+        "threads of the CPU kernels; unset: one for each CPU of this process", low=1, high=64)
+
+    warmup_steps: InitVar[int | None] = None
+
+    def __post_init__(self, warmup_steps: int | None):
+        if warmup_steps is not None:
+            if self.warmup_iters not in (TrainConfig.warmup_iters, warmup_steps):
+                raise ValueError(f"warmup_steps={warmup_steps}, but warmup_iters="
+                                 f"{self.warmup_iters}, which is the same: choose one of them")
+            object.__setattr__(self, "warmup_iters", warmup_steps)
+        check(self)
+        if 0 < self.skip_spikes < 1:
+            raise ValueError(f"skip_spikes={self.skip_spikes} is out of range: choose 0 or a value "
+                             "at least 1")
         if self.model == "bigram":
             for flag, given in (("grad_checkpoint", self.grad_checkpoint),
                                 ("lora_rank", self.lora_rank),
@@ -184,18 +263,11 @@ class TrainConfig:
                 if given:
                     raise ValueError("a bigram model is a table without blocks, made from scratch: "
                                      f"leave out --{flag}")
-        check_choice(self, "optimizer", ("adamw", "lion", "muon", "adamw8bit"))
-        check_choice(self, "schedule", ("cosine", "linear", "wsd", "constant"))
-        check_choice(self, "dtype", ("float32", "bfloat16", "float16"))
-        check_choice(self, "kernels", ("auto", "cpu", "portable", "reference", "flash"))
-        check_range(self, "threads", low=1, high=64)
-        check_range(self, "devices", low=1)
         if self.devices > 1:
             self._check_devices()
         if self.min_lr is not None and self.min_lr > self.learning_rate:
             raise ValueError(f"min_lr={self.min_lr} is above learning_rate={self.learning_rate}: "
                              "choose a lower one")
-
 
     def _check_devices(self) -> None:
         if self.batch_size % self.devices:
@@ -214,31 +286,25 @@ class TrainConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SampleConfig:
-    """How text is drawn from a model."""
+    """How text is sampled from a model."""
 
-    max_new_tokens: int = field(default=500, metadata={"help": "tokens to write"})
-    temperature: float = field(default=0.8, metadata={
-        "help": "divides the logits; below 1 plainer text, above 1 wilder, 0 the likeliest token"})
-    top_k: int | None = field(default=None, metadata={"help": "draw among the k likeliest"})
-    top_p: float | None = field(default=None, metadata={
-        "help": "draw among the likeliest that together have probability p"})
-    min_p: float | None = field(default=None, metadata={
-        "help": "draw among those at least p times as likely as the likeliest"})
-    repetition_penalty: float = field(default=1.0, metadata={
-        "help": "above 1: makes tokens less likely that were used before"})
-    window_hop: int = field(default=1, metadata={
-        "help": "tokens by which the window moves when the text outgrows it; more is faster and "
-                "forgets sooner"})
-    seed: int = field(default=1337, metadata={"help": "same seed, same text"})
+    max_new_tokens: int = setting(500, "tokens to write", low=0, section="sampling")
+    temperature: float = setting(0.8,
+        "divides the logits; below 1 plainer text, above 1 wilder, 0 the likeliest token", low=0)
+    top_k: int | None = setting(None, "draw among the k likeliest", low=1)
+    top_p: float | None = setting(None,
+        "draw among the likeliest that together have probability p", above=0, high=1)
+    min_p: float | None = setting(None,
+        "draw among those at least p times as likely as the likeliest", low=0, high=1)
+    repetition_penalty: float = setting(1.0,
+        "above 1: makes tokens less likely that were used before", above=0)
+    window_hop: int = setting(1,
+        "tokens by which the window moves when the text outgrows it; more is faster and forgets "
+        "sooner", low=1)
+    seed: int = setting(1337, "same seed, same text", low=0)
 
     def __post_init__(self):
-        for name in ("max_new_tokens", "temperature", "seed"):
-            check_range(self, name, low=0)
-        check_range(self, "top_k", low=1)
-        check_range(self, "window_hop", low=1)
-        check_range(self, "top_p", above=0, high=1)
-        check_range(self, "min_p", low=0, high=1)
-        check_range(self, "repetition_penalty", above=0)
+        check(self)
 
 
 FINETUNE = "finetune_shakespeare"  # the recipe where --init_from is given and no other is named
@@ -275,96 +341,3 @@ PRESETS: dict[str, dict] = {
         warmup_iters=0, beta1=0.9, beta2=0.95, weight_decay=0.1, grad_clip=1.0, eval_interval=5,
         eval_iters=40, log_interval=1),
 }
-
-
-class Parser(ArgumentParser):
-    """Flags from dataclasses. A mistake gets one line on stderr and exit status 2."""
-
-    def error(self, message: str) -> NoReturn:
-        print(f"{self.prog}: {message} (--help lists the flags)", file=sys.stderr)
-        sys.exit(2)
-
-
-def parse_flags(classes: dict[str, type], argv: list[str], description: str,
-                presets: dict[str, dict] | None = None) -> dict[str, object]:
-    """Reads argv into one instance of each dataclass, by its key.
-
-    Every flag can be written with `-` or `_`. With presets, --preset and --config are flags too,
-    and the first preset holds where no other is named. Prints one line and exits with status 2 on
-    a flag that does not exist or does not parse; raises ValueError on a value out of range.
-    """
-    parser = Parser(description=description, allow_abbrev=False, add_config_path_arg=False)
-    if presets:
-        parser.add_argument("--preset", metavar="NAME", default=next(iter(presets)),
-                            help=f"a recipe: {', '.join(presets)}")
-        parser.add_argument("--config", metavar="FILE", help="settings from a JSON file, such as "
-                            "the config.json that a run leaves beside its checkpoints")
-    flags, base = [_underscored(word) for word in argv], {}
-    if presets:
-        known = {f.name for cls in classes.values() for f in fields(cls)}
-        named = {word.split("=")[0] for word in flags}
-        if "--preset" not in named:
-            base = next(iter(presets.values()))
-            if "--init_from" in named and FINETUNE in presets:
-                base = presets[FINETUNE]
-        flags = _expand(flags, presets, known)
-    for name, cls in classes.items():
-        own = {f.name: base[f.name] for f in fields(cls) if f.name in base}
-        parser.add_arguments(cls, dest=name, default=cls(**own) if own else None)
-    return vars(parser.parse_args(flags))
-
-
-def given(cls: type, argv: list[str], presets: dict[str, dict]) -> list[str]:
-    """The fields of a dataclass that argv sets, itself or through a --preset or a --config."""
-    words = _expand([_underscored(word) for word in argv], presets, None)
-    names = {word.split("=")[0].removeprefix("--") for word in words}
-    return [f.name for f in fields(cls) if f.name in names]
-
-
-def _underscored(word: str) -> str:
-    """A flag with every dash of its name as an underscore; anything else as it is."""
-    if not word.startswith("--"):
-        return word
-    name, equals, value = word.partition("=")
-    return "--" + name[2:].replace("-", "_") + equals + value
-
-
-def _expand(flags: list[str], presets: dict[str, dict], known: set[str] | None) -> list[str]:
-    """Puts in place of every --preset and --config the flags that it stands for."""
-    result, words = [], iter(flags)
-    for word in words:
-        name, equals, value = word.partition("=")
-        if name not in ("--preset", "--config"):
-            result.append(word)
-            continue
-        value = value if equals else next(words, "")
-        if name == "--config":
-            result += _as_flags(_read_json(value, known))
-        elif value in presets:
-            result += _as_flags(presets[value])
-        else:
-            raise ValueError(f"there is no preset {value!r}: choose one of {', '.join(presets)}")
-    return result
-
-
-def _as_flags(settings: dict) -> list[str]:
-    # a flag without a value sets an optional field to None
-    return [f"--{k}" if v is None else f"--{k}={v}" for k, v in settings.items()]
-
-
-def _read_json(path: str, known: set[str] | None) -> dict:
-    try:
-        settings = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"--config {path}: cannot be read as JSON ({error})") from error
-    if not isinstance(settings, dict):
-        raise ValueError(f"--config {path}: is no JSON object of settings")
-    if unknown := sorted(set(settings) - (known or set(settings))):
-        raise ValueError(f"--config {path}: there is no setting {unknown[0]!r}")
-    return settings
-
-
-def to_json(*configs) -> str:
-    """Dataclasses as one flat JSON object, which `--config` reads back."""
-    merged = {k: v for config in configs for k, v in asdict(config).items()}
-    return json.dumps(merged, indent=2) + "\n"

@@ -17,8 +17,8 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-from tinygrad import Device, Tensor
-from tinygrad.helpers import CACHEDB, CACHELEVEL, DEV, db_connection
+from tinygrad import Device, Tensor, helpers
+from tinygrad.helpers import CACHEDB, CACHELEVEL, DEV
 
 from tinygpt.kernels.cpu.launch import compilations, cpu_count
 
@@ -67,30 +67,89 @@ def _write_script(path: Path, text: str) -> None:
     part.replace(path)
 
 
+class _Cache(sqlite3.Connection):
+    """tinygrad's cache of compiled code, which it does without from the first error on."""
+
+    def cursor(self, factory=None):
+        return super().cursor(_Cursor)
+
+    def commit(self) -> None:
+        try:
+            super().commit()
+        except sqlite3.Error as error:
+            give_up_cache(error)
+
+
+class _Cursor(sqlite3.Cursor):
+    def execute(self, sql: str, parameters=()):
+        try:
+            return super().execute(sql, parameters)
+        except sqlite3.Error as error:
+            if "no such table" not in str(error):  # as long as nothing is in it
+                give_up_cache(error)
+            return super().execute("SELECT NULL WHERE 0")
+
+
+def give_up_cache(error: Exception) -> None:
+    """Lets tinygrad do without its cache of compiled code; says so on stderr, once."""
+    if CACHELEVEL.value:
+        print(f"tinygrad's cache {CACHEDB} cannot be used ({error}): everything is compiled anew",
+              file=sys.stderr)
+    CACHELEVEL.value = 0
+
+
 def check_cache() -> None:
-    """Lets tinygrad do without its cache of compiled code where that cannot be written."""
+    """Opens tinygrad's cache so that no error of it, such as a full disk, ends the program."""
     try:
-        db_connection()
-        writable = os.access(CACHEDB, os.W_OK)
-    except (OSError, sqlite3.Error):
-        writable = False
-    if not writable:
-        CACHELEVEL.value = 0
+        os.makedirs(os.path.dirname(CACHEDB), exist_ok=True)
+        cache = sqlite3.connect(CACHEDB, timeout=60, isolation_level="IMMEDIATE", factory=_Cache)
+        sqlite3.Connection.cursor(cache).execute("PRAGMA journal_mode=WAL").fetchone()
+        if not os.access(CACHEDB, os.W_OK):
+            raise PermissionError("it cannot be written")
+        helpers._db_connection = cache
+    except (OSError, sqlite3.Error) as error:
+        give_up_cache(error)
+
+
+def prefer_cpu() -> None:
+    """Makes the CPU the default device of a machine without a GPU, before any tensor is made."""
+    if not DEV.device and _has_no_gpu():
+        DEV.value = "CPU"
 
 
 @functools.cache
 def default() -> str:
     """The device that tensors live on, e.g. "CPU" or "CUDA". Raises DeviceError without one."""
-    if not DEV.device and _has_no_gpu():
-        DEV.value = "CPU"
     try:
         name = Device.DEFAULT
     except (RuntimeError, AssertionError) as error:
         raise DeviceError(NO_COMPILER) from error
-    if name.startswith("CPU"):
-        _check_compiler()
-        compilations()  # which Ctrl-C does not reach
+    _open(name, f"DEV={DEV}" if DEV.device else repr(name))
     return name
+
+
+def _open(device: str, name: str) -> str:
+    """The canonical name of a device. Raises DeviceError, with `name` in it, where it cannot be
+    opened."""
+    try:
+        canonical = Device.canonicalize(device)
+        if canonical.partition(":")[0] == "CPU":
+            _check_compiler()  # before tinygrad looks for one and fails in its own words
+            compilations()  # which Ctrl-C does not reach
+        else:
+            Device[canonical]
+    except DeviceError:
+        raise
+    except ModuleNotFoundError as error:
+        raise DeviceError(f"there is no device {name}: choose auto, cpu, cuda, metal or another "
+                          "that tinygrad knows") from error
+    except Exception as error:  # whatever a driver raises: the device cannot be opened
+        raise DeviceError(f"device {name} cannot be used here: {_first_line(error)}") from error
+    return canonical
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _has_no_gpu() -> bool:
@@ -118,23 +177,9 @@ def choose(name: str, index: int = 0) -> str:
     if index and ":" not in name and not (kind := choose(name)).startswith("CPU"):
         return choose(f"{kind}:{index}")
     if name.lower() != "auto":
-        try:
-            canonical = Device.canonicalize(name.upper())
-            if canonical.startswith("CPU:"):
-                raise DeviceError(f"there is no device {name!r}: there is one CPU, cpu")
-            if canonical.startswith("CPU"):
-                _check_compiler()  # before tinygrad looks for one and fails in its own words
-            Device[canonical]
-        except DeviceError:
-            raise
-        except ModuleNotFoundError as error:
-            raise DeviceError(f"there is no device {name!r}: choose auto, cpu, cuda, metal or "
-                              "another that tinygrad knows") from error
-        except Exception as error:  # whatever a driver raises: the device cannot be opened
-            raise DeviceError(f"device {name!r} cannot be used here: "
-                              f"{(str(error).strip() or type(error).__name__).splitlines()[0]}"
-                              ) from error
-        DEV.value = canonical
+        if name.upper().startswith("CPU:") and name[4:] != "0":
+            raise DeviceError(f"there is no device {name!r}: there is one CPU, cpu")
+        DEV.value = _open(name.upper(), repr(name))
         default.cache_clear()
     return default()
 
@@ -151,8 +196,7 @@ def several(count: int) -> tuple[str, ...]:
             Device[name]
         except Exception as error:  # whatever a driver raises: the device cannot be opened
             raise DeviceError(f"devices={count}: {name} cannot be used here "
-                              f"({(str(error).strip() or type(error).__name__).splitlines()[0]}): "
-                              f"choose {i}") from error
+                              f"({_first_line(error)}): choose {i}") from error
     return names
 
 
@@ -205,6 +249,25 @@ def peak_flops() -> float:
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory did not suffice, as a CPU's does in an error of mmap."""
     return isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM
+
+
+def memory() -> int:
+    """Bytes of memory that the default device can have: this machine's, or what its control group
+    leaves of them, on a CPU; elsewhere more than any GPU has."""
+    if not default().startswith("CPU"):
+        return 1 << 40
+    there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    try:
+        return min(there, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    except (OSError, ValueError):  # another system, or no limit
+        return there
+
+
+def check_memory(needed: int, what: str, remedy: str) -> None:
+    """Raises ValueError where so many bytes, which `what` takes, are more than `memory`."""
+    if needed > (there := memory()):
+        raise ValueError(f"{what} take {needed / 1e9:,.1f} GB of memory, and {default()} has "
+                         f"{there / 1e9:,.1f} GB: {remedy}")
 
 
 def free_memory() -> None:

@@ -9,18 +9,18 @@ imports it.
 import json
 import math
 import sys
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass
 from pathlib import Path
 
 import numpy as np
-import simple_parsing
 from tinygrad import Tensor
 
 from gpt import GPT
 from tinygpt import command, device
-from tinygpt.config import check_choice, check_range, parse_flags
+from tinygpt.config import check, setting
 from tinygpt.data import is_token_file, mean_bytes, read_tokens
 from tinygpt.documents import check_readable, is_jsonl, read_documents, read_text
+from tinygpt.flags import parse_flags
 from tinygpt.kernels.jit import compiled
 from tinygpt.pretrained import is_pretrained, tokenizer_needed
 from tinygpt.report import bits_per_byte
@@ -33,27 +33,23 @@ TASKS = ("text", "hellaswag", "lambada")
 class EvaluateConfig:
     """What is scored, and on what."""
 
-    checkpoint: str = simple_parsing.field(positional=True, metadata={
-        "help": "a .safetensors file, gpt2 and its kin, or a folder in Hugging Face's layout"})
-    text: str = simple_parsing.field(positional=True, metadata={
-        "help": "a UTF-8 text; a file of token ids, .bin, or a folder with val.bin; or the .jsonl "
-                "file of the task"})
-    task: str = field(default="text", metadata={"help": f"what it is: {', '.join(TASKS)}"})
-    stride: int | None = field(default=None, metadata={
-        "help": "tokens by which the window moves over a text: fewer give each token more context "
-                "and take longer; unset: half of block_size"})
-    limit: int | None = field(default=None, metadata={
-        "help": "questions of a task to ask; unset: all"})
-    ema: bool = field(default=False, metadata={"help": "score the moving average of the weights"})
-    offline: bool = field(default=False, metadata={
-        "help": "take what CHECKPOINT names from the cache only"})
-    device: str = field(default="auto", metadata={
-        "help": "auto, cpu, cuda, metal, or what else tinygrad knows"})
+    checkpoint: str = setting(MISSING,
+        "a .safetensors file, gpt2 and its kin, or a folder in Hugging Face's layout",
+        positional="required")
+    text: str = setting(MISSING,
+        "a UTF-8 text; a file of token ids, .bin, or a folder with val.bin; or the .jsonl file of "
+        "the task", positional="required")
+    task: str = setting("text", "what the text is", choices=TASKS, section="evaluation")
+    stride: int | None = setting(None,
+        "tokens by which the window moves over a text: fewer give each token more context and take "
+        "longer; unset: half of block_size", low=1)
+    limit: int | None = setting(None, "questions of a task to ask; unset: all", low=1)
+    ema: bool = setting(False, "score the moving average of the weights")
+    offline: bool = setting(False, "take what CHECKPOINT names from the cache only")
+    device: str = setting("auto", "auto, cpu, cuda, metal, or another that tinygrad knows")
 
     def __post_init__(self):
-        check_choice(self, "task", TASKS)
-        check_range(self, "stride", low=1)
-        check_range(self, "limit", low=1)
+        check(self)
         if self.task == "text" and self.limit is not None:
             raise ValueError("limit is of the questions of a task: leave it out, or name a --task")
         if self.task != "text" and self.stride is not None:
@@ -212,6 +208,8 @@ def run(config: EvaluateConfig) -> dict[str, float]:
     if is_theirs and config.ema:
         raise ValueError(f"{config.checkpoint} has no moving average of the weights: leave out "
                          "--ema")
+    if config.offline and not is_theirs:
+        raise ValueError(f"{config.checkpoint} is never downloaded: leave out --offline")
     path = Path(config.text)
     if not is_token_file(path):
         check_readable(path)  # before the model is loaded, which may take long

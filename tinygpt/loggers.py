@@ -36,7 +36,15 @@ class WandB:
 def make_loggers(tensorboard: bool, wandb: bool, out_dir: Path, settings: dict) -> list:
     """The loggers that are asked for. Raises ValueError where a library is not installed."""
     asked = [(TensorBoard, tensorboard), (WandB, wandb)]
-    return [cls(out_dir, settings) for cls, wanted in asked if wanted]
+    try:
+        return [cls(out_dir, settings) for cls, wanted in asked if wanted]
+    except ValueError:
+        raise
+    except Exception as error:  # whatever the library has to say
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"a logger cannot be started ({reason}): mend that, or leave out "
+                         f"{' or '.join(f'--{cls.__name__.lower()}' for cls, w in asked if w)}"
+                         ) from error
 
 
 def check_loggers(tensorboard: bool, wandb: bool) -> None:

@@ -56,6 +56,9 @@ def attach(model, rank: int, alpha: float, targets: str, seed: int) -> None:
     layers, rng = linear_layers(model), np.random.default_rng([seed, rank])
     for name in _matching(targets, layers, "lora_targets"):
         N, C = layers[name].weight.shape
+        if rank > min(N, C):
+            raise ValueError(f"lora_rank={rank} is above {min(N, C)}, the highest rank that {name} "
+                             "can have: choose a smaller one")
         a = rng.standard_normal((rank, C), dtype=np.float32) / np.float32(np.sqrt(C))
         layers[name].lora = LoRA(a, np.zeros((N, rank), np.float32), alpha)
 
@@ -164,10 +167,10 @@ def trainable(weights: dict[str, Tensor], freeze: str | None) -> dict[str, Tenso
     """Those of the weights that training changes: the adapters where there are any, else all; but
     for those whose names a pattern of freeze matches. Raises ValueError where none is left, or
     where a pattern matches nothing."""
-    frozen = set(_matching(freeze, weights, "freeze")) if freeze else set()
     adapted = any(".lora." in name for name in weights)
-    left = {name: w for name, w in weights.items()
-            if name not in frozen and (".lora." in name or not adapted)}
+    left = {name: w for name, w in weights.items() if ".lora." in name or not adapted}
+    frozen = set(_matching(freeze, left, "freeze")) if freeze else set()
+    left = {name: w for name, w in left.items() if name not in frozen}
     if not left:
         raise ValueError(f"freeze={freeze!r} leaves nothing to train: choose fewer patterns")
     return left

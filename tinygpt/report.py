@@ -31,8 +31,8 @@ class Report:
         self.out_dir, self.max_iters, self.log_interval = out_dir, max_iters, log_interval
         self.tokens_per_iter, self.flops_per_iter = tokens_per_iter, flops_per_iter
         self.peak_flops, self.silent = peak_flops, silent
-        self.records, self.file, self.loggers = [], None, loggers
-        self.unheard = False
+        self.records, self.file, self.loggers = [], None, list(loggers)
+        self.unheard = self.undrawn = False
         if out_dir is not None:
             former = _read_records(out_dir / "metrics.jsonl") if start else []
             self.records = [r for r in former if r["iter"] <= start]
@@ -40,6 +40,8 @@ class Report:
                              "".join(json.dumps(r) + "\n" for r in self.records).encode())
             self.file = (out_dir / "metrics.jsonl").open("a", encoding="utf-8")
         self.bar = tqdm(total=max_iters, initial=start, unit="it", dynamic_ncols=True,
+                        bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}, {rate_fmt}"
+                                   "{postfix}]",  # the ETA is ours, without steps that compile
                         disable=out_dir is None or not sys.stderr.isatty())
         self.bar_tells = not self.bar.disable and sys.stdout.isatty()
         self.seconds: float | None = None  # of a step, a running average
@@ -48,7 +50,8 @@ class Report:
     def close(self) -> None:
         self.bar.close()
         for logger in self.loggers:
-            logger.close()
+            with suppress(Exception):  # which nobody waits for any more
+                logger.close()
         if self.file:
             with suppress(OSError):  # of a full disk, which has been told
                 self.file.close()
@@ -97,24 +100,29 @@ class Report:
 
     def evaluation(self, iter_num: int, train: float, val: float, lr: float,
                    bits_per_byte: float | None, ema: bool = False) -> None:
-        """Tells of an evaluation, in nats per token and bits per byte, and draws loss.png.
-
-        With ema it was not of the weights but of their moving average.
-        """
+        """Logs an evaluation, in nats per token and bits per byte; with ema not of the weights but
+        of their moving average."""
         tail = "" if bits_per_byte is None else f", {bits_per_byte:.4f} bits per byte"
         tail += ", of the weights' moving average" if ema else ""
         self.line(f"step {iter_num}: train loss {train:.4f}, val loss {val:.4f}{tail}")
         self._record(iter=iter_num, train_loss=train, val_loss=val, lr=lr,
                      bits_per_byte=bits_per_byte, time=time.time(),
                      **({"ema": True} if ema else {}))
-        if self.out_dir is not None:
-            self.draw()
 
     def draw(self) -> None:
-        """loss.png: training and validation loss, the learning rate below; once there are any."""
+        """loss.png in out_dir, once there are steps to see. Where it cannot be drawn the run goes
+        on without, and says so once."""
         steps = [r for r in self.records if "loss" in r]
-        if not steps:
+        if not steps or self.out_dir is None or self.undrawn:
             return
+        try:
+            self._draw(steps)
+        except Exception as error:  # noqa: BLE001 - whatever matplotlib, or the disk, has to say
+            self.undrawn = True
+            self.remark(f"loss.png is not drawn ({_first_line(error)}); the run continues")
+
+    def _draw(self, steps: list[dict]) -> None:
+        """Training and validation loss, the learning rate below."""
         from matplotlib.figure import Figure  # which takes half a second
 
         evals = [r for r in self.records if "val_loss" in r]
@@ -146,8 +154,13 @@ class Report:
                 raise CheckpointError(f"{self.file.name} cannot be written ({error.strerror}): "
                                       "what was saved before is untouched") from error
         figures = {k: float(v) for k, v in facts.items() if v is not None and k != "iter"}
-        for logger in self.loggers:
-            logger.log(facts["iter"], figures)
+        for logger in list(self.loggers):
+            try:
+                logger.log(facts["iter"], figures)
+            except Exception as error:  # noqa: BLE001 - whatever the library has to say
+                self.loggers.remove(logger)
+                self.remark(f"{type(logger).__name__} gets no more figures ({_first_line(error)}); "
+                            "the run continues")
 
 
 def bits_per_byte(loss: float, bytes_per_token: float | None) -> float | None:
@@ -165,6 +178,10 @@ def _read_records(path: Path) -> list[dict]:
                 if isinstance(record, dict) and isinstance(record.get("iter"), int):
                     records.append(record)
     return records
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _clock(seconds: float) -> str:

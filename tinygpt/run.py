@@ -10,9 +10,10 @@ from pathlib import Path
 import numpy as np
 
 from tinygpt import checkpoint, device, lora
-from tinygpt.config import SampleConfig, TrainConfig, to_json
+from tinygpt.config import SampleConfig, TrainConfig
 from tinygpt.data import Batches, TokenData
 from tinygpt.devices import Devices
+from tinygpt.flags import to_json
 from tinygpt.kernels.cpu.launch import cpu_count
 from tinygpt.language_model import LanguageModel
 from tinygpt.loggers import check_loggers, make_loggers
@@ -27,6 +28,7 @@ from tinygpt.steps import Steps
 from tinygpt.tensorfile import BAD_VALUES
 from tinygpt.tokenizer import up_to_end
 
+MOMENTS = {"adamw": 2, "muon": 1, "lion": 1, "adamw8bit": 0.5}  # numbers of state for a weight
 NOT_FINITE = 10  # steps in a row without a finite loss after which training stops
 
 
@@ -83,6 +85,7 @@ class Run:
             lora.attach(model, config.lora_rank, config.lora_alpha, config.lora_targets,
                         config.seed)
         self.params = lora.trainable(model.state_dict(), config.freeze)
+        self._check_memory()
         self.devices = Devices(config)
         owned = self.devices.owned(self.params)
         self.optimizer = make_optimizer(owned, config)
@@ -97,6 +100,7 @@ class Run:
                             self.params, owned, self.optimizer.state_dict())
         self.steps = Steps(model, config, self.params, self.optimizer, owned, self.ema, self.ranks,
                            self.devices)
+        self._check_kernels()
         self.fresh = 0  # how many steps were taken since the last was compiled anew
 
     # ---- the run
@@ -109,6 +113,7 @@ class Run:
             out_dir, loggers = None, ()
             if self.ranks.first:
                 self._make_room()
+            if self.ranks.first and not self._ended():
                 config, out_dir = self.config, self.out_dir
                 loggers = make_loggers(config.tensorboard, config.wandb, out_dir,
                                        asdict(self.model.config) | asdict(config))
@@ -121,6 +126,10 @@ class Run:
     def _only_run(self):
         """Keeps other runs out of out_dir."""
         return checkpoint.locked(self.out_dir) if self.ranks.first else nullcontext()
+
+    def _check_kernels(self) -> None:
+        """Raises ValueError where the kernels that are asked for lack an operation of the model."""
+        self.model(self.steps.x, self.steps.y)  # which is not realized
 
     def _try_out(self) -> None:
         """Finds out what cannot be run before any file is touched."""
@@ -187,6 +196,7 @@ class Run:
             if ended or self.iter_num % config.eval_interval == 0:
                 losses = self._evaluate()
                 saved = self._save(losses[1])
+                self.report.draw()
                 ended = ended or self._ended()
             if config.sample_interval and self.iter_num % config.sample_interval == 0 and not ended:
                 self._sample()
@@ -335,7 +345,7 @@ class Run:
         if self.config.eval_only:
             best = self._best_path()
             return self._resume(best if best.exists() else checkpoint.newest(self.out_dir))
-        checkpoint.make_out_dir(self.out_dir)
+        checkpoint.check_out_dir(self.out_dir)
         if self.config.resume:
             self._resume(self.ranks.from_first(checkpoint.newest(self.out_dir)))
 
@@ -407,6 +417,16 @@ class Run:
         self.ranks.check_same(**asdict(self.model.config), **{
             k: v for k, v in asdict(config).items() if k not in ("device", "threads")},
             training_data=self.data.fingerprint)
+
+    def _check_memory(self) -> None:
+        """Raises ValueError where training does not fit whatever the batch size is."""
+        config = self.config
+        trained = sum(p.numel() for p in self.params.values()) / config.devices
+        needed = 4 * (self.model.num_params() * (2 if config.ema else 1)
+                      + trained * (1 + MOMENTS[config.optimizer]))
+        device.check_memory(int(needed), "the weights, their gradients and the optimizer's state",
+                            "make the model smaller (--n_layer, --n_embd, --vocab_size), or take "
+                            "--optimizer adamw8bit or --lora_rank")
 
     def _check_vocabulary(self) -> None:
         tokenizer, size = self.data.tokenizer, self.model.config.vocab_size

@@ -9,8 +9,10 @@ STDERR = 2
 
 
 @contextmanager
-def pending_signals():
-    """A list that Ctrl-C and SIGTERM put their number on; the second one acts at once."""
+def pending_signals(signums=(signal.SIGINT, signal.SIGTERM),
+                    message: str = "\nstopping after this step; again to stop at once\n"):
+    """A list that signals put their number on, with that message on stderr; the second one acts at
+    once."""
     pending: list[int] = []
     if threading.current_thread() is not threading.main_thread():
         yield pending
@@ -20,9 +22,9 @@ def pending_signals():
         pending.append(signum)
         signal.signal(signum, before[signum])
         with suppress(OSError):  # print is not to be called where it may be at work already
-            os.write(STDERR, b"\nstopping after this step; again to stop at once\n")
+            os.write(STDERR, message.encode())
 
-    before = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
+    before = {s: signal.signal(s, note) for s in signums}
     try:
         yield pending
     finally:

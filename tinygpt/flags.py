@@ -1,0 +1,310 @@
+"""The flags of a command, made from its configurations; settings to JSON and back.
+
+`--preset NAME` and `--config FILE` stand for the settings that they contain, at the place where
+they are given, so that of two settings the later one wins.
+"""
+
+import argparse
+import json
+import re
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import MISSING, Field, asdict, fields
+from pathlib import Path
+from typing import NoReturn
+
+from tinygpt.config import FINETUNE, check_value, did_you_mean, kind_of
+from tinygpt.hints import ALIASES, HINTS
+
+TRUTHS = {"true": True, "false": False, "1": True, "0": False, "yes": True, "no": False,
+          "on": True, "off": False}
+
+
+class Settings(dict):
+    """One instance of each dataclass, by its key. `given` are the fields that argv sets, itself or
+    through a --preset or a --config; `typed` those that it sets itself."""
+
+    given: set[str]
+    typed: set[str]
+
+
+def parse_flags(classes: dict[str, type], argv: list[str], description: str,
+                presets: dict[str, dict] | None = None,
+                former: Callable[[argparse.Namespace], Path | None] | None = None) -> Settings:
+    """Reads argv into an instance of each dataclass.
+
+    Every flag can be written with `-` or `_`. With presets, --preset and --config are flags too,
+    and the first preset holds where no other is named. former, called with what argv sets, may
+    name a JSON file whose settings hold instead where argv has none of its own. Prints one line
+    and exits with status 2 on a flag that does not exist or does not parse; raises ValueError on a
+    value out of range, or on a flag that has no effect.
+    """
+    parser = _Parser(classes, description, presets)
+    words = parser.words(argv)
+    read = parser.read(words, parser.base(words))
+    if former and (path := former(read)):
+        read = parser.read(words, read_settings(path, parser.settings))
+    made = Settings({key: cls(**{f.name: getattr(read, f.name) for f in fields(cls)})
+                     for key, cls in classes.items()})
+    made.given, made.typed = read.given, read.typed
+    for config in made.values():
+        for f in fields(config):
+            wanted, holds = f.metadata.get("needs", ("", None))
+            if f.name in read.typed and holds and not holds(config):
+                raise ValueError(f"--{f.name} has no effect without {wanted}: add it, or leave out "
+                                 f"--{f.name}")
+    return made
+
+
+class _Parser(argparse.ArgumentParser):
+    """A mistake gets one line on stderr and exit status 2."""
+
+    def __init__(self, classes: dict[str, type], description: str, presets: dict | None):
+        self.settings = {f.name: f for cls in classes.values() for f in fields(cls)}
+        self.presets = presets or {}
+        super().__init__(description=description.split("\n\n")[0], allow_abbrev=False,
+                         add_help=False, formatter_class=_Help,
+                         argument_default=argparse.SUPPRESS)
+        general = self.add_argument_group("general")
+        general.add_argument("-h", "--help", action=_ShowHelp, nargs=0,
+                             help="show this help" + ("; with --preset, the defaults are the "
+                                                      "preset's" if presets else ""))
+        if presets:
+            general.add_argument("--preset", action=_Preset, nargs="?", const="", metavar="NAME",
+                                 help=f"a recipe: {', '.join(presets)}")
+            general.add_argument("--config", action=_Config, nargs="?", const="", metavar="FILE",
+                                 help="settings from a JSON file, such as the config.json that a "
+                                      "run saves with its checkpoints")
+        group = general
+        for cls in classes.values():
+            for f in fields(cls):
+                if heading := f.metadata.get("section"):
+                    group = self.add_argument_group(heading)
+                _add(group, f)
+        positional = " ".join(f.name.upper() if how == "required" else f"[{f.name.upper()}]"
+                              for f in self.settings.values()
+                              if (how := f.metadata.get("positional")))
+        self.usage = f"%(prog)s [--flag VALUE ...] {positional}".rstrip()
+
+    def error(self, message: str) -> NoReturn:
+        print(f"{self.prog}: {message} (--help lists the flags)", file=sys.stderr)
+        sys.exit(2)
+
+    def words(self, argv: list[str]) -> list[str]:
+        """argv with the names of its flags as they are declared, and --help at its end."""
+        found, rest = [], list(argv)
+        while rest:
+            word = _underscored(rest.pop(0))
+            name = word.removeprefix("--")
+            f = self.settings.get(name) if word.startswith("--") else None
+            if f and kind_of(f)[0] is bool and not (rest and rest[0].lower() in TRUTHS):
+                word += "=true"  # the next word is none of this flag's
+            found.append(word)
+        return sorted(found, key=lambda word: word in ("-h", "--help"))
+
+    def base(self, words: list[str]) -> dict:
+        """The preset that holds where argv names none."""
+        names = {word.partition("=")[0] for word in words}
+        if not self.presets or "--preset" in names:
+            return {}
+        finetune = "--init_from" in names and FINETUNE in self.presets
+        return self.presets[FINETUNE] if finetune else next(iter(self.presets.values()))
+
+    def read(self, words: list[str], base: dict) -> argparse.Namespace:
+        """The value of every setting, and the names of those that are given and typed."""
+        values = {f.name: f.default for f in self.settings.values()} | base
+        start = argparse.Namespace(**values, given=set(), typed=set())
+        found, extra = self.parse_known_intermixed_args(words, start)
+        unknown = [word for word in extra if word.startswith("-") and word != "-"]
+        if unknown:
+            self.error(self._unknown(unknown[0].partition("=")[0]))
+        if extra:
+            self.error(f"{extra[0]!r} belongs to no flag: put text with blanks in quotes")
+        return found
+
+    def _unknown(self, flag: str) -> str:
+        for hint in HINTS.get(flag.lstrip("-").lower(), ()):
+            if set(re.findall(r"--(\w+)", hint)) <= self.settings.keys():
+                return f"there is no flag {flag}: {hint}"
+        known = [f.name for f in self.settings.values() if f.metadata.get("positional")
+                 != "required"] + ["help"] + (["preset", "config"] if self.presets else [])
+        return f"there is no flag {flag}{did_you_mean(flag.lstrip('-'), known, '--')}"
+
+
+def _add(group, f: Field) -> None:
+    """Adds the flags of a field to a group of the parser."""
+    kind, optional = kind_of(f)
+    how = f.metadata.get("positional")
+    text = f.metadata["help"].replace("%", "%%")
+    choices = f.metadata.get("choices")
+    metavar = f"{{{','.join(choices)}}}" if choices else {
+        int: "INT", float: "FLOAT"}.get(kind, "TEXT")
+    options = dict(action=_Set, type=lambda word: _converted(f, word), field=f)
+    if how:
+        group.add_argument(f.name, **options, metavar=f.name.upper(),
+                           nargs="?" if how == "optional" else None,
+                           help=text if how == "required" else f"the same as --{f.name}")
+    if how == "required":
+        return
+    if kind is bool:
+        group.add_argument(f"--{f.name}", f"--no_{f.name}", **options, nargs="?", const=True,
+                           help=text, metavar="")
+        group.add_argument(f"--no{f.name}", **options, nargs="?", const=True,
+                           help=argparse.SUPPRESS)
+    else:
+        group.add_argument(f"--{f.name}", **options, metavar=metavar, help=text,
+                           nargs="?" if optional else None)
+
+
+class _Set(argparse.Action):
+    """Stores what a flag of a field says, and that it was typed."""
+
+    def __init__(self, field: Field, **options):
+        super().__init__(**options)
+        self.dest, self.field = field.name, field
+
+    def __call__(self, parser, namespace, value, option_string=None):
+        name = self.dest
+        if not self.option_strings and name in namespace.typed:
+            parser.error(f"{name} is given twice, by position and as --{name}")
+        if option_string and option_string.startswith("--no") and option_string != f"--{name}":
+            value = not value
+        if value == "auto" and "auto" in self.field.metadata:
+            name, value = self.field.metadata["auto"], True
+        if kind_of(self.field)[0] is tuple:
+            value = (*getattr(namespace, name), value)
+        setattr(namespace, name, value)
+        namespace.given.add(name)
+        namespace.typed.add(name)
+
+
+class _Preset(argparse.Action):
+    """Stores what a preset says."""
+
+    def __call__(self, parser, namespace, value, option_string=None):
+        if value not in parser.presets:
+            raise ValueError(f"there is no preset {value!r}: choose one of "
+                             f"{', '.join(parser.presets)}{did_you_mean(value, parser.presets)}")
+        _take(namespace, parser.presets[value])
+
+
+class _Config(argparse.Action):
+    """Stores what a JSON file says."""
+
+    def __call__(self, parser, namespace, value, option_string=None):
+        if not value:
+            raise ValueError("--config names no file: give one with settings in JSON")
+        try:
+            _take(namespace, read_settings(value, parser.settings))
+        except ValueError as error:
+            raise ValueError(f"--config: {error}") from error
+
+
+def _take(namespace: argparse.Namespace, settings: dict) -> None:
+    """Stores settings, in place of those that were typed before."""
+    vars(namespace).update(settings)
+    namespace.given |= settings.keys()
+    namespace.typed -= settings.keys()
+
+
+class _ShowHelp(argparse.Action):
+    """Prints the help with the values that the words before it have set."""
+
+    def __call__(self, parser, namespace, value, option_string=None):
+        for action in parser._actions:
+            if isinstance(action, _Set):
+                action.default = getattr(namespace, action.dest)
+        parser.print_help()
+        sys.stdout.flush()
+        parser.exit()
+
+
+class _Help(argparse.HelpFormatter):
+    """Each flag with its kind of value, its choices, and its default once."""
+
+    def __init__(self, prog: str):
+        super().__init__(prog, max_help_position=34,
+                         width=min(100, shutil.get_terminal_size().columns))
+
+    def _format_action_invocation(self, action):
+        if not action.option_strings:
+            return action.metavar
+        if action.metavar == "":  # a switch: the second form where it is on
+            return ", ".join(action.option_strings[:2 if action.default is True else 1])
+        values = f" {action.metavar}" if action.metavar else ""
+        return ", ".join(action.option_strings) + values
+
+    def _get_help_string(self, action):
+        default = action.default
+        if not action.option_strings or default in (None, argparse.SUPPRESS, (), MISSING):
+            return action.help
+        shown = {True: "on", False: "off"}[default] if isinstance(default, bool) else (
+            default if str(default).isprintable() else repr(default))
+        return f"{action.help} (default: {str(shown).replace('%', '%%')})"
+
+
+def _converted(f: Field, word: str):
+    """The value that a word on the command line stands for."""
+    kind, _ = kind_of(f)
+    if kind in (str, tuple) or (word == "auto" and "auto" in f.metadata):
+        return word
+    try:
+        return TRUTHS[word.lower()] if kind is bool else kind(word)
+    except (KeyError, ValueError):
+        what = {int: "a whole number", float: "a number", bool: "true or false"}[kind]
+        raise argparse.ArgumentTypeError(f"{word!r} is not {what}") from None
+
+
+def _underscored(word: str) -> str:
+    """A flag with every dash of its name as an underscore, under its own name where it has
+    another too; anything else as it is."""
+    if not word.startswith("--"):
+        return word
+    name, equals, value = word.partition("=")
+    name = name[2:].replace("-", "_")
+    return "--" + ALIASES.get(name, name) + equals + value
+
+
+def read_settings(path: str | Path, known: dict[str, Field]) -> dict:
+    """The settings in a JSON file. Raises ValueError that names the file where it cannot be read,
+    or has a setting that is unknown or of the wrong type."""
+    text = read_file(path)
+    try:
+        settings = json.loads(text)
+    except RecursionError as error:
+        raise ValueError(f"{path} is nested too deeply for settings") from error
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be read as JSON ({error})") from error
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path} is no JSON object of settings")
+    settings = {ALIASES.get(name, name): value for name, value in settings.items()}
+    for name, value in settings.items():
+        if name not in known:
+            raise ValueError(f"{path}: there is no setting {name!r}{did_you_mean(name, known)}")
+        try:
+            settings[name] = check_value(known[name], value)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+    return settings
+
+
+def read_file(path: str | Path) -> str:
+    """A UTF-8 file. Raises ValueError that names it where it is none, or no file: a pipe or a
+    device might never end."""
+    path = Path(path)
+    try:
+        if not path.is_file():
+            kind = ("a folder" if path.is_dir() else "a pipe or a device") if path.exists() else ""
+            raise ValueError(f"{path} is {kind}: name a file" if kind else f"there is no {path}")
+        return path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 at byte {error.start}: convert it first") from error
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror})") from error
+
+
+def to_json(*configs) -> str:
+    """Dataclasses as one flat JSON object, which `--config` reads back."""
+    merged = {k: v for config in configs for k, v in asdict(config).items()}
+    return json.dumps(merged, indent=2) + "\n"
