@@ -112,7 +112,7 @@ class TokenizersAtOnce(Campaign):
                 (folder / "next.txt").write_text(f"{letter} line\n" * 300)
                 (folder / "next.txt").replace(folder / "text.txt")
                 time.sleep(0.02)
-        changed = number % 4 >= 2
+        changed = not shards and number % 4 == 2
         ended = at_once(folder, [read] * count + [replace] * changed)
         wanted = set()
         for text in ["", "a line\n" * 300, "b line\n" * 300][:1 + 2 * changed]:

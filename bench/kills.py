@@ -81,7 +81,7 @@ class Kills(Campaign):
             self.after(done, folder, flags, step)
             if at == sys.maxsize:
                 break
-            at = int(rng.integers(1, calls)) if rng.random() < 0.3 else sys.maxsize
+            at = int(rng.integers(1, calls)) if rng.random() < 0.5 else sys.maxsize
             kind = self.fault[int(rng.integers(len(self.fault)))] if at < sys.maxsize else COUNT
         check(done.status == 0, f"does not end: {done}")
         check_end(folder / "out", wanted)
