@@ -29,12 +29,16 @@ from tinygpt.config import SampleConfig
 
 SECONDS, MEGABYTES = 20, 2000
 BIG = (str(10**9), "1e9", str(10**30))
-WORDS = ("", " ", "-1", "0", "1", "2", "0.5", "1.5", "-0.5", *BIG, str(-10**30), "1e-300",
-         "1e400", "nan", "inf", "-inf", "0x10", "1_0", "true", "False", "None", "null", "[]",
-         "[1, 2]", "1,2", "{}", "x", "-", "--", "*", "\u00e9", "\udcff\udcfe", "\ud800",
-         "line\nbreak", "a" * 100_000, "gone/file", "text.txt", "empty.txt", "latin1.txt",
-         "utf16.txt", "binary.bin", "fifo", "folder", "loop", "base.safetensors", "tokens", "gpt2",
-         ".", "/dev/zero", "/dev/full", "/dev/null", "/proc/self/mem")
+WORDS = ("", " ", "-1", "0", "1", "2", "0.5", "1.5", "-0.5", *BIG, str(-10**30), "9" * 5000,
+         "99999999", "1e308", "1e-320", "1e400", "auto", "gtp2", "nan", "inf", "-inf", "0x10",
+         "1_0", "true", "False", "None", "null", "[]", "[1, 2]", "1,2", "{}", "x", "-", "--", "*",
+         "\u00e9", "\udcff\udcfe", "\ud800", "line\nbreak", "a" * 100_000, "gone/file", "text.txt",
+         "empty.txt", "latin1.txt", "utf16.txt", "binary.bin", "fifo", "folder", "loop",
+         "base.safetensors", "tokens", "gpt2", ".", "/dev/zero", "/dev/full", "/dev/null",
+         "/proc/self/mem")
+LOOSE = (["stray"], ["-x"], ["--"], ["-"], ["--=3"], ["--config"], ["--config", "fifo"],
+         ["--config", "/dev/zero"], ["--config", "folder"], ["--preset"], ["--preset", "gtp2"],
+         ["--resume", "--eval_only"], ["--eval_only"], ["\udcff"], [""], ["--\ud800", "1"])
 # Settings for which a large number is right, and takes its time.
 PATIENT = ("max_iters", "max_new_tokens", "eval_iters", "gradient_accumulation_steps")
 
@@ -133,7 +137,9 @@ class Words(Campaign):
             return [flag]
         if way < 0.9:
             return [flag, word, flag, word]
-        if way < 0.95:
+        if way < 0.92:
+            return LOOSE[int(rng.integers(len(LOOSE)))]
+        if way < 0.96:
             at = int(rng.integers(2, len(flag)))
             return [flag[:at] + flag[at + 1:], word]
         return [flag, word, "--config", "out/config.json"]
@@ -234,8 +240,8 @@ def judge(command: Command, done: Outcome, what: str, patient: bool) -> None:
     check(done.megabytes < MEGABYTES, what)
     check("Traceback" not in done.err, what)
     if done.status == 2:
-        check(len(done.err.splitlines()) == 1 and done.err.startswith(command.prefix),
-              f"not one line: {what}")
+        check(len(done.err.splitlines()) == 1 and done.err.startswith(command.prefix)
+              and not done.out, f"not one line: {what}")
 
 
 def campaigns() -> list[Campaign]:

@@ -24,9 +24,9 @@ from tinygpt.tokenizer import BPETokenizer
 
 SECONDS, MEGABYTES = 10, 1000  # what reading a damaged file may take
 CKPT = "out/ckpt_10.safetensors"
-HOSTILE = (None, True, False, -1, 0, 1, 2, 7, 10**9, 10**30, -10**30, 1e-300, float("nan"),
-           float("inf"), -float("inf"), "", "x", "1", "\ud800", "\0", [], [1], [[[[]]]], {},
-           {"a": 1}, [10**9], ["x"], "a" * 100_000)
+HOSTILE = (None, True, False, -1, 0, 1, 2, 7, 10**9, 10**30, -10**30, 10**400, 1e-300, 1e308,
+           float("nan"), float("inf"), -float("inf"), "", "x", "1", "\ud800", "\0", [], [1],
+           [[[[]]]], {}, {"a": 1}, [10**9], ["x"], "a" * 100_000)
 
 
 # ---- readers, for `child`: what a file holds as lines on stdout, or one line and status 2
