@@ -15,9 +15,7 @@ from tinygrad import Tensor
 
 import train
 from bench.campaign import Outcome, child
-from gpt import GPTConfig, TrainConfig
 from tinygpt import checkpoint, device
-from tinygpt.config import parse_flags
 
 RUN = sys.modules[train.Run.__module__]
 DATA = sys.modules[train.load_data.__module__]
@@ -75,7 +73,6 @@ def warm_up() -> None:
     target = Tensor.empty(4)
     for tensor in (Tensor(np.ones(4, np.float32)), target.assign(target + 1), Tensor.zeros(4)):
         tensor.contiguous().schedule_linear()
-    parse_flags({"model": GPTConfig, "train": TrainConfig}, [], "")
 
 
 def cache_in(folder: Path) -> None:
