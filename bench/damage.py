@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 from safetensors import safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 import generate
 import train
@@ -288,10 +288,22 @@ def make_files(folder: Path) -> None:
     plain.save_checkpoint(3, out_dir=place)
     (place / "ckpt_3.safetensors").rename(place / "base.safetensors")
     plain.save_pretrained(place / "gpt2")
+    _in_shards(place / "gpt2", place / "shards")
     llama = GPT(GPTConfig(vocab_size=bpe.vocab_size, norm="rmsnorm", position="rope", bias=False,
                           activation="swiglu", **sizes))
     llama.tokenizer = bpe
     llama.save_pretrained(place / "llama")
+
+
+def _in_shards(whole: Path, folder: Path) -> None:
+    """The same model with its tensors in two files and an index of them."""
+    shutil.copytree(whole, folder)
+    tensors = load_file(whole / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    places = {name: f"model-{i % 2}.safetensors" for i, name in enumerate(sorted(tensors))}
+    for file in sorted(set(places.values())):
+        save_file({k: t for k, t in tensors.items() if places[k] == file}, folder / file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
 
 
 def campaigns() -> list[Campaign]:
@@ -306,8 +318,10 @@ def campaigns() -> list[Campaign]:
         Damage("meta", {f"{place}/meta.json": read for place, read in readers}),
         Damage("run", {"out/config.json": (resumed,), "out/metrics.jsonl": (resumed,)},
                checked=False, strict=False),
-        Damage("pretrained", {f"{kind}/{file}": (pretrained_folder,) for kind in ("gpt2", "llama")
-                              for file in ("config.json", "model.safetensors", "tokenizer.json")},
+        Damage("pretrained", {file: (pretrained_folder,) for file in (
+            *(f"{kind}/{name}" for kind in ("gpt2", "llama") for name in (
+                "config.json", "model.safetensors", "tokenizer.json")),
+            "shards/model.safetensors.index.json", "shards/model-1.safetensors")},
                checked=False, strict=False, weight=2),
         NotFinite()]
 
