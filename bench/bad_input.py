@@ -238,7 +238,8 @@ def judge(command: Command, done: Outcome, what: str, patient: bool) -> None:
     if patient and done.timed_out:
         return
     what = f"{what}: {done}"
-    check(done.status in (0, 2) and not done.timed_out, what)
+    fine = (0, 1, 2) if command.name == "check" else (0, 2)  # 1: it has found something
+    check(done.status in fine and not done.timed_out, what)
     check(done.megabytes < MEGABYTES, what)
     check("Traceback" not in done.err, what)
     if done.status == 2:
