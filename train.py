@@ -13,7 +13,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 from gpt import GPT, GPTConfig
-from tinygpt import checkpoint, command, device, kernels
+from tinygpt import checkpoint, command, device, kernels, lora
 from tinygpt.batch_size import ADVICE, available_memory, largest_micro_batch
 from tinygpt.bigram import Bigram, BigramConfig
 from tinygpt.config import PRESETS, TrainConfig
@@ -191,6 +191,7 @@ def _model_and_data(flags: Settings):
     part = config.lora_rank or config.freeze or config.devices > 1
     # what it takes at least, before text is tokenized for it
     replace(shape, vocab_size=1).check_memory(1 if part else 2 + MOMENTS[config.optimizer])
+    _check_patterns(shape, config)
     data = load_data(config.data, config.tokenizer, shape.vocab_size, shape.block_size,
                      config.text_field)
     size = data.tokenizer.vocab_size
@@ -222,6 +223,7 @@ def _pretrained(flags: Settings) -> tuple[GPT, TokenData]:
     if model.tokenizer is None and config.tokenizer in ("bpe", "char"):
         raise ValueError(f"{config.init_from} comes with no tokenizer that can be read here: pass "
                          "--tokenizer gpt2 or byte, whichever it was trained with")
+    _check_patterns(model.config, config)
     data = load_data(config.data, model.tokenizer or config.tokenizer, model.config.vocab_size,
                      model.config.block_size, config.text_field)
     return model, data
@@ -235,6 +237,18 @@ def _check_tokenizer(model: GPT, config: TrainConfig, typed: set[str]) -> None:
     if config.tokenizer not in kinds:
         raise ValueError(f"{config.init_from} has its own tokenizer, of the kind "
                          f"{model.tokenizer.kind}: leave out --tokenizer {config.tokenizer}")
+
+
+def _check_patterns(shape: GPTConfig, config: TrainConfig) -> None:
+    """Raises ValueError where a pattern of freeze or lora_targets matches no weight, before text is
+    tokenized. The names are those of a small model with as many blocks."""
+    if config.model != "gpt" or not (config.freeze or config.lora_rank):
+        return
+    small = GPT(replace(shape, block_size=1, vocab_size=1, n_embd=2 * shape.n_head, n_inner=1),
+                seed=None)
+    if config.lora_rank:
+        lora.attach(small, 1, config.lora_alpha, config.lora_targets, config.seed)
+    lora.trainable(small.state_dict(), config.freeze)
 
 
 if __name__ == "__main__":

@@ -1,171 +1,256 @@
-"""Every flag of every command with values of the wrong type, range and kind.
+"""What becomes of bad input: `python bench/bad_input.py --minutes 10`.
 
-    python bench/bad_input.py [--only FLAG] [--limit 100] [--idle]
-
-Each case runs in a process of its own, in an empty folder, forked from one that has everything
-loaded. A command has to end within 60 s with status 0, or with status 2, nothing on stdout and one
-line on stderr that names what is wrong. Prints each case that does not, and the counts. With
---idle no step is taken and no token is drawn, which is faster by far.
+Every flag of every command gets values of the wrong type, range and kind, made from the settings'
+own declarations. A command ends with status 0, or with status 2 and one line on stderr; it prints
+no traceback, leaves no file behind where it refuses, and takes little time and memory. Training is
+done with the steps of bench/light.py.
 """
 
-import argparse
+import functools
 import json
 import os
-import signal
+import subprocess
 import sys
-import tempfile
-from collections import Counter
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).parent.parent))
 os.environ.setdefault("DEV", "CPU")
-
-import numpy as np
-
 import generate
 import train
-from gpt import GPT, GPTConfig, SampleConfig, TrainConfig
-from tinygpt import check, evaluate
-from tinygpt.config import kind_of
-from tinygpt.decoder import Decoder
-from tinygpt.run import Run
-from tinygpt.tokenizer import ByteTokenizer
+from bench import campaign, damage, light
+from bench.campaign import ROOT, Campaign, Outcome, check, child
+from gpt import GPTConfig, TrainConfig
+from tinygpt import check as check_command
+from tinygpt import evaluate
+from tinygpt.config import SampleConfig
 
-SECONDS = 60
-WORDS = {
-    int: ["", "three", "1.5", "true", "nan", "-1", "0", "1", "1e3", "99999999", str(10 ** 30),
-          "9" * 5000, "auto", "None"],
-    float: ["", "fast", "nan", "inf", "-1", "0", "1e308", "1e-320", "true", "None", "9" * 400],
-    bool: ["perhaps", "", "2", "true", "no", "None"],
-    str: ["", "nonsense", "/dev/zero", "/dev/null", ".", "/", "pipe", "\udcff", "a" * 5000, "0",
-          "-", "deep.json", "{}", "*", "gtp2", "damaged.safetensors"],
-    tuple: ["", "x", "\udcff", "a" * 5000],
-}
-VALUES = [True, None, [], {}, "x", "", -1, 0, 1.5, 10 ** 30, 10 ** 400, 1e308, ["a"]]
-TRAIN = ["--data=text.txt", "--tokenizer=byte", "--block_size=8", "--n_layer=1", "--n_head=2",
-         "--n_embd=16", "--batch_size=2", "--eval_iters=1", "--log_interval=1", "--max_iters=2",
-         "--max_minutes=0.0001", "--out_dir=out"]
-GENERATE = ["--checkpoint=ckpt_1.safetensors", "--max_new_tokens=2"]
-EVALUATE = ["ckpt_1.safetensors", "short.txt"]
-COMMANDS = {"train.py": (train.main, TRAIN, (GPTConfig, TrainConfig)),
-            "generate.py": (generate.main, GENERATE, (generate.GenerateConfig, SampleConfig)),
-            "check": (check.main, ["--kernels=reference"], (check.CheckConfig,)),
-            "evaluate": (evaluate.main, EVALUATE, (evaluate.EvaluateConfig,))}
+SECONDS, MEGABYTES = 20, 2000
+BIG = ("99999999", str(10**9), "1e9", str(10**30))
+WORDS = ("", " ", "-1", "0", "1", "2", "0.5", "1.5", "-0.5", *BIG, str(-10**30), "9" * 5000,
+         "1e308", "1e-320", "1e400", "auto", "gtp2", "nan", "inf", "-inf", "0x10",
+         "1_0", "true", "False", "None", "null", "[]", "[1, 2]", "1,2", "{}", "x", "-", "--", "*",
+         "\u00e9", "\udcff\udcfe", "\ud800", "line\nbreak", "a" * 100_000, "gone/file", "text.txt",
+         "empty.txt", "latin1.txt", "utf16.txt", "binary.bin", "fifo", "folder", "loop",
+         "base.safetensors", "tokens", "gpt2", ".", "/dev/zero", "/dev/full", "/dev/null",
+         "/proc/self/mem")
+LOOSE = (["stray"], ["-x"], ["--"], ["-"], ["--=3"], ["--config"], ["--config", "fifo"],
+         ["--config", "/dev/zero"], ["--config", "folder"], ["--preset"], ["--preset", "gtp2"],
+         ["--resume", "--eval_only"], ["--eval_only"], ["\udcff"], [""], ["--\ud800", "1"])
+# Settings for which a large number is right, and takes its time.
+PATIENT = ("max_iters", "max_new_tokens", "eval_iters", "gradient_accumulation_steps")
 
 
-def prepare(folder: Path) -> None:
-    """What the commands find in their folder."""
-    (folder / "text.txt").write_text("To sleep: perchance to dream.\n" * 40)
-    (folder / "short.txt").write_text("To sleep: perchance to dream.\n")
-    (folder / "deep.json").write_text("[" * 100000)
-    (folder / "damaged.safetensors").write_bytes(b"\x40" + bytes(40))
-    os.mkfifo(folder / "pipe")
-    model = GPT(GPTConfig(block_size=8, vocab_size=256, n_layer=1, n_head=2, n_embd=16))
-    model.tokenizer = ByteTokenizer()
-    model.save_checkpoint(1, None, folder)
+@dataclass(frozen=True)
+class Command:
+    """A command: its main(argv), the dataclasses that its flags are made of, and flags with which
+    it works, positional ones first."""
+
+    name: str
+    main: Callable[[list[str]], int]
+    settings: tuple[type, ...]
+    flags: tuple[str, ...]
+
+    @property
+    def prefix(self) -> str:
+        return f"{self.name}:"
 
 
-def cases():
-    """(command, argv, files that are written before)"""
-    for command, (_, base, classes) in COMMANDS.items():
-        for f in [f for cls in classes for f in fields(cls)]:
-            required = f.metadata.get("positional") == "required"
-            for word in WORDS[kind_of(f)[0]]:
-                if required:
-                    at = [f.name for f in fields(evaluate.EvaluateConfig)].index(f.name)
-                    yield command, [*base[:at], word, *base[at + 1:]], {}
-                else:
-                    yield command, [*base, f"--{f.name}={word}"], {}
-            if not required:
-                yield command, [*base, f"--{f.name}"], {}
-                yield command, [*base, f"--{f.name[:-1]}", "1"], {}
-            if command == "train.py":
-                for value in VALUES:
-                    yield command, [*base, "--config=a.json"], {"a.json": json.dumps(
-                        {f.name: value})}
-        for words in (["--prompt"], ["--config"], ["--config=pipe"], ["--config=deep.json"],
-                      ["--config=/dev/zero"], ["--preset=gtp2"], ["--preset"], ["-x"], ["stray"],
-                      ["--"], ["-"], ["--=3"], ["--resume"], ["--eval_only"]):
-            yield command, [*base, *words], {}
+def commands() -> list[Command]:
+    tiny = [str(flag) for flag in light.FLAGS]
+    return [
+        Command("train.py", train.main, (GPTConfig, TrainConfig),
+                (*tiny, "--max_iters", "2", "--out_dir", "new")),
+        Command("generate.py", generate.main, (generate.GenerateConfig, SampleConfig),
+                ("--checkpoint", "base.safetensors", "--prompt", "a", "--max_new_tokens", "2")),
+        Command("evaluate", evaluate.main, (evaluate.EvaluateConfig,),
+                ("base.safetensors", "text.txt")),
+        Command("check", short_check, (check_command.CheckConfig,),
+                ("--checkpoint", "base.safetensors"))]
 
 
-def run(command: str, argv: list[str], files: dict[str, str], folder: Path) -> tuple[int, str, str]:
-    """The status of a command that is forked off, -1 where it did not end, stdout and stderr."""
-    for name, text in files.items():
-        (folder / name).write_text(text)
-    out, err = folder / ".out", folder / ".err"
-
-    def work() -> int:
-        os.setsid()
-        for path, stream in ((out, sys.stdout), (err, sys.stderr)):
-            os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream.fileno())
-        os.dup2(os.open(os.devnull, os.O_RDONLY), sys.stdin.fileno())
-        os.chdir(folder)
-        signal.alarm(SECONDS)
-        sys.argv[0] = command
-        return COMMANDS[command][0](argv)
-
-    status = in_child(work)
-    return status, out.read_text(errors="replace"), err.read_text(errors="replace")
+def short_check(argv: list[str]) -> int:
+    """tinygpt.check without its checks of kernels and models, which take a minute."""
+    check_command.code_checks = lambda *_: []
+    return check_command.main(argv)
 
 
-def in_child(work: Callable[[], object]) -> int:
-    """The status of a process that is forked off to do some work."""
-    child = os.fork()
-    if not child:
-        status = 1
+@functools.cache
+def flags_of(command: Command) -> list[tuple[str, int | None]]:
+    """The flags of a command; of a positional one its place too."""
+    place, found = 0, []
+    for field in (f for cls in command.settings for f in fields(cls)):
+        positional = command.name == "evaluate" and field.name in ("checkpoint", "text")
+        found.append((field.name, place if positional else None))
+        place += positional
+    return found
+
+
+def make_files(folder: Path) -> None:
+    """What the words name, besides the files of bench/damage.py."""
+    damage.make_files(folder)
+    place = folder / "files"
+    (place / "folder").mkdir()
+    (place / "loop").symlink_to("loop")
+    (place / "empty.txt").touch()
+    (place / "latin1.txt").write_bytes("caf\u00e9".encode("latin-1") * 100)
+    (place / "utf16.txt").write_bytes(light.TEXT.encode("utf-16"))
+    (place / "binary.bin").write_bytes(bytes(range(256)) * 3 + b"\1")
+
+
+class Words(Campaign):
+    """Each flag of a command with each of the words, written in several ways."""
+
+    def __init__(self, command: Command):
+        self.command, self.name = command, f"flags-of-{command.name.removesuffix('.py')}"
+        self.flags = flags_of(command)
+        self.weight = len(self.flags) / 20 + 0.5
+        self.most = 2 * len(self.flags) * len(WORDS)
+
+    def prepare(self, folder: Path) -> None:
+        done = child(lambda: make_files(folder), folder, 120)
+        check(done.status == 0, done)
+
+    def case(self, number, rng, folder):
+        name, place = self.flags[number % len(self.flags)]
+        word = WORDS[(number // len(self.flags) * 7 + number) % len(WORDS)]
+        argv = list(self.command.flags)
+        if place is not None:
+            argv[place] = word
+        else:
+            argv += self.write(name, word, rng)
+        done = run(self.command, argv, folder)
+        shown = [w if len(w) < 200 else f"{w[:20]}..." for w in argv[len(self.command.flags):]]
+        what = f"{self.command.name} {name} {shown or word[:40]!r}"
+        patient = name in PATIENT and word in BIG
+        judge(self.command, done, what, patient)
+        return 1
+
+    def write(self, name: str, word: str, rng) -> list[str]:
+        flag = f"--{name.replace('_', '-')}" if rng.random() < 0.3 else f"--{name}"
+        way = rng.random()
+        if way < 0.3:
+            return [f"{flag}={word}"]
+        if way < 0.8:
+            return [flag, word]
+        if way < 0.85:
+            return [flag]
+        if way < 0.9:
+            return [flag, word, flag, word]
+        if way < 0.92:
+            return LOOSE[int(rng.integers(len(LOOSE)))]
+        if way < 0.96:
+            at = int(rng.integers(2, len(flag)))
+            return [flag[:at] + flag[at + 1:], word]
+        return [flag, word, "--config", "out/config.json"]
+
+
+class Configs(Campaign):
+    """--config with JSON whose values are of any kind."""
+
+    name, weight = "values-in-a-config", 1.0
+    prepare = Words.prepare
+
+    def case(self, number, rng, folder):
+        command = commands()[0]
+        names = [f.name for cls in command.settings for f in fields(cls)]
+        name = names[number % len(names)]
+        value = damage.HOSTILE[number // len(names) % len(damage.HOSTILE)]
+        files = {"json": json.dumps({name: value}), "deep": "[" * 100_000,
+                 "deep object": '{"n_layer": ' * 5000, "empty": "", "list": "[1]"}
+        kind = "json" if rng.random() < 0.95 else list(files)[int(rng.integers(len(files)))]
+        damage.link(folder.parent / "files", folder)
+        (folder / "given.json").write_text(files[kind])
+        done = run(command, [*command.flags, "--config", "given.json"], folder)
+        patient = name in PATIENT and isinstance(value, int) and value >= 10**9
+        judge(command, done, f"--config {name}={str(value)[:60]!r} ({kind})", patient)
+        return 1
+
+
+class Surroundings(Campaign):
+    """Environment variables, streams that are closed and devices that are not there, in processes
+    of their own."""
+
+    name, weight = "environment-and-streams", 1.0
+    prepare = Words.prepare
+    environments = (
+        {}, {"DEV": "NONSENSE"}, {"DEV": "CUDA"}, {"DEV": "CPU:1"}, {"DEV": ""}, {"DEV": "METAL"},
+        {"CC": "/gone/cc"}, {"CC": "/bin/true"}, {"XDG_CACHE_HOME": "/dev/null"}, {"HOME": "/gone"},
+        {"TIKTOKEN_CACHE_DIR": "/dev/null"}, {"PMI_RANK": "x", "PMI_SIZE": "2"}, {"LANG": "C"},
+        {"PYTHONIOENCODING": "ascii"}, {"TMPDIR": "/gone"}, {"COLUMNS": "x"})
+    streams = ("", "0<&-", "1>&-", "2>&-", "1>&- 2>&-", ">/dev/full", "2>/dev/full", "| true",
+               "2>&1 | true")
+    lines = ("train.py FLAGS --max_iters 2 --out_dir new", "-m tinygpt.evaluate BASE text.txt",
+             "generate.py --checkpoint BASE --prompt a --max_new_tokens 2",
+             "generate.py --checkpoint BASE --prompt - --max_new_tokens 2",
+             "generate.py --checkpoint BASE --interactive --max_new_tokens 2",
+             "train.py --help", "generate.py --help", "train.py FLAGS --device cuda",
+             "generate.py --checkpoint BASE --device nonsense", "generate.py --nonsense 1")
+
+    def case(self, number, rng, folder):
+        damage.link(folder.parent / "files", folder)
+        line = self.lines[number % len(self.lines)]
+        rest = number // len(self.lines)
+        env, stream = self.environments[0], self.streams[rest // 2 % len(self.streams)]
+        if rest % 2:
+            env, stream = self.environments[rest // 2 % len(self.environments)], ""
+        script, *words = line.replace("FLAGS", " ".join(map(str, light.FLAGS))).replace(
+            "BASE", "base.safetensors").split()
+        script = script if script == "-m" else str(ROOT / script)
+        shell = f'exec "$0" "$@" {stream}'
         try:
-            status = work() or 0
-        except SystemExit as end:
-            status = end.code
-        except BaseException:  # noqa: BLE001 - what a command lets through is what is looked for
-            sys.excepthook(*sys.exc_info())
-        finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(status)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+            done = subprocess.run(["sh", "-c", shell, sys.executable, script, *words], cwd=folder,
+                                  env={**os.environ, "PYTHONPATH": str(ROOT), **env}, text=True,
+                                  capture_output=True, timeout=60, stdin=subprocess.DEVNULL)
+        except subprocess.TimeoutExpired:
+            raise campaign.Failed(f"{line} {env} {stream}: over 60 s") from None
+        what = f"{line} {env} {stream}: status {done.returncode} {done.stderr[-600:]!r}"
+        check(done.returncode in (0, 2, 141), what)
+        check("Traceback" not in done.stderr and "Exception ignored" not in done.stderr, what)
+        if done.returncode == 2 and "2>" not in stream and "|" not in stream:
+            check(len(done.stderr.splitlines()) == 1, f"not one line: {what}")
+        return 1
 
 
-def verdict(code: int, out: str, err: str) -> str:
-    """"fine", "refused", or what is wrong."""
-    if code < 0:
-        return f"ended by signal {-code}"
-    if "Traceback" in err:
-        return "traceback"
-    if code == 0:
-        return "fine"
-    if code != 2:
-        return f"status {code}"
-    return "refused" if out == "" and len(err.splitlines()) == 1 else "more than one line"
+def run(command: Command, argv: list[str], folder: Path) -> Outcome:
+    """A command in a child, over the files that the words name."""
+    damage.link(folder.parent / "files", folder)
+    if not (folder / "fifo").exists():
+        os.mkfifo(folder / "fifo")
+
+    def call() -> int:
+        light.cache_in(folder)
+        light.use_light_steps()
+        sys.argv[0] = command.name
+        return command.main(argv)
+    (folder / "data" / "cache").mkdir(parents=True, exist_ok=True)
+    before = set(folder.rglob("*"))
+    done = child(call, folder, SECONDS)
+    left = sorted(str(p.relative_to(folder)) for p in set(folder.rglob("*")) - before)
+    if done.status == 2 and "out of memory" not in done.err:  # which no check could foresee
+        check(not left, f"{argv[len(command.flags):]} was refused and left {left}: {done}")
+    return done
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--only", help="cases whose words contain this")
-    parser.add_argument("--limit", type=int, help="so many cases")
-    parser.add_argument("--idle", action="store_true", help="compute nothing")
-    asked = parser.parse_args()
-    if asked.idle:
-        Run.train = Run.evaluate_only = lambda run: None
-        Decoder.run = lambda decoder, model, prompts, config: iter(
-            np.zeros((2, len(prompts)), int))
-    chosen = [case for case in cases() if not asked.only or asked.only in " ".join(case[1])]
-    counts = Counter()
-    with tempfile.TemporaryDirectory() as name:
-        in_child(lambda: prepare(Path(name)))  # so that no thread of tinygrad's is in this one
-        for command, argv, files in chosen[:asked.limit]:
-            code, out, err = run(command, argv, files, Path(name))
-            found = verdict(code, out, err)
-            counts[found] += 1
-            if found not in ("fine", "refused"):
-                shown = " ".join(w[:60] for w in argv[len(COMMANDS[command][1]):] or argv)
-                print(f"{found}: {command} {shown!r} {files}\n{err[-600:]}", flush=True)
-    print(f"{sum(counts.values())} cases: " + ", ".join(f"{n} {k}" for k, n in counts.items()))
-    return 0 if set(counts) <= {"fine", "refused"} else 1
+def judge(command: Command, done: Outcome, what: str, patient: bool) -> None:
+    """Raises Failed unless the command ended as it should."""
+    if patient and done.timed_out:
+        return
+    what = f"{what}: {done}"
+    fine = (0, 1, 2) if command.name == "check" else (0, 2)  # 1: it has found something
+    check(done.status in fine and not done.timed_out, what)
+    check(done.megabytes < MEGABYTES, what)
+    check("Traceback" not in done.err, what)
+    if done.status == 2:
+        check(len(done.err.splitlines()) == 1 and done.err.startswith(command.prefix)
+              and not done.out, f"not one line: {what}")
+
+
+def campaigns() -> list[Campaign]:
+    return [*map(Words, commands()), Configs(), Surroundings()]
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    light.warm_up()
+    sys.exit(campaign.main("bad_input.py", __doc__, campaigns, 10))

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from tinygrad import Tensor
 
+import train as command_line
 from gpt import GPT, GPTConfig
 from tinygpt import checkpoint, lora
 from tinygpt.config import TrainConfig
@@ -113,6 +114,15 @@ def test_patterns_that_cannot_be_meant_are_refused(config, text, settings, says,
     with pytest.raises(ValueError, match=says) as caught:
         train(GPT(TINY), replace(config, **settings), text)
     assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("flags", [["--freeze", "h.9.*"], ["--freeze", "*"],
+                                   ["--lora_rank", "2", "--lora_targets", "wte*"]])
+def test_patterns_are_refused_before_text_is_tokenized(text_file, flags, monkeypatch, capsys):
+    monkeypatch.setattr(command_line, "load_data", lambda *_: pytest.fail("text was tokenized"))
+    assert command_line.main(["--data", str(text_file), "--n_layer", "1", *flags]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert flags[-1] in line
 
 
 def test_adapters_of_another_model_and_files_without_any_are_refused(tmp_path):

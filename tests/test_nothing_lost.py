@@ -176,6 +176,16 @@ def test_the_save_comes_before_the_picture(config, text, tmp_path, monkeypatch, 
     assert seen == ["ckpt_3.safetensors", "ckpt_6.safetensors"]
 
 
+@pytest.mark.parametrize("resume", [False, True])
+def test_what_a_killed_run_left_half_written_is_gone(config, text, tmp_path, without_samples,
+                                                     resume):
+    train(GPT(TINY), replace(config, max_iters=1), text)
+    for name in (".loss.png.part", ".ckpt_9.safetensors.part", ".config.json.part", ".my.part"):
+        (tmp_path / "out" / name).write_bytes(b"half")
+    train(GPT(TINY), replace(config, max_iters=1, resume=resume), text)  # which saves nothing more
+    assert [path.name for path in (tmp_path / "out").glob(".*")] == [".my.part"]
+
+
 def test_what_a_script_trained_on_is_what_resume_reads(config, text, text_file, tmp_path,
                                                        without_samples):
     for data, named in ((text_file, str(text_file)), (text, ""), (list(range(200)), "")):

@@ -291,8 +291,14 @@ def rotate(out_dir: Path, keep: int) -> None:
     """Deletes all but the `keep` newest checkpoints, and what an interrupted save left."""
     for path in sorted(_numbered(out_dir), key=_iter_num)[:-keep]:
         path.unlink(missing_ok=True)
-    for path in out_dir.glob(".*.safetensors.part"):
-        path.unlink(missing_ok=True)
+    sweep(out_dir)
+
+
+def sweep(out_dir: Path) -> None:
+    """Deletes what a run that was killed has left half-written."""
+    for pattern in RUN_FILES:
+        for path in out_dir.glob(f".{pattern}.part"):
+            path.unlink(missing_ok=True)
 
 
 def check_out_dir(out_dir: Path) -> None:
