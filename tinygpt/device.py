@@ -10,6 +10,7 @@ import os
 import platform
 import shlex
 import shutil
+import signal
 import sqlite3
 import subprocess
 import sys
@@ -109,6 +110,25 @@ def check_cache() -> None:
         helpers._db_connection = cache
     except (OSError, sqlite3.Error) as error:
         give_up_cache(error)
+
+
+def shield_workers() -> None:
+    """Keeps Ctrl-C, which a terminal sends to all, from the processes that tinygrad 0.14 compiles
+    in: each would print a traceback, and the step that waits for it would not end."""
+    try:
+        from tinygrad.engine.worker import _WorkerProcess
+    except ImportError:  # 0.13
+        return
+    start = _WorkerProcess._Popen
+
+    def shielded(process):
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # which it inherits
+        try:
+            return start(process)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+    _WorkerProcess._Popen = staticmethod(shielded)
 
 
 def prefer_cpu() -> None:
