@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import pytest
-from tinygrad import Tensor
+from tinygrad import Tensor, TinyJit
 
 from gpt import GPT, GPTConfig, TrainConfig
 from tinygpt.data import TokenData
@@ -178,6 +178,38 @@ def test_configs_cover_every_option():
         assert {getattr(c, field) for c in configs} == values, field
     assert any(c.sliding_window for c in configs)
     assert any(1 < c.kv_heads < c.n_head for c in configs)
+
+
+def test_every_gradient_equals_pytorch_for_10_steps(tmp_path):
+    lr = 3e-3
+    ours, theirs = pair(CONFIGS["nanogpt"])
+    tokens = np.random.default_rng(14).integers(0, V, 10 * B * T + 1).astype(np.uint16)
+    config = TrainConfig(out_dir=str(tmp_path), batch_size=B, learning_rate=lr, beta2=0.95,
+                         weight_decay=0, grad_clip=0)
+    run = Run(ours, config, TokenData(tokens, tokens[:50], None, "numbers"))
+    weights = ours.state_dict()
+
+    @TinyJit
+    def differentiated(x: Tensor, y: Tensor) -> list[Tensor]:
+        loss = ours(x, y)[1]
+        grads = loss.gradient(*weights.values())
+        Tensor.realize(loss, *grads)
+        return [loss, *grads]
+
+    optimizer = torch.optim.AdamW(theirs.parameters(), lr, (0.9, 0.95), 1e-8, weight_decay=0)
+    for number in range(10):
+        batch = run.batches.batch(number)
+        loss, *grads = differentiated(*(Tensor(a).realize() for a in batch))
+        right = theirs(*(torch.tensor(a, dtype=torch.long) for a in batch))[1]
+        optimizer.zero_grad()
+        right.backward()
+        assert loss.item() == pytest.approx(right.item(), abs=1e-5), number
+        named = dict(theirs.named_parameters())
+        for name, grad in zip(weights, grads, strict=True):
+            error = np.abs(grad.numpy() - named[name].grad.numpy()).max()
+            assert error <= 1e-6, f"step {number}, {name}: {error:.1e}"
+        run.steps.train(number, run.batches.batch, lr, np.inf)
+        optimizer.step()
 
 
 def test_training_equals_pytorch_for_20_steps(tmp_path):
