@@ -186,3 +186,5 @@ def test_a_run_resumes_in_another_dtype_and_damage_is_refused(config, data, monk
         checkpoint.save(on.last, tensors, facts | {"loss_scale": damaged, "iter_num": 6})
         with pytest.raises(ValueError, match=r"has (a )?loss_scale"):
             train(GPT(TINY), replace(config, max_iters=8, resume=True), data)
+    with pytest.raises(ValueError, match=r"loss_scale=65536\.0, which is not an object"):
+        checkpoint.save(on.last, tensors, facts | {"loss_scale": 65536.0})
