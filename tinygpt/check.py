@@ -167,12 +167,13 @@ def tiny_model(options: dict) -> GPT:
 
 
 @contextmanager
-def the_reference_in_use(otherwise: str):
+def the_reference_in_use():
+    before = kernels.in_use()
     kernels.use("reference")
     try:
         yield
     finally:
-        kernels.use(otherwise)
+        kernels.use(before)
 
 
 class Twin:
@@ -182,8 +183,8 @@ class Twin:
     float64, by the reference kernels. batch is ids, targets and dropout key, if any.
     """
 
-    def __init__(self, model: GPT, batch: list[np.ndarray], otherwise: str):
-        self.model, self.otherwise = GPT(model.config, seed=None), otherwise
+    def __init__(self, model: GPT, batch: list[np.ndarray]):
+        self.model = GPT(model.config, seed=None)
         self.model.compute_dtype = "float64"
         self.weights = self.model.state_dict()
         for weight in self.weights.values():
@@ -195,7 +196,7 @@ class Twin:
     def loss(self, arrays: dict[str, np.ndarray]) -> float:
         for name, array in arrays.items():
             device.write(self.weights[name], array)
-        with the_reference_in_use(self.otherwise):
+        with the_reference_in_use():
             return self.step(*self.batch).item()
 
     def _step(self, *batch: Tensor) -> Tensor:
@@ -231,7 +232,7 @@ def slopes(twin: Twin, weights: dict[str, np.ndarray], grads: dict[str, np.ndarr
     return (up - down) / (2 * STEP), ours, max(usual, 1e-30)
 
 
-def check_gradients(model: GPT, kernels_in_use: str) -> Finding:
+def check_gradients(model: GPT) -> Finding:
     """The loss against that in float64, and its gradient against finite differences there."""
     config = model.config
     rng, T = np.random.default_rng(2), min(config.block_size, 12)
@@ -246,7 +247,7 @@ def check_gradients(model: GPT, kernels_in_use: str) -> Finding:
     grads = {name: g.numpy().astype(np.float64) for name, g in zip(tensors, grads, strict=True)}
     weights = {name: w.numpy().astype(np.float64) for name, w in tensors.items()}
 
-    twin = Twin(model, batch, kernels_in_use)
+    twin = Twin(model, batch)
     right = twin.loss(weights)
     found = [Finding(abs(loss.item() - right) / abs(right), LOSS,
                      f"the loss {loss.item():.7f}, {right:.7f} in float64")]
@@ -324,10 +325,9 @@ def code_checks(config: CheckConfig, folder: Path) -> list[Check]:
     for name, options in MODELS.items():
         model = functools.cache(functools.partial(tiny_model, options))
         found += [
-            (f"gradients, model like {name}", lambda model=model: check_gradients(
-                model(), config.kernels)),
-            (f"cached decoding, model like {name}", lambda model=model: check_decoding(
-                model(), PROMPT, WRITTEN))]
+            (f"gradients, model like {name}", lambda model=model: check_gradients(model())),
+            (f"cached decoding, model like {name}",
+             lambda model=model: check_decoding(model(), PROMPT, WRITTEN))]
     return [*found, ("save and load", lambda: check_saving(folder))]
 
 
@@ -345,7 +345,7 @@ def checkpoint_checks(config: CheckConfig) -> list[Check]:
             return [("weights", lambda: damage)]
     prompt = max(1, min(PROMPT, model.config.block_size - WRITTEN // 2))
     return [("weights", lambda: check_weights(model)),
-            ("gradients", lambda: check_gradients(model, config.kernels)),
+            ("gradients", lambda: check_gradients(model)),
             ("cached decoding", lambda: check_decoding(model, prompt, WRITTEN))]
 
 

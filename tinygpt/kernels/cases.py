@@ -106,6 +106,8 @@ WITHOUT_GRADIENT = {
         (cache(2, 4, 2, 1, 9, 8), dict(offset=8)),
         (cache(1, 5, 1, 1, 70, 33), dict(offset=64, window=17)),
         (cache(2, 4, 2, 5, 13, 6), dict(offset=7, window=4)),
+        (cache(2, 2, 1, 1, 70, 16), dict(offset=66, start=np.array([0, 65], np.int32))),
+        (cache(2, 2, 1, 3, 13, 6), dict(offset=7, start=np.array([6, 0], np.int32))),
     ],
     "draw": [
         (dict(logits=(3, 509)), dict(key=KEY, temperature=numbers(0.7))),
