@@ -11,6 +11,7 @@ import train
 from gpt import GPTConfig
 from tinygpt.config import PRESETS, SampleConfig, TrainConfig
 from tinygpt.flags import parse_flags
+from tinygpt.kernels.training import training
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.S)
@@ -65,3 +66,14 @@ def test_the_script_runs_as_written(tmp_path, text_file, monkeypatch, gpt2_files
     exec(compile(code, "README.md", "exec"), {})
     assert "ROMEO:" in capsys.readouterr().out
     assert (tmp_path / "checkpoints" / "best.safetensors").is_file()
+
+
+def test_the_training_loop_runs_as_written(text_file, capsys):
+    code = [code for kind, code in BLOCKS if kind == "python"][1]
+    for old, new in (("range(100)", "range(3)"), ("mytext.txt", str(text_file)),
+                     ("with Tensor.train()", "with training()")):
+        assert old in code
+        code = code.replace(old, new)
+    exec(compile(code, "README.md", "exec"), {"training": training})
+    losses = [2 * float(line.split()[1]) for line in capsys.readouterr().out.splitlines()]
+    assert len(losses) == 6 and sum(losses[4:]) < sum(losses[:2])
