@@ -314,15 +314,15 @@ def campaigns() -> list[Campaign]:
             saved, pretrained)}, weight=2),
         Damage("adapters", {"out/lora.safetensors": (adapted,)}),
         Damage("tokens", {f"{place}/{name}.bin": read for place, read in readers
-                          for name in ("train", "val")}, patches=False),
-        Damage("meta", {f"{place}/meta.json": read for place, read in readers}),
+                          for name in ("train", "val")}, patches=False, weight=1.5),
+        Damage("meta", {f"{place}/meta.json": read for place, read in readers}, weight=1.5),
         Damage("run", {"out/config.json": (resumed,), "out/metrics.jsonl": (resumed,)},
                checked=False, strict=False),
         Damage("pretrained", {file: (pretrained_folder,) for file in (
             *(f"{kind}/{name}" for kind in ("gpt2", "llama") for name in (
                 "config.json", "model.safetensors", "tokenizer.json")),
             "shards/model.safetensors.index.json", "shards/model-1.safetensors")},
-               checked=False, strict=False, weight=2),
+               checked=False, strict=False, weight=3),
         NotFinite()]
 
 

@@ -28,7 +28,7 @@ FLAGS = ("--data", "text.txt", "--tokenizer", "byte", "--block_size", "8", "--n_
 class LightSteps(RUN.Steps):
     """Every weight and every number of the optimizer decays and takes a little of the batch."""
 
-    def train(self, number, batch, lr, norm_limit):
+    def train(self, number, batch, *_):
         drawn = float(batch(number)[0].mean()) / 256
         parts = [*self.params.values(), *self.optimizer.state_dict().values()]
         parts += self.ema.state_dict().values() if self.ema else ()

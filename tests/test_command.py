@@ -126,3 +126,13 @@ def test_errors_of_the_system_are_told_without_their_numbers():
     assert commands.failure(error, "") == (2, "a.txt: No such file or directory")
     assert commands.failure(OSError(5, "Input/output error"), "") == (2, "Input/output error")
     assert commands.failure(KeyboardInterrupt(), "") == (130, "")
+
+
+@pytest.mark.parametrize("flags", [["--checkpoint", "two\nlines"], ["--threads", "two\nlines"]])
+def test_a_line_break_in_a_value_does_not_break_the_line(capsys, flags):
+    try:
+        status = generate.main(flags)
+    except SystemExit as end:
+        status = end.code
+    (line,) = capsys.readouterr().err.splitlines()
+    assert status == 2 and "two\\nlines" in line

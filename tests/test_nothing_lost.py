@@ -154,6 +154,7 @@ def test_a_run_that_is_over_says_so_and_keeps_its_settings(config, text, tmp_pat
 @pytest.mark.parametrize("settings, says", [
     (dict(kernels="flash"), "'flash' have no attention"),
     (dict(freeze="nothing*"), "nothing is named like"),
+    (dict(batch_size=10**9), "one layer take .*: choose a smaller --batch_size"),
     (dict(optimizer="adamw", max_iters=3), "optimizer's state take 9")])
 def test_a_run_that_is_refused_leaves_no_folder_and_says_nothing_else(
         config, text, tmp_path, capsys, monkeypatch, settings, says):

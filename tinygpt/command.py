@@ -47,8 +47,14 @@ def failure(error: BaseException, remedy: str) -> tuple[int, str]:
     if device.is_out_of_memory(error):
         return 2, str(out_of_memory(error, remedy))
     if isinstance(error, OSError) and error.strerror:  # which Python begins with a number
-        return 2, f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    return 2, str(error)
+        named = f"{error.filename}: " if error.filename else ""
+        return 2, one_line(named + error.strerror)
+    return 2, one_line(str(error))
+
+
+def one_line(text: str) -> str:
+    """A message without the line breaks of what it names, a path or a value."""
+    return "\\n".join(text.splitlines())
 
 
 def out_of_memory(error: BaseException, remedy: str) -> ValueError:

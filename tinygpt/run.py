@@ -420,14 +420,19 @@ class Run:
             training_data=self.data.fingerprint)
 
     def _check_memory(self) -> None:
-        """Raises ValueError where training does not fit whatever the batch size is."""
-        config = self.config
+        """Raises ValueError where training does not fit whatever the batch size is, or a
+        micro-batch does not fit whatever the model computes with it."""
+        config, shape = self.config, self.model.config
         trained = sum(p.numel() for p in self.params.values()) / config.devices
         needed = 4 * (self.model.num_params() * (2 if config.ema else 1)
                       + trained * (1 + MOMENTS[config.optimizer]))
         device.check_memory(int(needed), "the weights, their gradients and the optimizer's state",
                             "make the model smaller (--n_layer, --n_embd, --vocab_size), or take "
                             "--optimizer adamw8bit or --lora_rank")
+        width = getattr(shape, "n_embd", shape.vocab_size)  # of a layer's output
+        device.check_memory(4 * config.batch_size * shape.block_size * width // config.devices,
+                            "the activations of one layer",
+                            "choose a smaller --batch_size or --block_size")
 
     def _check_vocabulary(self) -> None:
         tokenizer, size = self.data.tokenizer, self.model.config.vocab_size
