@@ -294,7 +294,7 @@ def _padding(start: Tensor | None) -> tuple[list[Tensor], list[tuple[str, str]]]
 def _number(n: int | UOp) -> Tensor:
     """(1,) int32. The same symbolic number gives the same node of the graph, computed once."""
     if isinstance(n, UOp):
-        return (Tensor(0, dtype=dtypes.int32, device="CPU") + n).reshape(1).contiguous()
+        return (Tensor.zeros(1, dtype=dtypes.int32, device="CPU") + n).contiguous()
     return constants(dtypes.int32, n)
 
 
