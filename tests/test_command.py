@@ -49,6 +49,28 @@ def test_ctrl_c_while_modules_are_loaded_ends_the_command_quietly(tmp_path, scri
             assert process.returncode in (130, -signal.SIGINT), delay  # a shell says 130 of both
 
 
+def test_ctrl_c_inside_a_destructor_ends_the_command_too(tmp_path):
+    """Where Python itself prints a traceback and continues."""
+    program = """
+import signal, sys, time
+from tinygpt import command
+
+class Dying:
+    def __del__(self):
+        signal.raise_signal(signal.SIGINT)
+        time.sleep(0.001)
+
+command.prepare()
+try:
+    Dying()
+    time.sleep(10)
+except command.FAILURES as error:
+    sys.exit(command.tell("it", error, ""))
+"""
+    done = python("-c", program, cwd=tmp_path)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+
+
 def test_ctrl_c_that_is_ignored_stays_ignored(tmp_path, saved):
     """As nohup and shells in the background have it."""
     program = ("import signal, subprocess, sys; signal.signal(signal.SIGINT, signal.SIG_IGN);"

@@ -9,6 +9,7 @@ import warnings
 from contextlib import suppress
 
 from tinygpt import device
+from tinygpt.signals import insist_on_ctrl_c
 
 FAILURES = (KeyboardInterrupt, ValueError, MemoryError, OSError)
 
@@ -19,6 +20,7 @@ def prepare() -> None:
     ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN  # by nohup, or by a shell
     if threading.current_thread() is threading.main_thread() and not ignored:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        insist_on_ctrl_c()
     warnings.formatwarning = lambda message, *_: f"{message}\n"
     for name in ("stdin", "stdout", "stderr"):
         stream = getattr(sys, name)

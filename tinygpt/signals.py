@@ -1,7 +1,10 @@
 """Ctrl-C and SIGTERM, answered where it suits the run."""
 
+import _thread
+import functools
 import os
 import signal
+import sys
 import threading
 from contextlib import contextmanager, suppress
 
@@ -30,3 +33,20 @@ def pending_signals(signums=(signal.SIGINT, signal.SIGTERM),
     finally:
         for signum, handler in before.items():
             signal.signal(signum, handler)
+
+
+@functools.cache
+def insist_on_ctrl_c() -> None:
+    """Raises the KeyboardInterrupt of a Ctrl-C again where Python has met it inside a `__del__` or
+    a callback, prints it there, and continues as if there had been none."""
+    others = sys.unraisablehook
+
+    def hook(unraisable):
+        if issubclass(unraisable.exc_type, KeyboardInterrupt):
+            again = threading.Timer(0.01, _thread.interrupt_main)  # it would be ignored here too
+            again.daemon = True
+            again.start()
+        else:
+            others(unraisable)
+
+    sys.unraisablehook = hook
