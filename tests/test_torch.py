@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import pytest
-from tinygrad import Tensor, TinyJit
+from tinygrad import Tensor
 
 from gpt import GPT, GPTConfig, TrainConfig
 from tinygpt.data import TokenData
@@ -180,41 +180,20 @@ def test_configs_cover_every_option():
     assert any(1 < c.kv_heads < c.n_head for c in configs)
 
 
-def test_every_gradient_equals_pytorch_for_10_steps(tmp_path):
-    lr = 3e-3
-    ours, theirs = pair(CONFIGS["nanogpt"])
-    tokens = np.random.default_rng(14).integers(0, V, 10 * B * T + 1).astype(np.uint16)
-    config = TrainConfig(out_dir=str(tmp_path), batch_size=B, learning_rate=lr, beta2=0.95,
-                         weight_decay=0, grad_clip=0)
-    run = Run(ours, config, TokenData(tokens, tokens[:50], None, "numbers"))
-    weights = ours.state_dict()
-
-    @TinyJit
-    def differentiated(x: Tensor, y: Tensor) -> list[Tensor]:
-        loss = ours(x, y)[1]
-        grads = loss.gradient(*weights.values())
-        Tensor.realize(loss, *grads)
-        return [loss, *grads]
-
-    optimizer = torch.optim.AdamW(theirs.parameters(), lr, (0.9, 0.95), 1e-8, weight_decay=0)
-    for number in range(10):
-        batch = run.batches.batch(number)
-        loss, *grads = differentiated(*(Tensor(a).realize() for a in batch))
-        right = theirs(*(torch.tensor(a, dtype=torch.long) for a in batch))[1]
-        optimizer.zero_grad()
-        right.backward()
-        assert loss.item() == pytest.approx(right.item(), abs=1e-5), number
-        named = dict(theirs.named_parameters())
-        for name, grad in zip(weights, grads, strict=True):
-            error = np.abs(grad.numpy() - named[name].grad.numpy()).max()
-            assert error <= 1e-6, f"step {number}, {name}: {error:.1e}"
-        run.steps.train(number, run.batches.batch, lr, np.inf)
-        optimizer.step()
+def gradients(model: GPT, x: np.ndarray, y: np.ndarray) -> dict[str, np.ndarray]:
+    weights = model.state_dict()
+    _, loss = model(Tensor(x, dtype="int32"), Tensor(y, dtype="int32"))
+    grads = loss.gradient(*weights.values())
+    Tensor.realize(*grads)
+    return {name: g.numpy() for name, g in zip(weights, grads, strict=True)}
 
 
 def test_training_equals_pytorch_for_20_steps(tmp_path):
+    """PyTorch in float64. Of the first ten steps every gradient is compared too, each with its own
+    model's weights; later ones drift, since AdamW divides small gradients by themselves."""
     lr, clip, decay = 3e-3, 0.5, 0.2
     ours, theirs = pair(CONFIGS["nanogpt"])
+    theirs.double()
     tokens = np.random.default_rng(13).integers(0, V, 20 * B * T).astype(np.uint16)
     config = TrainConfig(out_dir=str(tmp_path), batch_size=B, learning_rate=lr, beta1=0.8,
                          beta2=0.95, weight_decay=decay, grad_clip=clip)
@@ -225,17 +204,23 @@ def test_training_equals_pytorch_for_20_steps(tmp_path):
                                    dict(params=vectors, weight_decay=0.0)], lr, (0.8, 0.95), 1e-8)
     clipped = 0
     for number in range(20):
-        x, y = (torch.tensor(a, dtype=torch.long) for a in run.batches.batch(number))
+        batch = run.batches.batch(number)
+        x, y = (torch.tensor(a, dtype=torch.long) for a in batch)
+        grads = gradients(ours, *batch) if number < 10 else {}
         loss, norm = run._step(lr)
         run.iter_num += 1
         right = theirs(x, y)[1]
         optimizer.zero_grad()
         right.backward()
+        for name, p in theirs.named_parameters():
+            if grads:
+                error = np.abs(grads[name] - p.grad.numpy()).max() / p.grad.norm().item()
+                assert error <= 1e-6, f"step {number}, {name}: {error:.2e}"
         right_norm = nn.utils.clip_grad_norm_(theirs.parameters(), clip)
         optimizer.step()
         clipped += right_norm.item() > clip
-        assert loss == pytest.approx(right.item(), abs=1e-4), number
-        assert norm == pytest.approx(right_norm.item(), rel=1e-3), number
+        assert loss == pytest.approx(right.item(), abs=1e-5), number
+        assert norm == pytest.approx(right_norm.item(), rel=1e-5), number
     assert clipped > 0
     for name, p in theirs.named_parameters():
-        assert np.abs(run.params[name].numpy() - p.detach().numpy()).max() < lr / 10, name
+        assert np.abs(run.params[name].numpy() - p.detach().numpy()).max() < lr / 100, name
