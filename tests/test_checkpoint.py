@@ -373,6 +373,14 @@ def test_best_of_newest_run_looks_one_folder_down(tmp_path):
     assert checkpoint.best_of_newest_run(tmp_path) == tmp_path / "ckpt_1.safetensors"
 
 
+def test_what_is_the_best_already_can_be_marked_again(tmp_path, tensors):
+    """A rename between two names of one file does nothing, and leaves both."""
+    path = checkpoint.save(tmp_path / "ckpt_7.safetensors", tensors, FACTS)
+    for _ in range(2):
+        checkpoint.mark_best(path)
+        assert sorted(os.listdir(tmp_path)) == ["best.safetensors", "ckpt_7.safetensors"]
+
+
 def test_mark_best_replaces_the_best_and_keeps_it_apart(tmp_path, tensors, monkeypatch):
     (tmp_path / ".best.safetensors.part").write_text("left by a killed run")
     for n, linked in ((1, True), (2, False)):  # with hard links, and without

@@ -191,6 +191,7 @@ def mark_best(path: Path) -> None:
         except OSError:  # a file system without hard links
             shutil.copyfile(path, part)
         part.replace(path.with_name(BEST))
+        part.unlink(missing_ok=True)  # a rename does nothing where both are one file already
         _sync_folder(path.parent)
     except OSError as error:
         raise CheckpointError(f"{path.with_name(BEST)} cannot be written ({error})") from error
