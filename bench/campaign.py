@@ -8,6 +8,7 @@ import datetime
 import gc
 import json
 import os
+import re
 import select
 import shutil
 import signal
@@ -50,7 +51,8 @@ class Outcome:
 
     def __str__(self) -> str:
         how = "timed out" if self.timed_out else f"status {self.status}"
-        return f"{how}, {self.seconds:.1f} s, {self.megabytes:.0f} MB: {self.err[-600:]!r}"
+        err = re.sub(r"(.)\1{30,}", r"\1\1\1...", self.err)  # long words that were given
+        return f"{how}, {self.seconds:.1f} s, {self.megabytes:.0f} MB: {err[-600:]!r}"
 
     def refusal(self, name: str = "") -> str:
         """The line with which a command, or what calls itself `name`, refused."""

@@ -1,6 +1,7 @@
 """Nothing is lost: not by signals, closed pipes, full disks, a second run in one folder, or a run
 that is refused."""
 
+import fcntl
 import json
 import os
 import signal
@@ -113,6 +114,35 @@ def test_a_second_run_in_the_folder_of_a_running_one_is_refused(config, text, tm
     assert not any((tmp_path / "out").iterdir())
     for _ in range(2):  # and neither an end nor an error leaves it locked
         train(GPT(TINY), replace(config, max_iters=1), text)
+
+
+def test_a_run_that_is_refused_does_not_remove_the_folder_of_another(tmp_path, monkeypatch):
+    out = tmp_path / "a" / "out"
+    exists = Path.exists
+    with checkpoint.locked(out):  # which has just been made, as the other one does not know yet
+        monkeypatch.setattr(Path, "exists", lambda path: path not in (out, out.parent)
+                            and exists(path))
+        with pytest.raises(CheckpointError, match="a run is writing"), checkpoint.locked(out):
+            pass
+        monkeypatch.undo()
+        assert out.is_dir()
+    assert not out.parent.exists()
+
+
+def test_a_folder_that_another_run_removes_before_it_is_locked_is_made_again(tmp_path, monkeypatch):
+    out, lock = tmp_path / "out", fcntl.flock
+
+    def late(folder, how):
+        monkeypatch.undo()
+        out.rmdir()
+        lock(folder, how)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with checkpoint.locked(out):
+        assert out.is_dir()
+        with pytest.raises(CheckpointError, match="a run is writing"), checkpoint.locked(out):
+            pass
+    assert not out.exists()
 
 
 def test_a_run_that_is_refused_moves_nothing(config, text, tmp_path, without_samples):

@@ -265,6 +265,22 @@ def test_damaged_folders_are_refused_in_one_line(tmp_path, damage):
     assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_an_index_that_names_files_with_names_that_cannot_be_is_refused(tmp_path):
+    saved(tmp_path, "gpt2")
+    (tmp_path / "model.safetensors").unlink()
+    (tmp_path / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {"wte.weight": "a" * 1000}}))
+    with pytest.raises(ValueError, match=f"there is no {tmp_path}/aaa"):
+        GPT.from_pretrained(tmp_path)
+
+
+def test_a_file_of_another_kind_without_a_config_json_is_named(tmp_path):
+    saved(tmp_path, "gpt2")
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(ValueError, match=r"model\.safetensors is no checkpoint .* no config\.json"):
+        GPT.from_pretrained(tmp_path / "model.safetensors")
+
+
 @pytest.mark.parametrize("name", ["nothing", "gpt3", "no/such.safetensors"])
 def test_names_of_nothing(name):
     with pytest.raises(ValueError, match="there is no pretrained model"):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import socket
 import subprocess
 import sys
@@ -225,6 +226,22 @@ def test_without_a_cache_the_tokens_are_used_all_the_same(tmp_path, monkeypatch,
     message = capsys.readouterr().err
     assert message.count("\n") == 1 and "cannot be kept in" in message and "[Errno" not in message
     assert {p.name for p in tmp_path.rglob("*")} == {"some.txt", "cache"}
+
+
+@pytest.mark.parametrize("limit", [1, 1000, 1400])
+def test_a_disk_that_is_full_before_a_file_is_whole_leaves_no_half_of_it(tmp_path, cache, capsys,
+                                                                         limit):
+    """Files cannot grow past the limit, which shows only when what is buffered is written."""
+    path = tmp_path / "some.txt"
+    path.write_text("The harbour\nsleeps.\n" * 40)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        made = load_data(path, "byte", 0)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert "cannot be kept in" in capsys.readouterr().err and not list(cache.glob("some*"))
+    assert text_of(made) == text_of(load_data(path, "byte", 0)) == path.read_text()
 
 
 def test_what_is_no_file_is_named_at_once(tmp_path):

@@ -324,6 +324,18 @@ def check_out_dir(out_dir: Path) -> None:
 def locked(out_dir: Path):
     """Makes the folder of a run where it is not there, and while a run writes into it no other one
     does. A folder that was made and is left empty is removed. Raises CheckpointError."""
+    made, folder = _lock(out_dir)
+    try:
+        yield
+    finally:
+        with suppress(OSError):  # of one that is not empty
+            for path in made:
+                path.rmdir()
+        os.close(folder)
+
+
+def _lock(out_dir: Path) -> tuple[list[Path], int]:
+    """The folders that were made for out_dir, and its locked descriptor. Raises CheckpointError."""
     made = [path for path in (out_dir, *out_dir.parents) if not path.exists()]
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
@@ -332,19 +344,18 @@ def locked(out_dir: Path):
         raise CheckpointError(f"out_dir {out_dir} cannot be made ({error.strerror}): name another"
                               ) from error
     try:
-        try:
-            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise CheckpointError(f"a run is writing into {out_dir}: name another --out_dir, or "
-                                  "wait for its end") from error
-        except OSError:
-            pass  # not every file system can
-        yield
-    finally:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
         os.close(folder)
-        with suppress(OSError):  # of one that is not empty
-            for path in made:
-                path.rmdir()
+        raise CheckpointError(f"a run is writing into {out_dir}: name another --out_dir, or "
+                              "wait for its end") from error
+    except OSError:
+        pass  # not every file system can
+    with suppress(FileNotFoundError):
+        if os.path.samestat(os.fstat(folder), os.stat(out_dir)):
+            return made, folder
+    os.close(folder)  # another run has removed the folder, which it left empty
+    return _lock(out_dir)
 
 
 def set_aside(out_dir: Path) -> Path | None:

@@ -361,7 +361,9 @@ def _make(folder: Path, text: TextFiles, kind: str, vocab_size: int, block_size:
     try:
         with token_files.new_folder(folder, clean=alone) as part:
             for name, ids in (("train", data.train), ("val", data.val)):
-                ids.astype(ids.dtype.newbyteorder("<")).tofile(part / f"{name}.bin")
+                # not by tofile, which does not notice a disk that is full when it closes the file
+                little = ids.astype(ids.dtype.newbyteorder("<"))
+                (part / f"{name}.bin").write_bytes(little.data)
             token_files.write_meta(part, _meta(text, kind, vocab_size, data.tokenizer,
                                                data.train.dtype))
         data.made = folder

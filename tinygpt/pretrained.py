@@ -139,6 +139,9 @@ def open_pretrained(name: str | Path, offline: bool = False,
     if path.is_file() and _is_ours(path):
         return _own(path)
     folder = path if path.is_dir() else path.parent
+    if folder != path and not (folder / "config.json").exists():
+        raise PretrainedError(f"{path} is no checkpoint of this project, and has no config.json "
+                              "beside it, which any other pretrained model needs")
     kind, config = _read_config(folder / "config.json")
     plan = _plan(FAMILIES[kind], config, _tensors(path), str(folder))
     return Pretrained(str(name), config, _tokenizer(folder, kind, config["vocab_size"]), plan,
@@ -207,7 +210,7 @@ def _tensors(path: Path) -> dict[str, tuple[TensorFile, str]]:
                     not isinstance(n, str) or Path(n).name != n for n in shards.values()):
                 raise PretrainedError(f"{path / INDEX} has no weight_map of files beside it")
             files = [path / name for name in sorted(set(shards.values()))]
-    if not files[0].is_file():
+    if not os.path.isfile(files[0]):  # a name in the index may be longer than names can be
         raise PretrainedError(f"there is no {files[0]}: other formats than safetensors are not "
                               "read, convert it first")
     prefixes = tuple(family.prefix for family in FAMILIES.values())
