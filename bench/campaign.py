@@ -106,7 +106,8 @@ def _be_child(function, folder: Path, out: int, err: int) -> None:
         os.dup2(out, 1)
         os.dup2(err, 2)
         for fd, name in enumerate(("stdin", "stdout", "stderr")):
-            setattr(sys, name, os.fdopen(fd, "w" if fd else "r", encoding="utf-8", closefd=False))
+            setattr(sys, name, open(fd, "w" if fd else "r", encoding="utf-8",  # noqa: SIM115
+                                    errors="backslashreplace", closefd=False))
         os.chdir(folder)
         status = function() or 0
     except SystemExit as end:

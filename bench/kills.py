@@ -126,7 +126,7 @@ class LimitedFiles(Campaign):
         import resource
 
         light.write_text(folder)
-        size = int(self.largest * rng.random() * 1.2)
+        size = 1500 + int(self.largest * rng.random() * 1.2)  # what is printed has room
 
         def limited() -> int:
             resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
