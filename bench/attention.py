@@ -18,40 +18,45 @@ from torch.nn import functional as F  # noqa: N812
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import tinygpt  # noqa: F401 (finds the compiler)
 from bench.measure import in_turn, record
+from bench.peer import synchronize, torch_device
 from tinygpt import kernels
 from tinygpt.kernels.cpu.launch import cpu_count
 
 CASES = [(12, 64, 4, 32), (12, 256, 6, 64), (1, 4096, 12, 64)]  # B, T, H, D
-TORCH_DEVICE = {"CUDA": "cuda", "NV": "cuda", "METAL": "mps"}
 
 
-def ours(arrays: list[np.ndarray], implementation: str, dtype: str):
+def ours(arrays: list[np.ndarray], implementation: str, dtype: str, backward: bool = True):
+    """A call returns y and, with `backward`, the gradients of q, k and v."""
     q, k, v, dy = (Tensor(a).cast(getattr(dtypes, dtype)).realize() for a in arrays)
 
     @TinyJit
     def step(q, k, v, dy):
         heads = [x.transpose(1, 2) for x in (q, k, v)]  # (B, H, T, D)
         y = kernels.attention(*heads, implementation=implementation).transpose(1, 2)
-        return Tensor.realize(y, *y.gradient(q, k, v, gradient=dy))
+        results = [y, *(y.gradient(q, k, v, gradient=dy) if backward else [])]
+        Tensor.realize(*results)
+        return results
 
     def call():
-        step(q, k, v, dy)
+        results = step(q, k, v, dy)
         Device[Device.DEFAULT].synchronize()
+        return results
     return call
 
 
-def theirs(arrays: list[np.ndarray], dtype: str):
-    device = TORCH_DEVICE.get(Device.DEFAULT, "cpu")
-    q, k, v, dy = (torch.from_numpy(a).to(device, getattr(torch, dtype)) for a in arrays)
+def theirs(arrays: list[np.ndarray], dtype: str, backward: bool = True):
+    q, k, v, dy = (torch.from_numpy(a).to(torch_device(), getattr(torch, dtype)) for a in arrays)
     for x in (q, k, v):
-        x.requires_grad_()
+        x.requires_grad_(backward)
 
     def step():
         q.grad = k.grad = v.grad = None
         heads = [x.transpose(1, 2) for x in (q, k, v)]
-        F.scaled_dot_product_attention(*heads, is_causal=True).transpose(1, 2).backward(dy)
-        if device != "cpu":
-            getattr(torch, device).synchronize()
+        y = F.scaled_dot_product_attention(*heads, is_causal=True).transpose(1, 2)
+        if backward:
+            y.backward(dy)
+        synchronize()
+        return [y.detach(), *([q.grad, k.grad, v.grad] if backward else [])]
     return step
 
 

@@ -10,7 +10,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from bench.measure import in_turn, record
-from bench.peer import Cache, PeerGPT
+from bench.peer import Cache, PeerGPT, torch_device
 from gpt import GPT, GPTConfig
 from tinygpt.kernels.cpu.launch import cpu_count
 
@@ -30,8 +30,9 @@ def ours(case: str, kind: str):
 
 def theirs(case: str):
     L, H, C, T, V = CASES[case]
-    model = PeerGPT(L, H, C, T, V).eval()
+    model = PeerGPT(L, H, C, T, V).eval().to(torch_device())
     prompt = torch.from_numpy(np.random.default_rng(0).integers(0, V, (1, PROMPT)))
+    prompt = prompt.to(torch_device())
 
     @torch.inference_mode()
     def write():

@@ -1,11 +1,12 @@
 """Timing of peers in turn, and the file that keeps what was measured."""
 
+import contextlib
 import csv
 import datetime
 import platform
 import time
 from collections.abc import Callable
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import numpy as np
@@ -40,21 +41,29 @@ def in_turn(peers: dict[str, Callable[[], object]], seconds: float = 4.0,
     return {name: float(np.median(t)) * 1e3 for name, t in times.items()}
 
 
-def record(script: str, case: str, ours: float, peer: str, theirs: float,
-           unit: str = "ms") -> None:
-    """Prints one comparison and appends it to results.csv."""
-    print(f"{case:32} ours {ours:9.2f} {unit}   {peer} {theirs:9.2f} {unit}   "
-          f"ratio {ours / theirs:.2f}", flush=True)
-    versions = " ".join(f"{name} {version(name)}" for name in ("tinygrad", "torch"))
-    new = not RESULTS.exists()
-    with RESULTS.open("a", newline="", encoding="utf-8") as file:
+def record(script: str, case: str, ours: float, peer: str = "", theirs: float | None = None,
+           unit: str = "ms", path: Path = RESULTS, machine: str = "") -> None:
+    """Prints one figure, beside a peer's where there is one, and appends it to the table `path`."""
+    beside = "" if theirs is None else f"   {peer} {theirs:9.2f} {unit}   ratio {ours / theirs:.2f}"
+    print(f"{case:32} ours {ours:9.2f} {unit}{beside}", flush=True)
+    new = not path.exists()
+    with path.open("a", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, FIELDS)
         if new:
             writer.writeheader()
         writer.writerow(dict(
             date=datetime.date.today().isoformat(), script=script, case=case, unit=unit,
-            ours=f"{ours:.3f}", peer=peer, theirs=f"{theirs:.3f}", ratio=f"{ours / theirs:.3f}",
-            machine=f"{_processor()}, {cpu_count()} cpus", versions=versions))
+            ours=f"{ours:.3f}", peer=peer, theirs="" if theirs is None else f"{theirs:.3f}",
+            ratio="" if theirs is None else f"{ours / theirs:.3f}",
+            machine=machine or f"{_processor()}, {cpu_count()} cpus", versions=_versions()))
+
+
+def _versions() -> str:
+    found = []
+    for name in ("tinygrad", "torch"):
+        with contextlib.suppress(PackageNotFoundError):
+            found.append(f"{name} {version(name)}")
+    return " ".join(found)
 
 
 def _processor() -> str:

@@ -1,8 +1,21 @@
 """The same GPT in PyTorch, written as nanoGPT writes it: the peer of our measurements."""
 
 import torch
+from tinygrad import Device
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
+
+
+def torch_device() -> str:
+    """PyTorch's name of tinygrad's default device."""
+    kinds = {"CUDA": "cuda", "NV": "cuda", "METAL": "mps"}
+    return kinds.get(Device.DEFAULT.partition(":")[0], "cpu")
+
+
+def synchronize() -> None:
+    """Waits for what PyTorch computes."""
+    if (device := torch_device()) != "cpu":
+        getattr(torch, device).synchronize()
 
 
 class Block(nn.Module):
@@ -28,7 +41,7 @@ class Cache:
     """Keys and values (1, H, S, D) of what was seen; the next position is `length`."""
 
     def __init__(self, H: int, S: int, D: int, dtype):
-        self.k, self.v = (torch.zeros(1, H, S, D, dtype=dtype) for _ in "kv")
+        self.k, self.v = (torch.zeros(1, H, S, D, dtype=dtype, device=torch_device()) for _ in "kv")
         self.length = 0
 
     def update(self, k, v):

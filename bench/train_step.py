@@ -13,7 +13,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from bench.measure import in_turn, record
-from bench.peer import PeerGPT
+from bench.peer import PeerGPT, torch_device
 from gpt import GPT, GPTConfig
 from tinygpt.config import TrainConfig
 from tinygpt.data import TokenData
@@ -23,7 +23,14 @@ from train import Run
 
 # layers, heads, width, block, batch, vocabulary
 CASES = {"A": (4, 4, 128, 64, 12, 512), "B": (6, 6, 384, 256, 12, 512),
-         "124M": (12, 12, 768, 256, 4, 50257)}
+         "124M": (12, 12, 768, 256, 4, 50257), "GPU": (12, 12, 768, 1024, 12, 50304)}
+
+
+def flops(case: str) -> int:
+    """Floating-point operations of a step, as nanoGPT counts them (arXiv:2204.02311)."""
+    L, _, C, T, B, V = CASES[case]
+    weights = 12 * L * C * C + V * C
+    return (6 * weights + 12 * L * C * T) * B * T
 
 
 def ours(case: str, dtype: str, kernels: str, data: np.ndarray):
@@ -39,18 +46,20 @@ def ours(case: str, dtype: str, kernels: str, data: np.ndarray):
     return step
 
 
-def theirs(case: str, dtype: str, data: np.ndarray):
+def theirs(case: str, dtype: str, data: np.ndarray, compile: bool = False):
     L, H, C, T, B, V = CASES[case]
-    model = PeerGPT(L, H, C, T, V)
+    device = torch_device()
+    model = PeerGPT(L, H, C, T, V).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+    call = torch.compile(model) if compile else model
     rng = np.random.default_rng(0)
 
     def step():
         rows = np.stack([data[i:i + T + 1] for i in rng.integers(0, len(data) - T - 1, B)])
-        rows = torch.from_numpy(rows.astype(np.int64))
+        rows = torch.from_numpy(rows.astype(np.int64)).to(device)
         optimizer.zero_grad(set_to_none=True)
-        with torch.autocast("cpu", getattr(torch, dtype), enabled=dtype != "float32"):
-            loss = model(rows[:, :-1], rows[:, 1:].contiguous())
+        with torch.autocast(device, getattr(torch, dtype), enabled=dtype != "float32"):
+            loss = call(rows[:, :-1], rows[:, 1:].contiguous())
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -60,7 +69,7 @@ def theirs(case: str, dtype: str, data: np.ndarray):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("cases", nargs="*", default=list(CASES), metavar="|".join(CASES))
+    parser.add_argument("cases", nargs="*", default=["A", "B", "124M"], metavar="|".join(CASES))
     parser.add_argument("--bfloat16", action="store_true")
     parser.add_argument("--float16", action="store_true")
     parser.add_argument("--kernels", default="auto", help="which of ours")

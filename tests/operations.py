@@ -108,8 +108,8 @@ def np_orthogonalize(x):
 # ---- running them
 
 
-def skip_where_it_is_not_for(implementation: str, options: dict) -> None:
-    if not cases.can_run(implementation, options):
+def skip_where_it_is_not_for(implementation: str, options: dict, dtype: str = "float32") -> None:
+    if not cases.can_run(implementation, options, dtype):
         pytest.skip(f"{implementation} is not for such a case here")
 
 
@@ -128,7 +128,7 @@ def differentiate(operation: str, implementation: str, *args):
 def run(operation: str, implementation: str, arrays: dict[str, np.ndarray], options: dict,
         dtype: str = "float32", dy: np.ndarray | None = None) -> dict[str, np.ndarray]:
     """See `cases.run`; a skip where the implementation is not for such inputs."""
-    skip_where_it_is_not_for(implementation, options)
+    skip_where_it_is_not_for(implementation, options, dtype)
     return cases.run(operation, implementation, arrays, options, dtype, dy)
 
 

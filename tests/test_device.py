@@ -169,6 +169,16 @@ def test_counts_and_flops_are_positive():
     assert 1e9 < device.peak_flops() < 1e16
 
 
+@pytest.mark.parametrize("name, dtype, peak", [
+    ("NVIDIA H100 80GB HBM3", "bfloat16", 989e12), ("NVIDIA H100 PCIe", "float16", 756e12),
+    ("NVIDIA A100-SXM4-80GB", "float32", 19.5e12), ("NVIDIA L40S", "bfloat16", 362e12),
+    ("NVIDIA L4", "bfloat16", 121e12), ("Radeon", "bfloat16", None), ("", "float32", None)])
+def test_peak_flops_of_gpus(monkeypatch, name, dtype, peak):
+    monkeypatch.setattr(device, "default", lambda: "CUDA")
+    monkeypatch.setattr(device, "gpu_name", lambda: name)
+    assert device.peak_flops(dtype) == peak
+
+
 @pytest.mark.parametrize("dtype", [dtypes.float32, dtypes.int32, dtypes.uint32, dtypes.bool])
 def test_write_changes_what_a_compiled_step_reads(dtype):
     tensor = Tensor.zeros(3, 4, dtype=dtype).contiguous().realize()

@@ -13,7 +13,15 @@ from tinygrad import Device, Tensor, TinyJit, UOp, dtypes
 from tinygpt import kernels
 from tinygpt.kernels import flash, reference
 from tinygpt.kernels.random import make_key
-from tinygpt.kernels.workgroup import CUDA, IS_014, METAL, PLAIN, find_core, renderer_for
+from tinygpt.kernels.workgroup import (
+    CUDA,
+    IS_014,
+    METAL,
+    PLAIN,
+    find_core,
+    renderer_for,
+    renderer_of,
+)
 
 # largest error, as a share of the largest number that is right
 TOLERANCE = {"float32": 2e-6, "bfloat16": 2e-2}
@@ -203,12 +211,14 @@ def test_cuda_source_compiles(tmp_path, dtype):
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("device", ARCHITECTURE)
+@pytest.mark.parametrize("device", [*ARCHITECTURE, "CL"])
 def test_on_a_gpu(device, dtype, monkeypatch):
     try:
         Device[device]
     except (RuntimeError, AttributeError, OSError, AssertionError) as error:
         pytest.skip(f"no {device} here: {str(error).splitlines()[0]}")
+    if getattr(dtypes, dtype) not in renderer_of(device).supported_dtypes():
+        pytest.skip(f"{device} has no {dtype} here")
     monkeypatch.setitem(TOLERANCE, "float32", 2e-5)  # a GPU's exp2 is an approximation
     for shape, options in (*[case[:2] for case in CASES.values()], ((2, 6, 3, 257, 257, 64), {}),
                            ((1, 2, 1, 130, 300, 80), dict(offset=170, window=99)),

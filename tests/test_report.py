@@ -51,6 +51,12 @@ def test_log_lines_have_nanogpts_shape(make, capsys):
     assert ITER.fullmatch(step)[5] == ", 1,662 tok/s, ETA 0:45"  # 750 steps of 0.06 s
 
 
+def test_a_device_of_unknown_peak_has_no_mfu(make, capsys, tmp_path):
+    make(peak_flops=None, log_interval=1).step(1, 2.0, 0.5, 1e-3, 0.1, compiled=False)
+    assert lines(capsys)[0] == "iter 1: loss 2.0000, time 100.00ms, 1,000 tok/s, ETA 1:39"
+    assert records(tmp_path)[0]["mfu"] is None
+
+
 def test_an_evaluation_tells_bits_per_byte(make, capsys):
     make().evaluation(5, 1.0, 2.0, 1e-3, 1.23456)
     assert STEP.fullmatch(lines(capsys)[0])[4] == ", 1.2346 bits per byte"

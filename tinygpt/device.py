@@ -1,6 +1,7 @@
 """Which device computes, what compiles for it, and the few of tinygrad's inner interfaces that
 code outside the kernels needs."""
 
+import ctypes
 import errno
 import functools
 import gc
@@ -25,6 +26,15 @@ from tinygpt.kernels.cpu.launch import compilations, cpu_count
 
 NO_COMPILER = ("tinygrad's CPU device needs clang, and none was found: "
                "pip install ziglang, or install clang, or name one in CC")
+
+# FLOP/s in bfloat16 and float16, dense, on tensor cores, and in float32 without them, of NVIDIA's
+# datasheets, by the words of a device's name; V100 and T4 have no bfloat16
+GPU_PEAKS = {
+    "H200": (989e12, 67e12), "H100 PCIe": (756e12, 51e12), "H100": (989e12, 67e12),
+    "A100": (312e12, 19.5e12), "A10": (125e12, 31.2e12), "L40S": (362e12, 91.6e12),
+    "L4": (121e12, 30.3e12), "V100": (125e12, 15.7e12), "T4": (65e12, 8.1e12),
+    "RTX 4090": (165e12, 82.6e12), "RTX 3090": (71e12, 35.6e12),
+}
 
 
 class DeviceError(ValueError):
@@ -240,22 +250,38 @@ def _check_compiler() -> None:
 
 
 def describe() -> str:
-    """What computes, in one line."""
+    """The device that computes, in one line."""
     name = default()
     if not name.startswith("CPU"):
-        return name
+        return f"{name} ({model})" if (model := gpu_name()) else name
     compiler = os.environ.get("CC") or shutil.which("clang")
     return f"CPU ({cpu_count()} cores, {platform.machine()}, compiler {compiler})"
 
 
-def peak_flops() -> float:
-    """What model FLOPs utilisation is measured against, in floating-point operations a second.
+def gpu_name() -> str:
+    """What its driver calls the default device, such as "NVIDIA H200"; "" where it cannot be asked.
+    """
+    opened = Device[default()]
+    if hasattr(opened, "cu_device"):  # CUDA
+        from tinygrad.runtime.autogen import cuda
 
-    On a GPU an A100's 312e12 in bfloat16, as nanoGPT has it. On a CPU an estimate of this one's
-    in float32: cores x clock x 2 x lanes x fused multiply-add units.
+        text = ctypes.create_string_buffer(256)
+        cuda.cuDeviceGetName(text, len(text), opened.cu_device)
+        return text.value.decode()
+    return getattr(opened, "device_name", "")  # OpenCL's
+
+
+def peak_flops(dtype: str = "float32") -> float | None:
+    """What model FLOPs utilization is measured against, in floating-point operations a second.
+
+    A GPU's is that of its datasheet (GPU_PEAKS), None for one that is not there. A CPU's is an
+    estimate in float32: cores x clock x 2 x lanes x fused multiply-add units.
     """
     if not default().startswith("CPU"):
-        return 312e12
+        words = set(gpu_name().replace("-", " ").split())
+        half, single = next((peaks for name, peaks in GPU_PEAKS.items()
+                             if words.issuperset(name.split())), (None, None))
+        return single if dtype == "float32" else half
     lanes, clock = 4, 3e9  # NEON, and a clock that modern cores reach
     try:
         info = Path("/proc/cpuinfo").read_text()

@@ -19,14 +19,15 @@ SPIKE = 1.5  # a loss this many times the running average is reported
 class Report:
     """Tells of one run, on stdout in nanoGPT's words and in files in out_dir, unless that is None.
 
-    flops_per_iter and tokens_per_iter are those of a training step, peak_flops the device's.
+    flops_per_iter and tokens_per_iter are those of a training step, peak_flops the device's, None
+    where that is unknown, which leaves out model FLOPs utilization.
     Records of steps after `start`, which a resumed run takes again, are dropped. The figures of
     every record go to the loggers too (see loggers.py). A silent one says and keeps nothing.
     `unheard` tells that stdout or stderr could not be written, after which nothing more is said.
     """
 
     def __init__(self, out_dir: Path | None, start: int, max_iters: int, log_interval: int,
-                 tokens_per_iter: int, flops_per_iter: float, peak_flops: float, loggers=(),
+                 tokens_per_iter: int, flops_per_iter: float, peak_flops: float | None, loggers=(),
                  silent: bool = False):
         self.out_dir, self.max_iters, self.log_interval = out_dir, max_iters, log_interval
         self.tokens_per_iter, self.flops_per_iter = tokens_per_iter, flops_per_iter
@@ -91,10 +92,11 @@ class Report:
                                  refresh=False)
         self.bar.update(1)
         if iter_num % self.log_interval == 0:
-            mfu = self.flops_per_iter / mean / self.peak_flops
+            mfu = self.flops_per_iter / mean / self.peak_flops if self.peak_flops else None
             if not self.bar_tells:
+                used = "" if mfu is None else f"mfu {mfu:.2%}, "
                 self.line(f"iter {iter_num}: loss {loss:.4f}, time {seconds * 1e3:.2f}ms, "
-                          f"mfu {mfu:.2%}, {rate:,.0f} tok/s, ETA {_clock(eta)}")
+                          f"{used}{rate:,.0f} tok/s, ETA {_clock(eta)}")
             self._record(iter=iter_num, loss=loss, grad_norm=norm, lr=lr,
                          ms=seconds * 1e3, tokens_per_second=rate, mfu=mfu)
 

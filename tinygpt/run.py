@@ -154,11 +154,12 @@ class Run:
                       self._tokens_per_step(), self._flops_per_step(),
                       self._peak_flops(), loggers, silent=not self.ranks.first)
 
-    def _peak_flops(self) -> float:
-        """Of all ranks together; those of a machine share its CPU."""
+    def _peak_flops(self) -> float | None:
+        """Of all ranks together; those of a machine share its CPU. None where it is unknown."""
         on_cpu = device.default().startswith("CPU")
         each = self.ranks.threads() / cpu_count() if on_cpu else self.config.devices
-        return device.peak_flops() * each * self.ranks.size
+        peak = device.peak_flops(self.config.dtype)
+        return peak and peak * each * self.ranks.size
 
     def _flops_per_step(self) -> int:
         return self.model.estimate_flops(self.steps.length) * self._tokens_per_step()

@@ -6,6 +6,7 @@ from tinygrad import Device, Tensor, dtypes
 
 from tinygpt import kernels
 from tinygpt.kernels.random import make_key
+from tinygpt.kernels.workgroup import renderer_of
 
 # largest error, as a share of the largest number that is right
 TOLERANCE = {"float32": 2e-5, "bfloat16": 2e-2, "float16": 3e-3}
@@ -164,9 +165,11 @@ def implementations(operation: str, but: str = "") -> list[str]:
             if name != but and hasattr(module, operation)]
 
 
-def can_run(implementation: str, options: dict) -> bool:
+def can_run(implementation: str, options: dict, dtype: str = "float32") -> bool:
     """Whether the implementation is for a case with such options, on the default device."""
     on_cpu = Device.DEFAULT.startswith("CPU")
+    if not on_cpu and getattr(dtypes, dtype) not in renderer_of(Device.DEFAULT).supported_dtypes():
+        return False
     if implementation in ("cpu", "flash"):
         return on_cpu == (implementation == "cpu")
     # tinygrad's attention draws its dropout from global state

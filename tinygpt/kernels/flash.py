@@ -32,7 +32,7 @@ def fits(operation: str, q: Tensor, k: Tensor, v: Tensor) -> bool:
     if q.dtype not in DTYPES or not isinstance(q.device, str):
         return False
     renderer = renderer_of(q.device)
-    if not renderer.has_local:
+    if not renderer.has_local or q.dtype not in renderer.supported_dtypes():
         return False
     problem = _problem(q.shape, k.shape, q.dtype, renderer)
     return all(choose_tiles(problem, rows, cols, *counts) is not None for rows, cols, counts in (

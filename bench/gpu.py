@@ -1,0 +1,212 @@
+"""Checks and measures on a GPU all that depends on one, in at most 25 minutes:
+
+    DEV=CUDA python bench/gpu.py [tests] [attention] [train] [decode] [startup] [beam]
+
+Without names, all parts run, the most important ones first, each in a process of its own for at
+most 8 minutes, so that a part that fails leaves the others alone. Every figure is appended to
+bench/gpu.csv as soon as it is measured. PyTorch is the peer where it is installed with support for
+the same GPU. The exit status is 1 if a part failed.
+"""
+
+import argparse
+import csv
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from tinygrad.device import CompileError
+from tinygrad.helpers import GlobalCounters
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from bench import measure
+from tinygpt import device
+
+ROOT = Path(__file__).parent.parent
+TABLE = Path(__file__).with_name("gpu.csv")
+HAS_TORCH = importlib.util.find_spec("torch") is not None
+# what runs on the device, and not only on the CPU
+TESTS = ("test_flash", "test_kernels", "test_attention", "test_cached_attention", "test_draw",
+         "test_gpt", "test_updates", "test_optim", "test_own_loop", "test_recompute")
+LENGTHS, HEAD_SIZES = (256, 1024, 4096, 16384), (64, 128)
+TOKENS, WIDTH = 16384, 768  # of attention: rows x length, heads x head size
+DTYPE = "bfloat16"
+ERROR = 0.02  # largest error of attention, as a share of the largest number
+BEAMS = (0, 2, 4)
+MINUTES = 8
+
+
+def record(part: str, case: str, unit: str, ours: float, peer: str = "",
+           theirs: float | None = None) -> None:
+    measure.record(part, case, ours, peer, theirs, unit, TABLE, device.describe())
+
+
+def tests() -> None:
+    """The tests of kernels and models on the device, and `python -m tinygpt.check`."""
+    files = [f"tests/{name}.py" for name in TESTS]
+    workers = str(min(8, os.cpu_count() or 1))
+    python = [sys.executable, "-m"]
+    check = subprocess.Popen([*python, "tinygpt.check"], cwd=ROOT)
+    done = subprocess.run([*python, "pytest", "-q", "-n", workers, *files], cwd=ROOT,
+                          stdout=subprocess.PIPE, text=True)
+    print(done.stdout[-3000:], flush=True)
+    for count, what in re.findall(r"(\d+) (passed|failed|skipped|errors?)", done.stdout[-200:]):
+        record("tests", f"pytest, {what}", "tests", float(count))
+    assert check.wait() == done.returncode == 0, "tests failed"
+
+
+def attention() -> None:
+    """Flash attention beside the portable form and PyTorch's."""
+    from bench.attention import ours, theirs
+
+    for backward in (False, True):
+        for D in HEAD_SIZES:
+            for T in LENGTHS:
+                shape = TOKENS // T, T, WIDTH // D, D
+                case = f"B {shape[0]}, T {T}, D {D}, " + ("and gradients" if backward else "y")
+                arrays = [np.random.default_rng(i).normal(size=shape).astype(np.float32)
+                          for i in range(4)]
+                make = {name: partial(ours, arrays, name, DTYPE, backward)
+                        for name in ("flash", "portable")}
+                if HAS_TORCH:
+                    make["torch"] = partial(theirs, arrays, DTYPE, backward)
+                compare(case, make)
+
+
+def compare(case: str, make: dict) -> None:
+    """Times attention's implementations in turn, and compares what they return with flash's."""
+    peers, results = {}, {}
+    for name, build in make.items():
+        try:
+            peers[name] = build()
+            results[name] = [as_array(x) for x in peers[name]()]
+        except (RuntimeError, MemoryError, CompileError) as error:
+            peers.pop(name, None)
+            print(f"{case}, {name}: {type(error).__name__}: {error}"[:300], flush=True)
+    times = measure.in_turn(peers, seconds=0.5)
+    for name in ("portable", "torch"):
+        if {"flash", name} <= times.keys():
+            record("attention", case, "ms", times["flash"], name, times[name])
+            for what, x, y in zip("yqkv", results["flash"], results[name], strict=False):
+                error = np.abs(x - y).max() / np.abs(y).max()
+                assert error < ERROR, f"{case}: flash and {name} differ by {error:.2e} in {what}"
+
+
+def as_array(x) -> np.ndarray:
+    return x.float().numpy() if hasattr(x, "uop") else x.float().cpu().numpy()
+
+
+def train(kernels: tuple[str, ...] = ("portable", "flash")) -> None:
+    """GPT-2 124M as nanoGPT trains it: a step of 12 x 1024 tokens."""
+    from bench.train_step import CASES, flops, ours, theirs
+
+    *_, T, B, V = CASES["GPU"]
+    data = np.random.default_rng(0).integers(0, V, 1_000_000).astype(np.uint16)
+    times = {}
+    if HAS_TORCH:
+        import torch
+
+        for name in ("eager", "compiled"):
+            step = theirs("GPU", DTYPE, data, compile=name == "compiled")
+            times[f"torch {name}"] = measure.in_turn({name: step}, seconds=5)[name]
+            record("train", f"torch {name}, memory", "GB", torch.cuda.max_memory_allocated() / 1e9)
+            del step
+            torch.cuda.empty_cache()
+    for name in kernels:
+        start = time.perf_counter()
+        step = ours("GPU", DTYPE, name, data)
+        step()
+        step()
+        record("train", f"124M, kernels {name}, two steps that compile", "s",
+               time.perf_counter() - start)
+        mine = measure.in_turn({name: step}, seconds=5)[name]
+        for peer, other in times.items():
+            record("train", f"124M, kernels {name}, a step", "ms", mine, peer, other)
+        record("train", f"124M, kernels {name}", "tokens/s", B * T / mine * 1e3)
+        record("train", f"124M, kernels {name}, memory", "GB", GlobalCounters.mem_used / 1e9)
+        record("train", f"124M, kernels {name}, FLOP/s", "T", flops("GPU") / mine / 1e9)
+        del step
+        device.free_memory()
+
+
+def decode() -> None:
+    """Tokens of GPT-2 124M, one after another."""
+    from bench.decode import KINDS, TOKENS, ours, theirs
+
+    peers = {kind: ours("124M", kind) for kind in KINDS}
+    if HAS_TORCH:
+        peers["torch"] = theirs("124M")
+    times = {name: ms / TOKENS for name, ms in measure.in_turn(peers, seconds=5).items()}
+    for kind in KINDS:
+        record("decode", f"124M {kind}, a token", "ms", times[kind],
+               "torch" if HAS_TORCH else "", times.get("torch"))
+
+
+def startup() -> None:
+    """The commands as a user runs them: train, resume, sample."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = ["--out_dir", folder, "--eval_interval", "20", "--eval_iters", "2"]
+        commands = {
+            "train.py, 20 steps": ["train.py", "--data", "data/lantern_and_tide.txt", "--max_iters",
+                                   "20", *out],
+            "train.py, 20 steps more": ["train.py", "--resume", "--max_iters", "40", *out],
+            "generate.py, 100 tokens": ["generate.py", "--prompt", "ROMEO:", "--max_new_tokens",
+                                        "100", "--checkpoint", f"{folder}/best.safetensors"],
+        }
+        for name, command in commands.items():
+            start = time.perf_counter()
+            subprocess.run([sys.executable, *command], cwd=ROOT, check=True)
+            record("startup", name, "s", time.perf_counter() - start)
+
+
+def beam() -> None:
+    """The train step again where tinygrad searches for the fastest kernels (BEAM)."""
+    for width in BEAMS:
+        code = "from bench import gpu; gpu.HAS_TORCH = False; gpu.train(('portable',))"
+        print(f"BEAM={width}:", flush=True)
+        subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True,
+                       env=os.environ | {"BEAM": str(width)})
+
+
+PARTS = {f.__name__: f for f in (tests, attention, train, decode, startup, beam)}
+
+
+def run_apart(part: str) -> str:
+    """Runs a part in a process of its own: "" or what went wrong."""
+    command = [sys.executable, __file__, part, "--here"]
+    try:
+        code = subprocess.run(command, timeout=60 * MINUTES).returncode
+    except subprocess.TimeoutExpired:
+        return f"stopped after {MINUTES} minutes"
+    return f"failed with exit status {code}" if code else ""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("parts", nargs="*", default=list(PARTS), metavar="|".join(PARTS))
+    parser.add_argument("--here", action="store_true", help="in this process, without a limit")
+    args = parser.parse_args()
+    if unknown := [part for part in args.parts if part not in PARTS]:
+        parser.error(f"there is no part {unknown[0]}: choose among {', '.join(PARTS)}")
+    if args.here:
+        for part in args.parts:
+            PARTS[part]()
+        return
+    first = sum(1 for _ in TABLE.open()) if TABLE.exists() else 0
+    wrong = {part: run_apart(part) for part in args.parts}
+    if TABLE.exists():
+        for row in list(csv.reader(TABLE.open()))[first:]:
+            print("  ".join(row[1:8]))
+    for part, what in wrong.items():
+        print(f"{part}: {what or 'ok'}")
+    sys.exit(any(wrong.values()))
+
+
+if __name__ == "__main__":
+    main()
