@@ -18,7 +18,7 @@ from torch.nn import functional as F  # noqa: N812
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import tinygpt  # noqa: F401 (finds the compiler)
 from bench.measure import in_turn, record
-from bench.peer import synchronize, torch_device
+from bench.peer import enter_torch, synchronize, torch_device
 from tinygpt import kernels
 from tinygpt.kernels.cpu.launch import cpu_count
 
@@ -45,11 +45,13 @@ def ours(arrays: list[np.ndarray], implementation: str, dtype: str, backward: bo
 
 
 def theirs(arrays: list[np.ndarray], dtype: str, backward: bool = True):
+    enter_torch()
     q, k, v, dy = (torch.from_numpy(a).to(torch_device(), getattr(torch, dtype)) for a in arrays)
     for x in (q, k, v):
         x.requires_grad_(backward)
 
     def step():
+        enter_torch()
         q.grad = k.grad = v.grad = None
         heads = [x.transpose(1, 2) for x in (q, k, v)]
         y = F.scaled_dot_product_attention(*heads, is_causal=True).transpose(1, 2)

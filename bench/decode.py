@@ -10,7 +10,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from bench.measure import in_turn, record
-from bench.peer import Cache, PeerGPT, torch_device
+from bench.peer import Cache, PeerGPT, enter_torch, torch_device
 from gpt import GPT, GPTConfig
 from tinygpt.kernels.cpu.launch import cpu_count
 
@@ -30,12 +30,14 @@ def ours(case: str, kind: str):
 
 def theirs(case: str):
     L, H, C, T, V = CASES[case]
+    enter_torch()
     model = PeerGPT(L, H, C, T, V).eval().to(torch_device())
     prompt = torch.from_numpy(np.random.default_rng(0).integers(0, V, (1, PROMPT)))
     prompt = prompt.to(torch_device())
 
     @torch.inference_mode()
     def write():
+        enter_torch()
         caches = [Cache(H, T, C // H, torch.float32) for _ in range(L)]
         token = prompt
         for _ in range(TOKENS):

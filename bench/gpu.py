@@ -34,9 +34,11 @@ HAS_TORCH = importlib.util.find_spec("torch") is not None
 # what runs on the device, and not only on the CPU
 TESTS = ("test_flash", "test_kernels", "test_attention", "test_cached_attention", "test_draw",
          "test_gpt", "test_updates", "test_optim", "test_own_loop", "test_recompute")
-LENGTHS, HEAD_SIZES = (256, 1024, 4096, 16384), (64, 128)
+LENGTHS = (256, 1024, 4096, 16384)
+ATTENTION = [(dtype, backward, D, T) for dtype, backward, D in (  # with gradients or without
+    ("bfloat16", False, 64), ("bfloat16", True, 64), ("bfloat16", False, 128),
+    ("bfloat16", True, 128), ("float32", True, 64)) for T in LENGTHS]
 TOKENS, WIDTH = 16384, 768  # of attention: rows x length, heads x head size
-DTYPE = "bfloat16"
 ERROR = 0.02  # largest error of attention, as a share of the largest number
 BEAMS = (0, 2, 4)
 MINUTES = 8
@@ -53,8 +55,8 @@ def tests() -> None:
     workers = str(min(8, os.cpu_count() or 1))
     python = [sys.executable, "-m"]
     check = subprocess.Popen([*python, "tinygpt.check"], cwd=ROOT)
-    done = subprocess.run([*python, "pytest", "-q", "-n", workers, *files], cwd=ROOT,
-                          stdout=subprocess.PIPE, text=True)
+    done = subprocess.run([*python, "pytest", "-q", "-p", "no:benchmark", "-n", workers, *files],
+                          cwd=ROOT, stdout=subprocess.PIPE, text=True)
     print(done.stdout[-3000:], flush=True)
     for count, what in re.findall(r"(\d+) (passed|failed|skipped|errors?)", done.stdout[-200:]):
         record("tests", f"pytest, {what}", "tests", float(count))
@@ -65,18 +67,13 @@ def attention() -> None:
     """Flash attention beside the portable form and PyTorch's."""
     from bench.attention import ours, theirs
 
-    for backward in (False, True):
-        for D in HEAD_SIZES:
-            for T in LENGTHS:
-                shape = TOKENS // T, T, WIDTH // D, D
-                case = f"B {shape[0]}, T {T}, D {D}, " + ("and gradients" if backward else "y")
-                arrays = [np.random.default_rng(i).normal(size=shape).astype(np.float32)
-                          for i in range(4)]
-                make = {name: partial(ours, arrays, name, DTYPE, backward)
-                        for name in ("flash", "portable")}
-                if HAS_TORCH:
-                    make["torch"] = partial(theirs, arrays, DTYPE, backward)
-                compare(case, make)
+    for dtype, backward, D, T in ATTENTION:
+        shape = TOKENS // T, T, WIDTH // D, D
+        arrays = [np.random.default_rng(i).normal(size=shape).astype(np.float32) for i in range(4)]
+        make = {name: partial(ours, arrays, name, dtype, backward) for name in ("flash", "portable")}
+        if HAS_TORCH:
+            make["torch"] = partial(theirs, arrays, dtype, backward)
+        compare(f"{dtype}, B {shape[0]}, T {T}, D {D}, {'gradients' if backward else 'y'}", make)
 
 
 def compare(case: str, make: dict) -> None:
@@ -113,14 +110,14 @@ def train(kernels: tuple[str, ...] = ("portable", "flash")) -> None:
         import torch
 
         for name in ("eager", "compiled"):
-            step = theirs("GPU", DTYPE, data, compile=name == "compiled")
+            step = theirs("GPU", "bfloat16", data, compile=name == "compiled")
             times[f"torch {name}"] = measure.in_turn({name: step}, seconds=5)[name]
             record("train", f"torch {name}, memory", "GB", torch.cuda.max_memory_allocated() / 1e9)
             del step
             torch.cuda.empty_cache()
     for name in kernels:
         start = time.perf_counter()
-        step = ours("GPU", DTYPE, name, data)
+        step = ours("GPU", "bfloat16", name, data)
         step()
         step()
         record("train", f"124M, kernels {name}, two steps that compile", "s",

@@ -1,7 +1,11 @@
 """The same GPT in PyTorch, written as nanoGPT writes it: the peer of our measurements."""
 
+import ctypes
+import functools
+
 import torch
 from tinygrad import Device
+from tinygrad.runtime.autogen import cuda as _cuda
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
@@ -16,6 +20,21 @@ def synchronize() -> None:
     """Waits for what PyTorch computes."""
     if (device := torch_device()) != "cpu":
         getattr(torch, device).synchronize()
+
+
+def enter_torch() -> None:
+    """Has to come before PyTorch computes on a GPU: tinygrad has made its own CUDA context the
+    current one, and PyTorch takes the current one for its own."""
+    if torch_device() == "cuda":
+        _cuda.cuCtxSetCurrent(_context())
+
+
+@functools.cache
+def _context():
+    """PyTorch's context, which is the device's primary one."""
+    context = _cuda.CUcontext()
+    _cuda.cuDevicePrimaryCtxRetain(ctypes.byref(context), 0)
+    return context
 
 
 class Block(nn.Module):

@@ -13,7 +13,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from bench.measure import in_turn, record
-from bench.peer import PeerGPT, torch_device
+from bench.peer import PeerGPT, enter_torch, torch_device
 from gpt import GPT, GPTConfig
 from tinygpt.config import TrainConfig
 from tinygpt.data import TokenData
@@ -48,6 +48,7 @@ def ours(case: str, dtype: str, kernels: str, data: np.ndarray):
 
 def theirs(case: str, dtype: str, data: np.ndarray, compile: bool = False):
     L, H, C, T, B, V = CASES[case]
+    enter_torch()
     device = torch_device()
     model = PeerGPT(L, H, C, T, V).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
@@ -55,6 +56,7 @@ def theirs(case: str, dtype: str, data: np.ndarray, compile: bool = False):
     rng = np.random.default_rng(0)
 
     def step():
+        enter_torch()
         rows = np.stack([data[i:i + T + 1] for i in rng.integers(0, len(data) - T - 1, B)])
         rows = torch.from_numpy(rows.astype(np.int64)).to(device)
         optimizer.zero_grad(set_to_none=True)
