@@ -70,7 +70,8 @@ def attention() -> None:
     for dtype, backward, D, T in ATTENTION:
         shape = TOKENS // T, T, WIDTH // D, D
         arrays = [np.random.default_rng(i).normal(size=shape).astype(np.float32) for i in range(4)]
-        make = {name: partial(ours, arrays, name, dtype, backward) for name in ("flash", "portable")}
+        make = {name: partial(ours, arrays, name, dtype, backward)
+                for name in ("flash", "portable")}
         if HAS_TORCH:
             make["torch"] = partial(theirs, arrays, dtype, backward)
         compare(f"{dtype}, B {shape[0]}, T {T}, D {D}, {'gradients' if backward else 'y'}", make)

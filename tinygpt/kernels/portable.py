@@ -10,9 +10,10 @@ import functools
 import math
 import operator
 
-from tinygrad import Tensor, dtypes
+from tinygrad import Tensor, UOp, dtypes
 
 from tinygpt.kernels import reference
+from tinygpt.kernels.cpu.launch import narrow
 from tinygpt.kernels.random import counter
 from tinygpt.kernels.reference import (
     adamw,
@@ -37,9 +38,16 @@ def linear(x, weight, bias=None, residual=None):
 
 
 def embedding(idx, weight):
-    # a sum over a one-hot matrix: its gradient is a matrix product instead of a scatter
-    one_hot = counter(weight.shape[0], idx.device) == idx.unsqueeze(-1)
-    return _barrier(one_hot.cast(weight.dtype).contiguous() @ weight)
+    V, C = weight.shape
+
+    def backward(dy: UOp, _) -> tuple[UOp, None]:
+        # a product with a one-hot matrix, since tinygrad has no scatter
+        dy = narrow(Tensor(dy)).contiguous().reshape(-1, C)
+        one_hot = counter(V, idx.device).unsqueeze(-1) == idx.reshape(-1)  # (V, N)
+        return _barrier(_matmul(one_hot.cast(dy.dtype).contiguous(), dy)).uop, None
+
+    rows = reference.embedding(idx.as_param(1), weight.as_param(0))
+    return (weight.call(idx, fxn=rows, grad_fxn=backward) * 1).contiguous() * 1
 
 
 def quantized_linear(x, scale, bias, residual, weight):
@@ -114,7 +122,8 @@ def cross_entropy(logits, targets, label_smoothing=0.0, z_loss=0.0):
     if label_smoothing:
         loss = loss - label_smoothing * _barrier(logits.mean(-1))
     counted = targets >= 0
-    return counted.where(loss + z_loss * log_z.square(), 0).sum() / counted.sum()
+    count = counted.sum().contiguous()  # else every element of the gradient counts again
+    return counted.where(loss + z_loss * log_z.square(), 0).sum() / count
 
 
 def square_sum(*tensors):

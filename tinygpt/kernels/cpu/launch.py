@@ -352,11 +352,10 @@ def memory(x: Tensor) -> tuple[Tensor, int, tuple[int, ...]]:
     A kernel's output is seen through reshapes, permutations and slices; other views are their own
     memory, since tinygrad copies them for a kernel.
     """
-    uop, moves = x.uop, []
-    while uop.op in (Ops.RESHAPE, Ops.PERMUTE, Ops.SHRINK) or _is_value(uop):
-        if uop.op is not Ops.MUL:
-            moves.append(uop)
-        uop = uop.src[0]
+    uop, moves = _valued(x.uop), []
+    while uop.op in (Ops.RESHAPE, Ops.PERMUTE, Ops.SHRINK):
+        moves.append(uop)
+        uop = _valued(uop.src[0])
     own = x, 0, tuple(math.prod(x.shape[i + 1:]) for i in range(x.ndim))
     if uop.op is not Ops.GETTUPLE or not all(isinstance(n, int) for n in x.shape + uop.shape):
         return own
@@ -374,9 +373,24 @@ def memory(x: Tensor) -> tuple[Tensor, int, tuple[int, ...]]:
     return Tensor(uop), view.ctypes.data - whole.ctypes.data, view.strides
 
 
-def _is_value(uop: UOp) -> bool:
-    """Whether uop is a tensor times one, which Kernel makes of its outputs."""
-    return uop.op is Ops.MUL and (one := uop.src[1].base).op is Ops.CONST and one.arg == 1
+def narrow(x: Tensor) -> Tensor:
+    """What x was before it was cast from 16 bits to float32; x itself where it was not."""
+    uop = _valued(x.uop)
+    while uop.op is Ops.CONTIGUOUS:
+        uop = _valued(uop.src[0])
+    widened = uop.op is Ops.CAST and uop.dtype == dtypes.float32 and uop.src[0].dtype.itemsize == 2
+    return Tensor(uop.src[0]) if widened else x
+
+
+def _valued(uop: UOp) -> UOp:
+    """uop without multiplications by one, which make values of kernels' outputs."""
+    while uop.op is Ops.MUL:
+        others = [x for x, y in (uop.src, uop.src[::-1])
+                  if y.base.op is Ops.CONST and y.base.arg == 1]
+        if not others:
+            return uop
+        uop = others[0]
+    return uop
 
 
 def untransposed(x: Tensor) -> Tensor | None:
