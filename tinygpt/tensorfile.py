@@ -184,7 +184,8 @@ def _take_sums(metadata: dict[str, str], entries: dict) -> dict[str, str]:
 def _header_sum(metadata: dict, entries: dict, sums: dict) -> str:
     """The checksum of a header but for where the tensors lie, whatever the order of its keys."""
     kinds = {name: [entry["dtype"], entry["shape"]] for name, entry in entries.items()}
-    return xxh3_64(json.dumps([metadata, kinds, sums], sort_keys=True)).hexdigest()
+    text = json.dumps([metadata, kinds, sums], sort_keys=True)
+    return xxh3_64(text.encode()).hexdigest()
 
 
 def write(path: Path, like: dict[str, tuple[tuple[int, ...], str]], arrays: Iterable[np.ndarray],

@@ -201,7 +201,7 @@ def parse_sealed(raw: bytes, old_keys: set[str] = frozenset()) -> dict:
 
 
 def _seal(value: dict) -> str:
-    return xxhash.xxh3_64_hexdigest(json.dumps(value, sort_keys=True))
+    return xxhash.xxh3_64_hexdigest(json.dumps(value, sort_keys=True).encode())
 
 
 def _guess_dtype(folder: Path, files) -> np.dtype:

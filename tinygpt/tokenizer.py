@@ -197,7 +197,7 @@ def fingerprint(tokenizer: Tokenizer | None) -> str | None:
     same ids; None without a tokenizer."""
     if tokenizer is None:
         return None
-    return xxhash.xxh3_64_hexdigest(json.dumps(tokenizer.to_json(), sort_keys=True))
+    return xxhash.xxh3_64_hexdigest(json.dumps(tokenizer.to_json(), sort_keys=True).encode())
 
 
 def make_tokenizer(kind: str, text: str, vocab_size: int) -> Tokenizer:
