@@ -18,14 +18,15 @@ from pathlib import Path
 import numpy as np
 
 from gpt import GPT
-from tinygpt import checkpoint, command, device, kernels, lora
-from tinygpt.bigram import Bigram
+from tinygpt import checkpoint, command, device, kernels
 from tinygpt.config import SampleConfig, check, setting
+from tinygpt.data.tokenizer import StreamDecoder, up_to_end
 from tinygpt.flags import parse_flags, read_file
-from tinygpt.pretrained import is_pretrained, tokenizer_needed
-from tinygpt.quantize import KINDS
-from tinygpt.signals import pending_signals
-from tinygpt.tokenizer import StreamDecoder, up_to_end
+from tinygpt.huggingface.pretrained import is_pretrained, tokenizer_needed
+from tinygpt.model import lora
+from tinygpt.model.bigram import Bigram
+from tinygpt.model.quantize import KINDS
+from tinygpt.training.signals import pending_signals
 
 PROMPT = "> "  # where a line is typed
 

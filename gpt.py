@@ -16,16 +16,18 @@ import numpy as np
 from tinygrad import Tensor, UOp, dtypes
 from tinygrad.nn.state import get_state_dict
 
-from tinygpt import device, kernels, lora, pretrained
+from tinygpt import device, kernels
 from tinygpt.config import SampleConfig, TrainConfig, check, setting
+from tinygpt.data.tokenizer import BPETokenizer
+from tinygpt.huggingface import pretrained
 from tinygpt.kernels.jit import constant
 from tinygpt.kernels.loss import Loss
 from tinygpt.kernels.random import counter, new_key, next_key
 from tinygpt.kernels.training import is_training
-from tinygpt.language_model import LanguageModel
-from tinygpt.quantize import quantize, refuse_quantized
-from tinygpt.recompute import Chain
-from tinygpt.tokenizer import BPETokenizer
+from tinygpt.model import lora
+from tinygpt.model.language_model import LanguageModel
+from tinygpt.model.quantize import quantize, refuse_quantized
+from tinygpt.model.recompute import Chain
 
 __all__ = ["GPT", "BPETokenizer", "GPTConfig", "KVCache", "SampleConfig", "TrainConfig"]
 
@@ -118,7 +120,8 @@ class GPTConfig:
 
 class Linear:
     """y = x W^T + b, from C numbers to N. weight (N, C), bias (N,) or None, float32; lora adds to
-    it where there is one (see tinygpt/lora.py). draw(shape, std) makes the weights (see GPT)."""
+    it where there is one (see tinygpt/model/lora.py). draw(shape, std) makes the weights (see GPT).
+    """
 
     def __init__(self, draw, n_in: int, n_out: int, bias: bool, std: float = 0.02):
         self.weight = draw((n_out, n_in), std)
@@ -293,7 +296,7 @@ class GPT(LanguageModel):
     """The model. Weights are float32 tensors drawn as GPT-2's are, from `seed`; None: not drawn.
 
     It writes text with `generate` and `stream`, and is kept by `save_checkpoint` and its like: see
-    `tinygpt.language_model`. Raises ValueError where no device is usable.
+    `tinygpt.model.language_model`. Raises ValueError where no device is usable.
     """
 
     kind, config_class = "gpt", GPTConfig
@@ -350,7 +353,7 @@ class GPT(LanguageModel):
                               dropout_key: Tensor | None = None, label_smoothing: float = 0.0,
                               z_loss: float = 0.0) -> tuple[Tensor, Chain]:
         """The loss as above, and the chain of blocks whose `gradients` of that loss compute every
-        block a second time (see `tinygpt.recompute`)."""
+        block a second time (see `tinygpt.model.recompute`)."""
         run = Pass(idx.shape[1], dropout_key=dropout_key)
         chain = Chain(self._embed(idx, run))
         for layer, block in enumerate(self.h):

@@ -13,17 +13,18 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 from gpt import GPT, GPTConfig
-from tinygpt import checkpoint, command, device, kernels, lora
-from tinygpt.batch_size import ADVICE, available_memory, largest_micro_batch
-from tinygpt.bigram import Bigram, BigramConfig
+from tinygpt import checkpoint, command, device, kernels
 from tinygpt.config import PRESETS, TrainConfig
-from tinygpt.data import TokenData, load_data
+from tinygpt.data.load import TokenData, load_data
 from tinygpt.flags import Settings, parse_flags, read_settings
-from tinygpt.loggers import check_loggers
-from tinygpt.pretrained import tokenizer_needed
-from tinygpt.ranks import Ranks, world
-from tinygpt.run import MOMENTS, Interrupted, Run, TrainResult
-from tinygpt.schedule import context_length
+from tinygpt.huggingface.pretrained import tokenizer_needed
+from tinygpt.model import lora
+from tinygpt.model.bigram import Bigram, BigramConfig
+from tinygpt.training.batch_size import ADVICE, available_memory, largest_micro_batch
+from tinygpt.training.loggers import check_loggers
+from tinygpt.training.ranks import Ranks, world
+from tinygpt.training.run import MOMENTS, Interrupted, Run, TrainResult
+from tinygpt.training.schedule import context_length
 
 SETTINGS = {f.name: f for cls in (GPTConfig, TrainConfig) for f in fields(cls)}
 # flags that act on an evaluation, and those that have nothing to act on in a bigram model
@@ -36,7 +37,7 @@ def train(model: GPT, train_config: TrainConfig, train_data, tokenizer=None) -> 
     """Trains model on train_data, saves checkpoints, and returns how it ended.
 
     train_data is a path, a glob, a string of text, an array of token ids, or a TokenData; see
-    `tinygpt.data.load_data`. Text is tokenized by `tokenizer`, or by one that is made as
+    `tinygpt.data.load.load_data`. Text is tokenized by `tokenizer`, or by one that is made as
     train_config.tokenizer says for the model's vocabulary; a model of GPT-2's vocabulary, 50257,
     gets GPT-2's. A run that out_dir already holds is continued with train_config.resume and moved
     into a folder of its own without. With train_config.eval_only its best checkpoint is evaluated
@@ -45,7 +46,7 @@ def train(model: GPT, train_config: TrainConfig, train_data, tokenizer=None) -> 
     where the loss stays non-finite, or where memory does not suffice; Interrupted after a saved
     Ctrl-C or SIGTERM.
 
-    Under mpirun every process calls this, and all train one model (see `tinygpt.ranks`).
+    Under mpirun every process calls this, and all train one model (see `tinygpt.training.ranks`).
     """
     ranks = world()
     _check_model(model, train_config)

@@ -19,8 +19,9 @@ import train
 from bench import light
 from bench.campaign import Campaign, check, child
 from gpt import GPT, GPTConfig, TrainConfig
-from tinygpt import checkpoint, evaluate, lora
-from tinygpt.tokenizer import BPETokenizer
+from tinygpt import checkpoint, evaluate
+from tinygpt.data.tokenizer import BPETokenizer
+from tinygpt.model import lora
 
 SECONDS, MEGABYTES = 10, 1000  # what reading a damaged file may take
 CKPT = "out/ckpt_10.safetensors"

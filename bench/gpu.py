@@ -32,8 +32,9 @@ ROOT = Path(__file__).parent.parent
 TABLE = Path(__file__).with_name("gpu.csv")
 HAS_TORCH = importlib.util.find_spec("torch") is not None
 # what runs on the device, and not only on the CPU
-TESTS = ("test_flash", "test_kernels", "test_attention", "test_cached_attention", "test_draw",
-         "test_gpt", "test_updates", "test_optim", "test_own_loop", "test_recompute")
+TESTS = ("kernels/test_flash.py", "kernels/test_kernels.py", "kernels/test_attention.py",
+         "kernels/test_cached_attention.py", "kernels/test_draw.py", "kernels/test_updates.py",
+         "test_gpt.py", "test_own_loop.py", "training/test_optim.py", "model/test_recompute.py")
 LENGTHS = (256, 1024, 4096, 16384)
 ATTENTION = [(dtype, backward, D, T) for dtype, backward, D in (  # with gradients or without
     ("bfloat16", False, 64), ("bfloat16", True, 64), ("bfloat16", False, 128),
@@ -51,7 +52,7 @@ def record(part: str, case: str, unit: str, ours: float, peer: str = "",
 
 def tests() -> None:
     """The tests of kernels and models on the device, and `python -m tinygpt.check`."""
-    files = [f"tests/{name}.py" for name in TESTS]
+    files = [f"tests/{name}" for name in TESTS]
     workers = str(min(8, os.cpu_count() or 1))
     python = [sys.executable, "-m"]
     check = subprocess.Popen([*python, "tinygpt.check"], cwd=ROOT)

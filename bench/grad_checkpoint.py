@@ -19,7 +19,7 @@ from tinygrad import GlobalCounters
 
 from gpt import GPT, GPTConfig
 from tinygpt.config import TrainConfig
-from tinygpt.data import TokenData
+from tinygpt.data.load import TokenData
 from train import Run
 
 STEPS = 6

@@ -20,9 +20,9 @@ from bench.measure import record
 from gpt import GPT, GPTConfig
 from tinygpt import kernels
 from tinygpt.config import TrainConfig
-from tinygpt.data import TokenData
+from tinygpt.data.load import TokenData
 from tinygpt.kernels.cpu.launch import cpu_count
-from tinygpt.ranks import Ranks, world
+from tinygpt.training.ranks import Ranks, world
 from train import Run
 
 SHAPE = GPTConfig(n_layer=4, n_head=4, n_embd=192, block_size=64, vocab_size=1024)

@@ -16,7 +16,7 @@ from bench.measure import in_turn, record
 from bench.peer import PeerGPT, enter_torch, torch_device
 from gpt import GPT, GPTConfig
 from tinygpt.config import TrainConfig
-from tinygpt.data import TokenData
+from tinygpt.data.load import TokenData
 from tinygpt.kernels import use
 from tinygpt.kernels.cpu.launch import cpu_count
 from train import Run

@@ -14,7 +14,7 @@ from tiny import TINY
 import generate
 from gpt import GPT
 from tinygpt import command as commands
-from tinygpt.tokenizer import ByteTokenizer
+from tinygpt.data.tokenizer import ByteTokenizer
 
 SCRIPTS = {"train": [str(ROOT / "train.py")], "generate": [str(ROOT / "generate.py")],
            "evaluate": ["-m", "tinygpt.evaluate"]}

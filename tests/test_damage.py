@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 from conftest import VERSES
 
-from tinygpt import data as module
-from tinygpt import token_files, tokenizer_json
-from tinygpt.data import DataError, load_data, read_tokens
-from tinygpt.tokenizer import BPETokenizer, ByteTokenizer, fingerprint, load_tokenizer
+from tinygpt.data import load as module
+from tinygpt.data import token_files
+from tinygpt.data.load import DataError, load_data, read_tokens
+from tinygpt.data.tokenizer import BPETokenizer, ByteTokenizer, fingerprint, load_tokenizer
+from tinygpt.huggingface import tokenizer_json
 
 TRIES = 40  # of each kind; 1,000 were made once
 WRONG = (None, True, -1, 0, 0.5, 10**30, float("inf"), "", "x", "\ud800", [], [[]], {}, {"a": 1})

@@ -14,8 +14,8 @@ from tinygrad import Tensor
 
 from gpt import GPT, GPTConfig
 from tinygpt import evaluate
-from tinygpt.data import read_tokens
-from tinygpt.tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer
+from tinygpt.data.load import read_tokens
+from tinygpt.data.tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer
 
 BLOCK = 8
 

@@ -15,16 +15,17 @@ from tinygrad import Tensor
 import generate
 import train as command
 from gpt import GPT, GPTConfig
-from tinygpt import check, checkpoint, evaluate, kernels, lora
-from tinygpt.bigram import Bigram, BigramConfig
+from tinygpt import check, checkpoint, evaluate, kernels
 from tinygpt.config import SampleConfig, TrainConfig
-from tinygpt.data import Batches, TokenData, load_data
-from tinygpt.decoder import Decoder
-from tinygpt.optim import EMA
-from tinygpt.report import Report
-from tinygpt.schedule import learning_rate
-from tinygpt.steps import Steps
-from tinygpt.tokenizer import ByteTokenizer
+from tinygpt.data.load import Batches, TokenData, load_data
+from tinygpt.data.tokenizer import ByteTokenizer
+from tinygpt.inference.decoder import Decoder
+from tinygpt.model import lora
+from tinygpt.model.bigram import Bigram, BigramConfig
+from tinygpt.training.optim import EMA
+from tinygpt.training.report import Report
+from tinygpt.training.schedule import learning_rate
+from tinygpt.training.steps import Steps
 from train import Run, train
 
 # For every flag a test that fails where the flag does nothing.

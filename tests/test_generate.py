@@ -14,8 +14,8 @@ from conftest import ROOT
 
 from generate import StopFilter, converse, read_prompt, statistics, told
 from gpt import GPT, GPTConfig, SampleConfig
-from tinygpt.optim import EMA
-from tinygpt.tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer
+from tinygpt.data.tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer
+from tinygpt.training.optim import EMA
 
 
 @pytest.fixture

@@ -20,10 +20,10 @@ from conftest import ROOT
 from gpt import GPT, GPTConfig, TrainConfig
 from tinygpt import kernels
 from tinygpt.config import PRESETS
-from tinygpt.data import SHIPPED, TokenData, load_data
+from tinygpt.data.load import SHIPPED, TokenData, load_data
 from tinygpt.flags import parse_flags
 from tinygpt.kernels.cases import can_run
-from tinygpt.schedule import learning_rate
+from tinygpt.training.schedule import learning_rate
 from train import Run
 
 FILE = ROOT / "tests" / "golden.json"

@@ -11,7 +11,7 @@ from tinygrad.nn.state import get_state_dict
 
 from gpt import GPT, GPTConfig, KVCache
 from tinygpt import kernels
-from tinygpt.optim import AdamW
+from tinygpt.training.optim import AdamW
 
 SMALL = dict(block_size=8, vocab_size=61, n_layer=2, n_head=4, n_embd=24)
 

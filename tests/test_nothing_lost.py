@@ -16,10 +16,11 @@ from conftest import ROOT
 from tiny import FLAGS, TINY, losses
 
 from gpt import GPT
-from tinygpt import checkpoint, device, run
+from tinygpt import checkpoint, device
 from tinygpt.checkpoint import CheckpointError
 from tinygpt.kernels import use
-from tinygpt.report import Report
+from tinygpt.training import run
+from tinygpt.training.report import Report
 from train import train
 
 

@@ -16,9 +16,9 @@ from tinygrad import Tensor, TinyJit, nn
 
 from gpt import GPT, TrainConfig
 from tinygpt import kernels
-from tinygpt.data import TokenData
+from tinygpt.data.load import TokenData
+from tinygpt.data.tokenizer import ByteTokenizer
 from tinygpt.kernels.training import training
-from tinygpt.tokenizer import ByteTokenizer
 from train import Run
 
 OPERATIONS = ("linear", "embedding", "layer_norm", "rms_norm", "gelu", "swiglu", "rope",
@@ -243,7 +243,7 @@ def test_tensor_training_switches_dropout():
 
 
 def test_an_evaluation_inside_a_training_loop_has_no_dropout(tmp_path, text_file):
-    from tinygpt.data import load_data
+    from tinygpt.data.load import load_data
 
     data = load_data(text_file, "byte", 256)
     model, *_ = model_and_batch(dropout=0.5)

@@ -10,8 +10,8 @@ from tinygrad.nn.state import get_parameters
 
 from gpt import GPT
 from tinygpt import checkpoint
-from tinygpt.bigram import Bigram, BigramConfig
-from tinygpt.optim import AdamW
+from tinygpt.model.bigram import Bigram, BigramConfig
+from tinygpt.training.optim import AdamW
 
 
 def table() -> Bigram:
@@ -88,10 +88,10 @@ def test_the_names_are_those_of_the_weights_and_the_learning_rate_is_kept(tmp_pa
 @pytest.mark.parametrize(("saved", "given", "says"), [
     ("Adam", "SGD", "tinygrad's Adam, not of tinygrad's SGD"),
     ("SGD", "Muon", "tinygrad's SGD, not of tinygrad's Muon"),
-    ("Adam", "ours", "tinygrad's Adam, not of an optimizer of tinygpt.optim"),
-    ("ours", "Adam", "an optimizer of tinygpt.optim, not of tinygrad's Adam"),
+    ("Adam", "ours", "tinygrad's Adam, not of an optimizer of tinygpt.training.optim"),
+    ("ours", "Adam", "an optimizer of tinygpt.training.optim, not of tinygrad's Adam"),
     (None, "Adam", "no optimizer, not of tinygrad's Adam"),
-    (None, "ours", "no optimizer, not of an optimizer of tinygpt.optim")])
+    (None, "ours", "no optimizer, not of an optimizer of tinygpt.training.optim")])
 def test_another_optimizer_is_named_and_changes_nothing(saved, given, says, tmp_path):
     def make(kind, model):
         if kind is None:

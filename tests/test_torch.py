@@ -7,7 +7,7 @@ import pytest
 from tinygrad import Tensor
 
 from gpt import GPT, GPTConfig, TrainConfig
-from tinygpt.data import TokenData
+from tinygpt.data.load import TokenData
 from train import Run
 
 torch = pytest.importorskip("torch")

@@ -11,11 +11,12 @@ import pytest
 from tiny import FLAGS, TINY, losses
 
 from gpt import GPT
-from tinygpt import checkpoint, lora
-from tinygpt.data import load_data
+from tinygpt import checkpoint
+from tinygpt.data.load import load_data
+from tinygpt.data.tokenizer import ByteTokenizer
 from tinygpt.kernels import use
-from tinygpt.report import Report
-from tinygpt.tokenizer import ByteTokenizer
+from tinygpt.model import lora
+from tinygpt.training.report import Report
 from train import Run, train
 
 pytestmark = pytest.mark.usefixtures("without_samples")

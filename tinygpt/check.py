@@ -24,13 +24,13 @@ from tinygrad.helpers import Context
 from gpt import GPT, GPTConfig
 from tinygpt import checkpoint, command, device, kernels
 from tinygpt.config import TrainConfig, check, setting
+from tinygpt.data.tokenizer import ByteTokenizer
 from tinygpt.flags import parse_flags
+from tinygpt.huggingface.pretrained import is_pretrained
 from tinygpt.kernels import cases
 from tinygpt.kernels.jit import compiled
 from tinygpt.kernels.random import make_key
-from tinygpt.optim import make_optimizer
-from tinygpt.pretrained import is_pretrained
-from tinygpt.tokenizer import ByteTokenizer
+from tinygpt.training.optim import make_optimizer
 
 # Of the loss as a share of itself; of a slope as a share of what a random slope of such a gradient
 # is on average; of a cached logit as a share of the largest one. float32 rounds to 6e-8, and on a

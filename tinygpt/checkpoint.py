@@ -17,8 +17,8 @@ from pathlib import Path
 import numpy as np
 from tinygrad import Tensor, dtypes
 
-from tinygpt.tensorfile import NAMES, TensorFile, TensorFileError, one_line, write
-from tinygpt.tokenizer import Tokenizer, load_tokenizer
+from tinygpt.data.tokenizer import Tokenizer, load_tokenizer
+from tinygpt.safetensors_file import NAMES, TensorFile, TensorFileError, one_line, write
 
 FORMAT = "tinygpt-1"
 BEST = "best.safetensors"

@@ -1,15 +1,13 @@
 """How the project's commands begin and end."""
 
 import io
-import os
 import signal
 import sys
 import threading
 import warnings
-from contextlib import suppress
 
 from tinygpt import device
-from tinygpt.signals import insist_on_ctrl_c
+from tinygpt.training.signals import insist_on_ctrl_c, silence
 
 FAILURES = (KeyboardInterrupt, ValueError, MemoryError, OSError)
 
@@ -63,11 +61,3 @@ def out_of_memory(error: BaseException, remedy: str) -> ValueError:
     """What to say where memory did not suffice."""
     what = (str(error).strip() or "what was asked for does not fit").splitlines()[0]
     return ValueError(f"{device.default()} is out of memory ({what}): {remedy}")
-
-
-def silence(stream) -> None:
-    """Lets what is written to a stream from now on, and what it still holds, go nowhere."""
-    with suppress(OSError):  # of a stream that is no file
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, stream.fileno())
-        os.close(nowhere)

@@ -18,13 +18,13 @@ from tinygrad import Tensor
 from gpt import GPT
 from tinygpt import command, device
 from tinygpt.config import check, setting
-from tinygpt.data import is_token_file, mean_bytes, read_tokens
-from tinygpt.documents import check_readable, is_jsonl, read_documents, read_text
+from tinygpt.data.documents import check_readable, is_jsonl, read_documents, read_text
+from tinygpt.data.load import is_token_file, mean_bytes, read_tokens
+from tinygpt.data.token_files import Ids, chunks
 from tinygpt.flags import parse_flags
+from tinygpt.huggingface.pretrained import is_pretrained, tokenizer_needed
 from tinygpt.kernels.jit import compiled
-from tinygpt.pretrained import is_pretrained, tokenizer_needed
-from tinygpt.report import bits_per_byte
-from tinygpt.token_files import Ids, chunks
+from tinygpt.training.report import bits_per_byte
 
 TASKS = ("text", "hellaswag", "lambada")
 

@@ -9,7 +9,7 @@ PREFIX = "tinygrad."
 
 
 def adapted(optimizer, weights: dict[str, Tensor]):
-    """The optimizer itself where it is one of `tinygpt.optim`; one of tinygrad's, for parameters
+    """The optimizer itself where it is one of ours; one of tinygrad's, for parameters
     that are among weights, with the same `state_dict` and `load_state_dict`.
 
     Raises ValueError where it is neither, or where it has a parameter that is not in weights.
@@ -17,14 +17,14 @@ def adapted(optimizer, weights: dict[str, Tensor]):
     if not isinstance(optimizer, nn.optim.Optimizer):
         if hasattr(optimizer, "state_dict") and hasattr(optimizer, "load_state_dict"):
             return optimizer
-        raise ValueError(f"optimizer={optimizer!r} has no state_dict: give one of tinygpt.optim or "
+        raise ValueError(f"optimizer={optimizer!r} has no state_dict: give one of tinygpt's or "
                          "of tinygrad.nn.optim")
     return StockOptimizer(optimizer, weights)
 
 
 def check_owner(state: dict[str, np.ndarray], optimizer, path) -> None:
     """Raises CheckpointError where a saved state is not that of the kind of an adapted optimizer;
-    among themselves those of `tinygpt.optim` know."""
+    among themselves those of `tinygpt.training.optim` know."""
     theirs, ours = _owner(state), _owner(optimizer.state_dict())
     if theirs != ours:
         raise CheckpointError(f"{path} has the state of {theirs}, not of {ours}: use the same "
@@ -99,6 +99,6 @@ def _owner(state: dict) -> str:
     if not state:
         return "no optimizer"
     if not (names := part(state, PREFIX)):
-        return "an optimizer of tinygpt.optim"
+        return "an optimizer of tinygpt.training.optim"
     kinds = {name.lstrip("0123456789.").partition(".")[0] for name in names}
     return " and ".join(f"tinygrad's {kind}" for kind in sorted(kinds))

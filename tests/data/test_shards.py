@@ -1,0 +1,162 @@
+"""Text larger than memory: the same tokens as at once, by several processes, resumable."""
+
+import itertools
+import json
+
+import numpy as np
+import pytest
+
+from tinygpt.data import documents, shards
+from tinygpt.data import load as module
+from tinygpt.data.load import DataError, load_data
+from tinygpt.data.tokenizer import load_tokenizer
+
+TEXT = ("ROMEO:\n\nThe harbour sleeps,  and\n I that know\n\n\nher dreams.\r\nna\u00efve\n\u4f60 "
+        "\n\tMust \u3000\nwake\nand walk\nthem  \nwith a lead and line.\n") * 60
+
+
+@pytest.fixture(autouse=True)
+def small(tmp_path, monkeypatch):
+    """A cache of the test's own, and sizes at which a little text is large."""
+    monkeypatch.setattr(module, "_cache_root", lambda: tmp_path)
+    monkeypatch.setattr(module, "LARGE", 1000)
+    monkeypatch.setattr(shards, "cpu_count", lambda: 1)
+    monkeypatch.setattr(documents, "RECENT", 0)
+    return tmp_path
+
+
+@pytest.fixture(params=["text", "texts", "jsonl"])
+def source(request, tmp_path):
+    """A place of text, and the documents there."""
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    if request.param == "text":
+        (folder / "one.txt").write_bytes(TEXT.encode())
+        return folder, [TEXT]
+    texts = [f"{n}. {TEXT[:n * 97]}" for n in range(12)]
+    if request.param == "texts":
+        for n, text in enumerate(texts):
+            (folder / f"{n:02}.txt").write_bytes(text.encode())
+    else:
+        (folder / "a.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
+    return folder, texts
+
+
+def expected(texts, tokenizer) -> list[int]:
+    """Every document at once, with its end."""
+    if len(texts) == 1:
+        return tokenizer.encode(texts[0])
+    end = getattr(tokenizer, "end_of_text", None)
+    ends = tokenizer.encode("\n") if end is None else [end]
+    return [i for text in texts for i in tokenizer.encode(text) + ends]
+
+
+@pytest.mark.parametrize("kind", ["bpe", "char", "byte"])
+def test_the_tokens_are_those_of_the_whole_text(source, kind):
+    place, texts = source
+    for _ in range(2):  # the second time from the cache
+        data = load_data(place, kind, 300)
+        found = [*data.train.tolist(), *data.val.tolist()]
+        assert found == expected(texts, data.tokenizer)
+        assert 0.05 < len(data.val) / len(found) < 0.2
+
+
+def test_a_piece_ends_only_where_no_token_can_cross(source):
+    place, _ = source
+    pieces = shards.cut(sorted(place.iterdir()))
+    assert len(pieces) > 10
+    for one, two in itertools.pairwise(pieces):
+        assert two.start == (one.end if one.path == two.path else 0)
+
+
+def test_several_processes_make_the_same_and_a_stopped_build_goes_on(source, tmp_path, monkeypatch):
+    place, _ = source
+    files, whole, stopped = sorted(place.iterdir()), tmp_path / "whole", tmp_path / "stopped"
+    shards.build(whole, files, "text", "bpe", 300, {}, processes=2)
+    encode, done = shards.encode, []
+
+    def stops(piece, path):
+        if len(done) == 7:
+            raise KeyboardInterrupt
+        done.append(path)
+        return encode(piece, path)
+
+    monkeypatch.setattr(shards, "encode", stops)
+    with pytest.raises(KeyboardInterrupt):
+        shards.build(stopped, files, "text", "bpe", 300, {})
+    before = {path: path.stat().st_mtime_ns for path in done}
+    again = []
+    monkeypatch.setattr(shards, "encode", lambda piece, path: (
+        again.append(path), encode(piece, path))[1])
+    monkeypatch.setattr(shards, "make_tokenizer", None)  # it is not learned again either
+    tokenizer, dtype = shards.build(stopped, files, "text", "bpe", 300, {})
+    assert len(before) == 7 and not set(done) & set(again)
+    for name in ("train.bin", "val.bin"):
+        assert (stopped / name).read_bytes() == (whole / name).read_bytes()
+    assert {p.name for p in stopped.iterdir()} == {"train.bin", "val.bin"}
+    assert load_tokenizer(tokenizer.to_json()).vocab_size == 300 and dtype == np.dtype("<u2")
+
+
+def test_a_build_of_something_else_starts_anew(source, tmp_path, monkeypatch):
+    place, _ = source
+    folder = tmp_path / "build"
+    folder.mkdir()
+    (folder / "plan.json").write_text('{"made": {"kind": "byte"}, "pieces": []}')
+    (folder / "shard_00000.bin").write_bytes(b"of another text")
+    shards.build(folder, sorted(place.iterdir()), "text", "byte", 0, {})
+    assert not (folder / "train.bin").read_bytes().startswith(b"of")
+
+
+def test_what_is_wrong_is_named_with_its_place(tmp_path):
+    path = tmp_path / "bad.txt"
+    path.write_bytes(b"good text\n" * 300 + b"\xff")
+    with pytest.raises(DataError, match=r"bad\.txt is not UTF-8 at byte 3000"):
+        load_data(path, "byte", 0)
+
+
+def test_a_text_without_line_breaks_is_refused(tmp_path):
+    path = tmp_path / "one_line.txt"
+    path.write_bytes(b"word " * 300)
+    with pytest.raises(DataError, match=r"one_line\.txt has no line break"):
+        load_data(path, "byte", 0)
+    assert [p.name for p in tmp_path.iterdir()] == ["one_line.txt"]
+
+
+def test_the_line_of_a_piece_is_that_of_the_file(tmp_path):
+    path = tmp_path / "bad.jsonl"
+    path.write_text('{"text": "good"}\n' * 300 + '{"text": 5}\n')
+    with pytest.raises(DataError, match=r"bad\.jsonl has a number, .* in line 301"):
+        load_data(path, "byte", 0)
+
+
+def test_utf16_is_named_before_it_is_cut(tmp_path):
+    path = tmp_path / "wide.txt"
+    path.write_bytes(TEXT.encode("utf-16"))
+    with pytest.raises(DataError, match=r"is UTF-16, .*iconv -f UTF-16 -t UTF-8"):
+        load_data(path, "byte", 0)
+
+
+def test_what_is_damaged_in_a_stopped_build_is_made_again(source, tmp_path, monkeypatch, rng):
+    place, _ = source
+    files, whole = sorted(place.iterdir()), tmp_path / "whole"
+    shards.build(whole, files, "text", "bpe", 300, {})
+    encode, done = shards.encode, []
+
+    def stops(piece, path):
+        if len(done) == 5:
+            raise KeyboardInterrupt
+        done.append(path)
+        return encode(piece, path)
+
+    for damaged in ("plan.json", "shard_00002.bin", "shard_00003.bin"):
+        done.clear()
+        monkeypatch.setattr(shards, "encode", stops)
+        with pytest.raises(KeyboardInterrupt):
+            shards.build(tmp_path / "part", files, "text", "bpe", 300, {})
+        raw = bytearray((tmp_path / "part" / damaged).read_bytes())
+        raw[rng.integers(len(raw))] ^= 1 << rng.integers(8)
+        (tmp_path / "part" / damaged).write_bytes(raw)
+        monkeypatch.setattr(shards, "encode", encode)
+        shards.build(tmp_path / "part", files, "text", "bpe", 300, {})
+        for name in ("train.bin", "val.bin"):
+            assert (tmp_path / "part" / name).read_bytes() == (whole / name).read_bytes()

@@ -1,0 +1,172 @@
+"""Quantized matrices: the operations, what rounding costs, and a model that has them."""
+
+import numpy as np
+import pytest
+from test_gpt import COMBINATIONS, ids, make
+from tinygrad import Tensor, dtypes
+from tinygrad.helpers import GlobalCounters
+from tinygrad.nn.state import get_state_dict
+
+from gpt import GPT, GPTConfig, TrainConfig
+from tinygpt import kernels
+from tinygpt.data.tokenizer import ByteTokenizer
+from tinygpt.kernels.cpu import launch
+from tinygpt.model.quantize import KINDS, QuantizedMatrix
+from train import train
+
+SHAPES = [(1, 13, 80), (3, 5, 7), (7, 1, 1), (9, 64, 100)]  # M, N, K
+for_each = pytest.mark.parametrize("implementation", ["reference", "portable", "cpu"])
+for_each_kind = pytest.mark.parametrize("kind", KINDS)
+
+
+def draw(M: int, N: int, K: int, kind: str, rng) -> tuple:
+    """x, weight, scale, bias and residual; what the weights stand for."""
+    x, bias, residual = (rng.standard_normal(s, dtype=np.float32)
+                         for s in ((M, 1, K), (N,), (M, 1, N)))
+    if kind == "fp16":
+        weight = rng.standard_normal((N, K)).astype(np.float16)
+        return (x, weight, None, bias, residual), weight.astype(np.float64)
+    weight = rng.integers(-127, 128, (N, K)).astype(np.int8)
+    scale = rng.random(N, dtype=np.float32)
+    return (x, weight, scale, bias, residual), weight * scale[:, None].astype(np.float64)
+
+
+def tensors(arrays) -> list[Tensor | None]:
+    return [a if a is None else Tensor(a).realize() for a in arrays]
+
+
+@for_each
+@for_each_kind
+@pytest.mark.parametrize("shape", SHAPES)
+def test_products_and_rows_equal_numpy(shape, kind, implementation, rng):
+    arrays, matrix = draw(*shape, kind, rng)
+    x, _, _, bias, residual = arrays
+    x_, weight, scale, bias_, residual_ = tensors(arrays)
+    whole = kernels.quantized_linear(x_, weight, scale, bias_, residual_, implementation)
+    bare = kernels.quantized_linear(x_, weight, scale, implementation=implementation)
+    right = x.astype(np.float64) @ matrix.T
+    for ours, wanted in ((whole, right + bias + residual), (bare, right)):
+        assert ours.dtype == dtypes.float32
+        assert np.abs(ours.numpy() - wanted).max() <= 2e-6 * max(np.abs(wanted).max(), 1)
+    idx = ids(rng, 3, 2, vocab=shape[1])
+    rows = kernels.quantized_embedding(Tensor(idx), weight, scale, implementation)
+    np.testing.assert_allclose(rows.numpy(), matrix[idx], rtol=1e-6)
+
+
+@pytest.mark.parametrize("instructions", [True, False])
+def test_every_finite_float16_is_read_exactly(instructions, monkeypatch):
+    source = launch.source
+
+    def without(file, **defines):
+        name, code = source(file, **defines)
+        return f"{name}_soft", "#undef __F16C__\n#undef __AVX512F__\n#undef __aarch64__\n" + code
+    if not instructions:
+        monkeypatch.setattr(launch, "source", without)
+    halves = np.arange(2**16, dtype=np.uint16).view(np.float16)
+    halves = halves[np.isfinite(halves)].reshape(-1, 16)
+    weight, wanted = Tensor(halves).realize(), halves.astype(np.float32)
+    idx = Tensor(np.arange(len(halves), dtype=np.int32))
+    got = kernels.quantized_embedding(idx, weight, implementation="cpu").numpy()
+    np.testing.assert_array_equal(got.view(np.uint32), wanted.view(np.uint32))
+    unit = Tensor(np.eye(16, dtype=np.float32)[:5])  # by the vectors of the matrix product
+    got = kernels.quantized_linear(unit, weight, implementation="cpu").numpy()
+    np.testing.assert_array_equal(got, wanted.T[:5])
+
+
+def test_rounding_is_to_the_nearest_step_of_each_row(rng):
+    matrix = rng.standard_normal((6, 40), dtype=np.float32) * 10.0 ** np.arange(-3, 3)[:, None]
+    matrix[2] = 0
+    with np.errstate(all="raise"):
+        q = QuantizedMatrix(Tensor(matrix.astype(np.float32)), "int8")
+    weight, scale = q.weight.numpy().astype(np.float64), q.scale.numpy()[:, None]
+    assert (np.abs(weight * scale - matrix) <= scale * 0.5001).all() and (scale > 0).all()
+    assert (np.abs(weight).max(axis=1) == [127, 127, 0, 127, 127, 127]).all()
+    huge = QuantizedMatrix(Tensor(np.array([[1e6, -1e6]], np.float32)), "fp16").weight.numpy()
+    assert huge.tolist() == [[65504, -65504]]
+
+
+# ---- a model
+
+
+@for_each_kind
+@pytest.mark.parametrize("options", COMBINATIONS[:4], ids=lambda o: "-".join(map(str, o.values())))
+def test_a_quantized_model_decodes_as_its_full_forward(options, kind, rng):
+    model = make(**options).quantize(kind)
+    text = model.generate(ids(rng, 2, 3), 9, temperature=0).numpy()
+    for end in range(8, 12):
+        window = np.ascontiguousarray(text[:, end - 8:end])
+        logits = model(Tensor(window)).numpy()
+        assert (logits[:, -1].argmax(-1) == text[:, end]).all(), end
+        if end == 8:
+            assert (logits[:, 2:7].argmax(-1) == text[:, 3:8]).all()
+
+
+@for_each_kind
+def test_the_portable_kernels_write_the_same_text(kind, rng):
+    prompt = ids(rng, 2, 3)
+    expected = make().quantize(kind).generate(prompt, 9, temperature=0).numpy()
+    kernels.use("portable")
+    try:
+        got = make().quantize(kind).generate(prompt, 9, temperature=0).numpy()
+    finally:
+        kernels.use("auto")
+    assert (got == expected).all()
+
+
+def test_what_was_compiled_before_is_compiled_again(rng):
+    model, prompt = make(), ids(rng, 1, 3)
+    model.generate(prompt, 4, temperature=0)
+    model.quantize("int8")
+    for layer in (model.wte, model.h[0].mlp.c_fc):
+        layer.weight.assign(layer.weight.zeros_like()).realize()
+    assert (model.generate(prompt, 4, temperature=0).numpy()[0, 3:] == 0).all()
+
+
+@pytest.mark.parametrize(("kind", "share"), [("int8", 0.27), ("fp16", 0.51)])
+def test_the_float32_matrices_are_gone(kind, share):
+    config = GPTConfig(block_size=8, vocab_size=2000, n_layer=2, n_head=2, n_embd=128, bias=False)
+    before = GlobalCounters.mem_used
+    model = GPT(config)
+    whole = GlobalCounters.mem_used - before
+    model.generate([[1, 2]], 6)  # its compiled step holds the matrices too
+    model.quantize(kind)
+    assert GlobalCounters.mem_used - before < share * whole
+    assert sum(t.nbytes() for t in get_state_dict(model).values()) < share * whole
+
+
+def test_a_quantized_model_is_not_trained_saved_or_quantized_again(tmp_path):
+    model = make()
+    path = model.save_checkpoint(1, None, tmp_path)
+    before = path.read_bytes()
+    model.quantize("int8")
+    for use in (lambda: model.save_checkpoint(1, None, tmp_path), lambda: model.quantize("fp16"),
+                lambda: model.load_checkpoint(path), lambda: train(
+                    model, TrainConfig(out_dir=str(tmp_path / "run")), np.arange(400) % 61)):
+        with pytest.raises(ValueError, match="a quantized model cannot be"):
+            use()
+    assert path.read_bytes() == before
+    with pytest.raises(ValueError, match=r"quantize='int4'.*int8, fp16"):
+        make().quantize("int4")
+
+
+def test_a_trained_model_loses_next_to_nothing(tmp_path, text):
+    data = np.frombuffer(text.encode(), np.uint8)
+    config = GPTConfig(block_size=32, vocab_size=256, n_layer=2, n_head=2, n_embd=32)
+    model = GPT(config)
+    model.tokenizer = ByteTokenizer()
+    run = TrainConfig(batch_size=8, max_iters=150, eval_interval=150, eval_iters=1,
+                      learning_rate=1e-2, warmup_iters=10, out_dir=str(tmp_path))
+    path = train(model, run, data.astype(np.int32)).last
+    windows = data[:40 * 33].reshape(40, 33).astype(np.int32)
+    x, y = Tensor(windows[:, :-1].copy()), Tensor(windows[:, 1:].copy())
+
+    def look(kind=None) -> tuple[np.ndarray, float]:
+        model = GPT.from_checkpoint(path)
+        logits, loss = (model.quantize(kind) if kind else model)(x, y)
+        return logits.numpy().argmax(-1), loss.item()
+    likeliest, loss = look()
+    assert loss < 2  # it learned, so that its guesses mean something
+    for kind, same, cost in (("fp16", 0.99, 0.001), ("int8", 0.95, 0.02)):
+        theirs, their_loss = look(kind)
+        assert (theirs == likeliest).mean() >= same
+        assert abs(their_loss - loss) <= cost

@@ -1,0 +1,80 @@
+"""TensorBoard and Weights & Biases, by fake modules with their interface."""
+
+import json
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+from tinygpt.training.loggers import check_loggers, make_loggers
+from tinygpt.training.report import Report
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """What the two libraries are told."""
+    told = []
+
+    class SummaryWriter:
+        def __init__(self, logdir):
+            told.append(("folder", logdir))
+
+        def add_text(self, tag, text):
+            told.append((tag, text.split()))
+
+        def add_scalar(self, tag, value, step):
+            told.append((tag, value, step))
+
+        def close(self):
+            told.append("closed")
+
+    def init(**options):
+        told.append(options)
+        return SimpleNamespace(log=lambda figures, step: told.append((figures, step)),
+                               finish=lambda: told.append("finished"))
+
+    monkeypatch.setitem(sys.modules, "tensorboardX", SimpleNamespace(SummaryWriter=SummaryWriter))
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
+    return told
+
+
+def run(tmp_path, **which) -> dict:
+    """A step and an evaluation of a run; what metrics.jsonl has of them."""
+    loggers = make_loggers(**{"tensorboard": False, "wandb": False} | which, out_dir=tmp_path,
+                           settings={"n_layer": 2})
+    report = Report(tmp_path, 0, 10, 1, 100, 1e9, 1e11, loggers)
+    report.step(1, 3.5, 0.75, 2e-5, 0.25, compiled=False)
+    report.evaluation(1, 4.0, 4.5, 1e-5, None)
+    report.close()
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if v is not None} for line in lines]
+
+
+def test_tensorboard_gets_every_figure_of_every_record(tmp_path, calls, capsys):
+    records = run(tmp_path, tensorboard=True)
+    scalars = [(k, v, r["iter"]) for r in records for k, v in r.items() if k != "iter"]
+    assert len(scalars) == 10 and ("val_loss", 4.5, 1) in scalars
+    assert calls == [("folder", str(tmp_path / "tensorboard")), ("settings", ["n_layer:", "2"]),
+                     *scalars, "closed"]
+
+
+def test_wandb_gets_every_figure_of_every_record(tmp_path, calls, capsys):
+    records = run(tmp_path, wandb=True)
+    assert calls == [{"dir": str(tmp_path), "config": {"n_layer": 2}},
+                     *(({k: v for k, v in r.items() if k != "iter"}, r["iter"]) for r in records),
+                     "finished"]
+
+
+@pytest.mark.parametrize("flag, library", [("tensorboard", "tensorboardX"), ("wandb", "wandb")])
+def test_a_library_that_is_not_there_is_told_before_anything_is_done(monkeypatch, flag, library,
+                                                                     tmp_path, capsys, text_file):
+    from train import main
+
+    monkeypatch.setitem(sys.modules, library, None)  # as if it were not installed
+    with pytest.raises(ValueError, match=f"pip install {library}"):
+        check_loggers(**{"tensorboard": False, "wandb": False} | {flag: True})
+    monkeypatch.chdir(tmp_path)
+    assert main([f"--{flag}", "--data", str(text_file), "--tokenizer", "byte", "--n_layer", "1",
+                 "--block_size", "8"]) == 2
+    assert f"train.py: --{flag} needs {library}" in capsys.readouterr().err
+    assert not (tmp_path / "checkpoints").exists()

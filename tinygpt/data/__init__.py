@@ -1,0 +1,1 @@
+"""Text or token files to memory-mapped tokens in a resumable order; tokenizers; downloads."""

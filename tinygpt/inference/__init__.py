@@ -1,0 +1,1 @@
+"""Decoding over a key-value cache, and sampling."""

@@ -1,0 +1,1 @@
+"""What every model does besides its forward pass; LoRA, quantization, recomputation, bigram."""

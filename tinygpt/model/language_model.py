@@ -1,0 +1,311 @@
+"""What every model of tokens does besides its forward pass: it generates text, and is saved and
+loaded."""
+
+from collections.abc import Iterator
+from dataclasses import asdict, fields
+from numbers import Integral
+from pathlib import Path
+
+import numpy as np
+from tinygrad import Tensor, UOp
+
+from tinygpt import checkpoint, device
+from tinygpt.config import SampleConfig
+from tinygpt.data.tokenizer import Tokenizer
+from tinygpt.inference.decoder import Decoders
+from tinygpt.kernels.jit import is_capturing
+from tinygpt.model import lora
+from tinygpt.stock_optim import adapted, check_owner
+
+MOST_TOKENS = 10**8  # that `generate` returns at once
+
+
+class LanguageModel:
+    """A subclass names its weights in `state_dict`, gives the logits of a text in
+    `_next_logits`, and says what it is in `kind` and `config_class`, a dataclass with block_size
+    and vocab_size.
+
+    `compute_dtype` ("float32", "bfloat16" or "float16") is what activations are kept in;
+    `tokenizer` is what the weights were trained with, where that is known.
+    """
+
+    kind: str  # in a checkpoint's metadata
+    config_class: type
+
+    def __init__(self, config):
+        self.config = config
+        self.compute_dtype = "float32"
+        self.tokenizer: Tokenizer | None = None
+        self._decoders = Decoders()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Every weight by its name."""
+        raise NotImplementedError
+
+    @property
+    def device(self) -> str | tuple[str, ...]:
+        """The device of the weights, or the devices that each have them."""
+        raise NotImplementedError
+
+    def _new_cache(self, batch_size: int, start: Tensor | None = None):
+        """What `_next_logits` keeps of the tokens that it has seen. With start (B,) int32 the text
+        of row b begins at index start[b], and what is before it is padding."""
+        raise NotImplementedError
+
+    def _next_logits(self, tokens: Tensor, cache, position: UOp | int, row: UOp | int) -> Tensor:
+        """The logits (B, V) float32 after that row of tokens (B, T), the first of which is at index
+        `position`; tokens before it are read from the cache, and these are written to it."""
+        raise NotImplementedError
+
+    @classmethod
+    def shapes(cls, config) -> dict[str, tuple[int, ...]]:
+        """The shape of every weight of a model of that configuration, by its name; allocates
+        nothing."""
+        raise NotImplementedError
+
+    @classmethod
+    def _undrawn(cls, config) -> "LanguageModel":
+        """A model whose weights are yet to be loaded."""
+        raise NotImplementedError
+
+    # ---- writing text
+
+    def generate(self, idx, max_new_tokens: int | None = None, *, max_tokens: int | None = None,
+                 temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None,
+                 min_p: float | None = None, repetition_penalty: float = 1.0,
+                 window_hop: int = 1, seed: int = 1337) -> Tensor | list[list[int]]:
+        """Continues each row of idx (B, T): int32 (B, T + max_new_tokens).
+
+        idx is a Tensor, array or nested list of token ids. Rows of different lengths, as in
+        [[5, 1], [7]], are one batch too; then the result is a list of lists, each row followed by
+        its new tokens. The model sees the last block_size tokens at most. temperature 0 takes the
+        likeliest token; the other options are those of `tinygpt.config.SampleConfig`. `max_tokens`
+        is another name of max_new_tokens, 100 where neither is given.
+
+        What a row gets depends on its own tokens, its place in the batch and the seed, not on the
+        other rows (but for the rounding of sums); the first row gets what it would get alone.
+        Weights may be assigned or replaced, and layers exchanged, between two calls.
+
+        Raises ValueError on ids outside the vocabulary, an option out of range, or a text of more
+        than MOST_TOKENS tokens in all.
+        """
+        if max_new_tokens is None and max_tokens is None:
+            max_new_tokens = 100
+        config = _sample_config(max_new_tokens, max_tokens, temperature=temperature, top_k=top_k,
+                                top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty,
+                                window_hop=window_hop, seed=seed)
+        prompts = self._check_ids(idx)
+        total = sum(map(len, prompts)) + len(prompts) * config.max_new_tokens
+        if total > MOST_TOKENS:
+            raise ValueError(f"max_new_tokens={config.max_new_tokens} makes {total} tokens in all, "
+                             f"above {MOST_TOKENS}: choose fewer, or take them from stream")
+        new = np.empty((len(prompts), config.max_new_tokens), np.int32)
+        for i, tokens in enumerate(self._decoders.run(self, prompts, config)):
+            new[:, i] = tokens
+        rows = [np.concatenate(pair) for pair in zip(prompts, new, strict=True)]
+        if len(set(map(len, prompts))) > 1:
+            return [row.tolist() for row in rows]
+        return Tensor(np.stack(rows), dtype="int32")
+
+    def stream(self, idx, config: SampleConfig | None = None, **options) -> Iterator[int]:
+        """Yields the ids that continue idx, (T,) or (1, T), one by one as they are drawn.
+
+        Options are those of `generate`, or a SampleConfig that holds them. Several streams may be
+        read in turn. Raises ValueError as `generate` does, but for long texts.
+        """
+        if config is not None and options:
+            raise ValueError(f"stream takes a SampleConfig or options, not both: put "
+                             f"{', '.join(options)} into the config")
+        prompts = self._check_ids(idx, flat=True)
+        if len(prompts) != 1:
+            raise ValueError(f"stream takes one sequence, not {len(prompts)}: use generate")
+        if config is None:
+            config = _sample_config(options.pop("max_new_tokens", None),
+                                    options.pop("max_tokens", None), **options)
+        return (int(t[0]) for t in self._decoders.run(self, prompts, config))
+
+    def free_decoders(self) -> None:
+        """Frees the caches and compiled steps of `generate` and `stream`, and the memory of
+        replaced weights that the steps hold; they are made anew when they are needed."""
+        self._decoders.clear()
+
+    def _check_ids(self, idx, flat: bool = False) -> list[np.ndarray]:
+        """The rows of idx, (T,) int32 each; with `flat` also idx (T,), as one row."""
+        try:
+            ids = idx.numpy() if isinstance(idx, Tensor) else idx
+            rows = [np.asarray(row.numpy() if isinstance(row, Tensor) else row) for row in ids]
+        except (TypeError, ValueError) as error:  # one number, or lists nested unevenly
+            raise ValueError("idx is no list of rows of token ids: give integers (B, T), or a list "
+                             "of lists of them") from error
+        if flat and rows and all(row.ndim == 0 for row in rows):
+            rows = [np.array(rows)]
+        if not rows:
+            raise ValueError("idx has no rows: give at least one, with at least one token")
+        return [self._check_row(row, i) for i, row in enumerate(rows)]
+
+    def _check_row(self, ids: np.ndarray, number: int) -> np.ndarray:
+        if ids.ndim != 1 or ids.size == 0 or not np.issubdtype(ids.dtype, np.integer):
+            raise ValueError(f"row {number} of idx has shape {ids.shape} and dtype {ids.dtype}: "
+                             "give integers (T,), at least one")
+        if ids.min() < 0 or ids.max() >= self.config.vocab_size:
+            bad = ids.max() if ids.max() >= self.config.vocab_size else ids.min()
+            raise ValueError(f"token id {bad} is outside the vocabulary 0.."
+                             f"{self.config.vocab_size - 1}: was it made by another tokenizer?")
+        return ids.astype(np.int32)
+
+    def _check_tokens(self, idx: Tensor, targets: Tensor | None) -> None:
+        """Raises ValueError where idx, or targets, has an id outside the vocabulary; of targets
+        the negative ones are none."""
+        if is_capturing():
+            return
+        for name, ids, low in (("idx", idx, 0), ("targets", targets, None)):
+            if ids is None:
+                continue
+            values = ids.numpy()
+            bad = values[(values >= self.config.vocab_size) | (low is not None) & (values < 0)]
+            if bad.size:
+                raise ValueError(f"{name} has token id {bad[0]}, outside the vocabulary 0.."
+                                 f"{self.config.vocab_size - 1}: was it made by another tokenizer?")
+
+    # ---- weights and checkpoints
+
+    def load_state_dict(self, arrays: dict[str, np.ndarray]) -> None:
+        """Puts arrays of the same names and shapes in place of the weights.
+
+        Raises ValueError, before anything is changed, where a name or a shape differs.
+        """
+        weights = self.state_dict()
+        checkpoint.check_arrays(arrays, weights)
+        for name, weight in weights.items():
+            weight.assign(Tensor(arrays[name].astype(np.float32))).realize()
+
+    def save_checkpoint(self, iter_num: int, optimizer=None, out_dir: str | Path = "checkpoints",
+                        metadata: dict | None = None, ema=None) -> Path:
+        """Writes out_dir/ckpt_<iter_num>.safetensors, whole or not at all, and returns its path.
+
+        It holds the weights, the state of the optimizer (one of ours or of tinygrad's
+        `nn.optim`) and of the EMA where they are given, and in its metadata the configuration, the
+        tokenizer and whatever `metadata` adds. Raises ValueError where it cannot be written, or
+        where a number in it is not finite.
+        """
+        if not isinstance(iter_num, Integral) or isinstance(iter_num, bool) or iter_num < 0:
+            raise ValueError(f"iter_num={iter_num!r} is no number of steps")
+        weights = self.state_dict()
+        optimizer = None if optimizer is None else adapted(optimizer, weights)
+        tensors = {prefix + k: t.numpy() for prefix, part in (
+            ("model.", self), ("optimizer.", optimizer), ("ema.", ema)) if part is not None
+            for k, t in part.state_dict().items()}
+        return checkpoint.save(Path(out_dir) / checkpoint.name(iter_num), tensors,
+                               self._header() | {"iter_num": int(iter_num)} | (metadata or {}))
+
+    def _header(self) -> dict:
+        """What a checkpoint's metadata says about the model."""
+        return {"model": self.kind, "model_config": asdict(self.config),
+                "tokenizer": self.tokenizer and self.tokenizer.to_json(),
+                "lora_alpha": lora.alpha_of(self)}
+
+    def load_checkpoint(self, path: str | Path, optimizer=None, ema=None) -> dict:
+        """Takes weights, and the state of optimizer and EMA, from a checkpoint; returns its
+        metadata. Where the checkpoint has no average, the EMA starts at its weights.
+
+        The optimizer is one of ours or of tinygrad's `nn.optim`, of the same kind and
+        for the same weights as the one that was saved. Raises ValueError, with nothing changed,
+        where the file is missing, damaged or of another architecture, or has no optimizer though
+        one is given.
+        """
+        mine = self.state_dict()
+        with checkpoint.Checkpoint(path) as file:
+            theirs = self._config_of(file.header, path)
+            checkpoint.check_same(path, asdict(theirs), asdict(self.config), ignore=("dropout",))
+            lora.check_same(self, file)
+            checkpoint.check_shapes(file.part("model."), {k: w.shape for k, w in mine.items()},
+                                    path)
+            tokenizer = checkpoint.tokenizer_of(file)
+            weights = {name: file.read_float(f"model.{name}") for name in mine}
+            averages = file.read_part("ema.") if ema is not None else {}
+            state = file.read_part("optimizer.") if optimizer is not None else {}
+        averages = averages or weights
+        if ema is not None:
+            checkpoint.check_arrays(averages, mine, path)
+        if optimizer is not None:
+            optimizer = adapted(optimizer, mine)
+            check_owner(state, optimizer, path)
+            optimizer.load_state_dict(state, path)
+        if ema is not None:
+            ema.load_state_dict(averages, path)
+        self.load_state_dict(weights)
+        self.tokenizer = tokenizer or self.tokenizer
+        return file.header
+
+    @classmethod
+    def _config_of(cls, header: dict, path: str | Path):
+        """The configuration in a checkpoint's metadata. Raises CheckpointError."""
+        checkpoint.check_kind(path, header, cls.kind)
+        types = {f.name: f.type | int if f.type is float else f.type
+                 for f in fields(cls.config_class)}
+        settings = header["model_config"]
+        try:
+            for name, value in settings.items():
+                if (not isinstance(value, types[name])
+                        or isinstance(value, bool) != (types[name] is bool)
+                        or (isinstance(value, int) and abs(value) >= 2**53)):
+                    raise TypeError(f"{name}={value!r}")
+            return cls.config_class(**settings)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise checkpoint.CheckpointError(
+                f"{path} has a model_config that cannot be used ({checkpoint.one_line(error)}): "
+                "use another one") from error
+
+    @classmethod
+    def fitting(cls, config, shapes: dict[str, tuple], path: str | Path) -> "LanguageModel":
+        """A model for weights of those shapes, by name, that are yet to be loaded.
+
+        Raises CheckpointError, before anything is allocated, where they are not those of config: a
+        file can claim any size.
+        """
+        if (layers := getattr(config, "n_layer", 0)) > len(shapes):
+            raise checkpoint.CheckpointError(f"{path} has n_layer={layers}, but only {len(shapes)} "
+                                             "tensors: use another one")
+        checkpoint.check_shapes(shapes, cls.shapes(config), path)
+        return cls._undrawn(config)
+
+    @classmethod
+    def _fitting_file(cls, config, file: checkpoint.Checkpoint) -> "LanguageModel":
+        """A model, with adapters, for the weights in a checkpoint, which are yet to be loaded."""
+        shapes = file.part("model.")
+        adapters = {k: file.read_float(f"model.{k}") for k in shapes if lora.is_adapter(k)}
+        weights = {k: shape for k, shape in shapes.items() if k not in adapters}
+        model = cls.fitting(config, weights, file.path)
+        lora.adopt(model, adapters, file.header.get("lora_alpha"), file.path)
+        return model
+
+    @classmethod
+    def from_checkpoint(cls, path: str | Path, ema: bool = False) -> "LanguageModel":
+        """The model that a checkpoint holds, with its tokenizer, and LoRA merged; with ema the
+        moving average of its weights. Raises ValueError.
+        """
+        prefix = "ema." if ema else "model."
+        with checkpoint.Checkpoint(path) as file:
+            config = cls._config_of(file.header, path)
+            if not file.part(prefix) and ema:
+                raise checkpoint.CheckpointError(f"{path} has no moving average of the weights: "
+                                                 "leave out --ema, or train with it")
+            tokenizer = checkpoint.tokenizer_of(file)
+            model = cls._fitting_file(config, file)
+            weights = model.state_dict()
+            checkpoint.check_shapes(file.part(prefix), {k: w.shape for k, w in weights.items()},
+                                    path)
+            for name, weight in weights.items():
+                device.write(weight, file.read_float(prefix + name))
+        lora.merge(model)
+        model.tokenizer = tokenizer
+        return model
+
+
+def _sample_config(max_new_tokens: int | None, max_tokens: int | None, **options) -> SampleConfig:
+    """A SampleConfig of options, and of a number of tokens under one of its two names."""
+    if max_new_tokens is not None and max_tokens is not None:
+        raise ValueError(f"max_new_tokens={max_new_tokens} and max_tokens={max_tokens} are two "
+                         "names of one option: give one of them")
+    count = max_new_tokens if max_tokens is None else max_tokens
+    return SampleConfig(**options | ({} if count is None else {"max_new_tokens": count}))

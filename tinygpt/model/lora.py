@@ -1,0 +1,186 @@
+"""Which weights a run changes: low-rank adapters of linear layers, and frozen weights.
+
+LoRA (arXiv:2106.09685): y = W x + alpha / rank * B A x, of which only A (rank, C) and B (N, rank)
+are trained. A is drawn, B begins as zeros, so that the model begins as it was.
+"""
+
+from dataclasses import asdict
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+import numpy as np
+from tinygrad import Tensor
+
+from tinygpt import checkpoint, device, kernels
+from tinygpt.data.tokenizer import Tokenizer, fingerprint
+
+FILE = "lora.safetensors"
+
+
+class LoRA:
+    """What is added to a linear layer's output: x (..., C) -> (..., N)."""
+
+    def __init__(self, a: np.ndarray, b: np.ndarray, alpha: float):
+        self.a, self.b = Tensor(a).realize(), Tensor(b).realize()
+        self.alpha = alpha
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return kernels.linear(kernels.linear(x, self.a), self.b) * self._scale()
+
+    def matrix(self) -> np.ndarray:
+        """What it adds to the layer's weight, (N, C) float32."""
+        return (self.b.numpy() @ self.a.numpy()) * np.float32(self._scale())
+
+    def _scale(self) -> float:
+        return self.alpha / self.a.shape[0]
+
+
+def linear_layers(model) -> dict[str, object]:
+    """The linear layers in a GPT's blocks, by their names; a bigram model has none."""
+    return {f"h.{i}.{part}.{name}": layer for i, block in enumerate(getattr(model, "h", ()))
+            for part in ("attn", "mlp") for name, layer in vars(getattr(block, part)).items()
+            if hasattr(layer, "lora")}
+
+
+def adapters(model) -> tuple[LoRA, ...]:
+    """The adapters that a GPT has."""
+    return tuple(layer.lora for layer in linear_layers(model).values() if layer.lora is not None)
+
+
+def attach(model, rank: int, alpha: float, targets: str, seed: int) -> None:
+    """Gives an adapter to every linear layer whose name one of the patterns matches.
+
+    Those that are there are merged first. Raises ValueError where a pattern matches none.
+    """
+    merge(model)
+    layers, rng = linear_layers(model), np.random.default_rng([seed, rank])
+    for name in _matching(targets, layers, "lora_targets"):
+        N, C = layers[name].weight.shape
+        if rank > min(N, C):
+            raise ValueError(f"lora_rank={rank} is above {min(N, C)}, the highest rank that {name} "
+                             "can have: choose a smaller one")
+        a = rng.standard_normal((rank, C), dtype=np.float32) / np.float32(np.sqrt(C))
+        layers[name].lora = LoRA(a, np.zeros((N, rank), np.float32), alpha)
+
+
+def merge(model) -> None:
+    """Adds every adapter to its layer's weight, and takes it away."""
+    for layer in linear_layers(model).values():
+        if layer.lora is not None:
+            device.write(layer.weight, layer.weight.numpy() + layer.lora.matrix())
+            layer.lora = None
+
+
+def is_adapter(name: str) -> bool:
+    """Whether a weight of that name belongs to an adapter."""
+    return name.endswith((".lora.a", ".lora.b"))
+
+
+def adopt(model, arrays: dict[str, np.ndarray], alpha: float | None, path: str | Path) -> None:
+    """Gives a GPT the adapters among arrays, `<layer>.lora.a` and `.lora.b`.
+
+    Raises CheckpointError where they do not fit its layers, or have no alpha.
+    """
+    layers, found = linear_layers(model), {}
+    if arrays and alpha is None:
+        raise checkpoint.CheckpointError(f"{path} has LoRA adapters, but no lora_alpha in its "
+                                         "metadata: use another one")
+    for name in arrays:
+        prefix, _, kind = name.rpartition(".")
+        layer = layers.get(prefix.removesuffix(".lora"))
+        a, b = arrays.get(f"{prefix}.a"), arrays.get(f"{prefix}.b")
+        if layer is None or a is None or b is None or a.ndim != 2 or b.ndim != 2 or (
+                (b.shape[0], a.shape[1]) != layer.weight.shape or not a.shape[0] == b.shape[1] > 0):
+            raise checkpoint.CheckpointError(f"{path} has {name}, which does not fit the model: "
+                                             "use the one that it was trained on")
+        if kind == "a":
+            found[name] = layer, LoRA(a.astype(np.float32), b.astype(np.float32), alpha)
+    for layer, adapter in found.values():
+        layer.lora = adapter
+
+
+def check_same(model, file: checkpoint.Checkpoint) -> None:
+    """Raises CheckpointError that names the setting in which the adapters of a model, which has
+    been trained no further than `attach`, differ from those in a checkpoint of it."""
+    ranks = [sum(shape[:1]) for name, shape in file.shapes.items() if name.endswith(".lora.a")]
+    theirs = {"lora_rank": ranks[0] if ranks else 0, "lora_alpha": file.header.get("lora_alpha")}
+    ours = {"lora_rank": next((a.a.shape[0] for a in adapters(model)), 0),
+            "lora_alpha": alpha_of(model)}
+    checkpoint.check_same(file.path, theirs, ours)
+
+
+def save(model, weights: dict[str, Tensor], metadata: dict, out_dir: Path) -> Path:
+    """Writes the adapters alone, of weights by name, into out_dir; returns the file's path."""
+    tensors = {f"lora.{k}": w.numpy() for k, w in weights.items() if is_adapter(k)}
+    return checkpoint.save(out_dir / FILE, tensors, metadata | {
+        "lora_alpha": alpha_of(model), "lora_tokenizer": _identity(model.tokenizer)})
+
+
+def load(model, path: str | Path) -> None:
+    """Merges the adapters that `save` wrote into a GPT. Raises CheckpointError, with nothing
+    changed, where they were trained on a model of another configuration or tokenizer."""
+    with checkpoint.Checkpoint(path) as file:
+        if not file.part("lora.") or file.header.get("lora_alpha") is None:
+            raise checkpoint.CheckpointError(f"{path} has no LoRA adapters: name the {FILE} of a "
+                                             "run with --lora_rank")
+        _check_base(model, file)
+        arrays = {k: file.read_float(f"lora.{k}") for k in file.part("lora.")}
+    adopt(model, arrays, file.header["lora_alpha"], path)
+    merge(model)
+
+
+def _check_base(model, file: checkpoint.Checkpoint) -> None:
+    """Raises CheckpointError where adapters belong to another model; neither a context that was
+    cropped nor dropout makes it another."""
+    theirs, ours = file.header["model_config"], asdict(model.config)
+    for key in theirs.keys() & ours.keys() - {"block_size", "dropout"}:
+        if theirs[key] != ours[key]:
+            raise checkpoint.CheckpointError(
+                f"{file.path} has adapters that were trained on a model with {key}="
+                f"{checkpoint.one_line(theirs[key])}, but this one has {key}={ours[key]}: use the "
+                "one that they were trained on")
+    theirs, ours = file.header.get("lora_tokenizer"), _identity(model.tokenizer)
+    if theirs and ours and theirs != ours:
+        raise checkpoint.CheckpointError(
+            f"{file.path} has adapters that were trained with the tokenizer "
+            f"{_named(theirs)}, but the model has {_named(ours)}: use the one that they were "
+            "trained on")
+
+
+def _identity(tokenizer: Tokenizer | None) -> dict | None:
+    return tokenizer and {"kind": tokenizer.kind, "vocab_size": tokenizer.vocab_size,
+                          "fingerprint": fingerprint(tokenizer)}
+
+
+def _named(identity: dict) -> str:
+    kind, size, digest = (checkpoint.one_line(identity.get(key)) for key in (
+        "kind", "vocab_size", "fingerprint"))
+    return f"{kind} of {size} ids with the fingerprint {digest}"
+
+
+def alpha_of(model) -> float | None:
+    """The alpha of a GPT's adapters; None without any."""
+    return next((adapter.alpha for adapter in adapters(model)), None)
+
+
+def trainable(weights: dict[str, Tensor], freeze: str | None) -> dict[str, Tensor]:
+    """Those of the weights that training changes: the adapters where there are any, else all; but
+    for those whose names a pattern of freeze matches. Raises ValueError where none is left, or
+    where a pattern matches nothing."""
+    adapted = any(".lora." in name for name in weights)
+    left = {name: w for name, w in weights.items() if ".lora." in name or not adapted}
+    frozen = set(_matching(freeze, left, "freeze")) if freeze else set()
+    left = {name: w for name, w in left.items() if name not in frozen}
+    if not left:
+        raise ValueError(f"freeze={freeze!r} leaves nothing to train: choose fewer patterns")
+    return left
+
+
+def _matching(patterns: str, names, field: str) -> list[str]:
+    """The names that one of the comma-separated patterns matches."""
+    wanted = [p.strip() for p in patterns.split(",")]
+    for pattern in wanted:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise ValueError(f"{field}={patterns!r}: nothing is named like {pattern!r}: choose "
+                             f"patterns of names such as {', '.join(list(names)[:4])}")
+    return [name for name in names if any(fnmatchcase(name, p) for p in wanted)]

@@ -1,0 +1,1 @@
+"""The training run: compiled steps, optimizers, schedules, reports, devices and ranks."""

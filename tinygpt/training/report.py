@@ -1,0 +1,192 @@
+"""What a run tells: log lines, a progress bar, metrics.jsonl and loss.png."""
+
+import io
+import json
+import math
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+from tqdm import tqdm
+
+from tinygpt.checkpoint import CheckpointError, write_atomically
+from tinygpt.training.signals import silence
+
+SPIKE = 1.5  # a loss this many times the running average is reported
+
+
+class Report:
+    """Tells of one run, on stdout in nanoGPT's words and in files in out_dir, unless that is None.
+
+    flops_per_iter and tokens_per_iter are those of a training step, peak_flops the device's, None
+    where that is unknown, which leaves out model FLOPs utilization.
+    Records of steps after `start`, which a resumed run takes again, are dropped. The figures of
+    every record go to the loggers too (see loggers.py). A silent one says and keeps nothing.
+    `unheard` tells that stdout or stderr could not be written, after which nothing more is said.
+    """
+
+    def __init__(self, out_dir: Path | None, start: int, max_iters: int, log_interval: int,
+                 tokens_per_iter: int, flops_per_iter: float, peak_flops: float | None, loggers=(),
+                 silent: bool = False):
+        self.out_dir, self.max_iters, self.log_interval = out_dir, max_iters, log_interval
+        self.tokens_per_iter, self.flops_per_iter = tokens_per_iter, flops_per_iter
+        self.peak_flops, self.silent = peak_flops, silent
+        self.records, self.file, self.loggers = [], None, list(loggers)
+        self.unheard = self.undrawn = False
+        if out_dir is not None:
+            former = _read_records(out_dir / "metrics.jsonl") if start else []
+            self.records = [r for r in former if r["iter"] <= start]
+            write_atomically(out_dir / "metrics.jsonl",
+                             "".join(json.dumps(r) + "\n" for r in self.records).encode())
+            self.file = (out_dir / "metrics.jsonl").open("a", encoding="utf-8")
+        self.bar = tqdm(total=max_iters, initial=start, unit="it", dynamic_ncols=True,
+                        bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}, {rate_fmt}"
+                                   "{postfix}]",  # the ETA is ours, without steps that compile
+                        disable=out_dir is None or not sys.stderr.isatty())
+        self.bar_tells = not self.bar.disable and sys.stdout.isatty()
+        self.seconds: float | None = None  # of a step, a running average
+        self.average: float | None = None  # of the loss
+
+    def close(self) -> None:
+        self.bar.close()
+        for logger in self.loggers:
+            with suppress(Exception):  # which nobody waits for any more
+                logger.close()
+        if self.file:
+            with suppress(OSError):  # of a full disk, which has been told
+                self.file.close()
+
+    def line(self, text: str) -> None:
+        """One line on stdout, above the bar where there is one."""
+        self._say(text, sys.stdout)
+
+    def remark(self, text: str) -> None:
+        """One line for a person, on stderr."""
+        self._say(text, sys.stderr)
+
+    def _say(self, text: str, file) -> None:
+        if self.silent or self.unheard:
+            return
+        try:
+            tqdm.write(text, file=file)
+            file.flush()
+        except OSError:
+            self.unheard = True
+            silence(file)
+
+    def step(self, iter_num: int, loss: float, norm: float, lr: float, seconds: float,
+             compiled: bool) -> None:
+        """Tells of a step whose loss is finite. Steps that compile do not count in averages."""
+        if not compiled:
+            old = seconds if self.seconds is None else self.seconds
+            self.seconds = 0.9 * old + 0.1 * seconds
+        if self.average is not None and loss > SPIKE * self.average:
+            self.line(f"iter {iter_num}: loss spike, {loss:.4f} over an average of "
+                      f"{self.average:.4f}")
+        self.average = loss if self.average is None else 0.95 * self.average + 0.05 * loss
+        mean = self.seconds or seconds
+        rate = self.tokens_per_iter / mean
+        eta = (self.max_iters - iter_num) * mean
+        self.bar.set_postfix_str(f"loss {loss:.4f}, {rate:,.0f} tok/s, ETA {_clock(eta)}",
+                                 refresh=False)
+        self.bar.update(1)
+        if iter_num % self.log_interval == 0:
+            mfu = self.flops_per_iter / mean / self.peak_flops if self.peak_flops else None
+            if not self.bar_tells:
+                used = "" if mfu is None else f"mfu {mfu:.2%}, "
+                self.line(f"iter {iter_num}: loss {loss:.4f}, time {seconds * 1e3:.2f}ms, "
+                          f"{used}{rate:,.0f} tok/s, ETA {_clock(eta)}")
+            self._record(iter=iter_num, loss=loss, grad_norm=norm, lr=lr,
+                         ms=seconds * 1e3, tokens_per_second=rate, mfu=mfu)
+
+    def evaluation(self, iter_num: int, train: float, val: float, lr: float,
+                   bits_per_byte: float | None, ema: bool = False) -> None:
+        """Logs an evaluation, in nats per token and bits per byte; with ema not of the weights but
+        of their moving average."""
+        tail = "" if bits_per_byte is None else f", {bits_per_byte:.4f} bits per byte"
+        tail += ", of the weights' moving average" if ema else ""
+        self.line(f"step {iter_num}: train loss {train:.4f}, val loss {val:.4f}{tail}")
+        self._record(iter=iter_num, train_loss=train, val_loss=val, lr=lr,
+                     bits_per_byte=bits_per_byte, time=time.time(),
+                     **({"ema": True} if ema else {}))
+
+    def draw(self) -> None:
+        """loss.png in out_dir, once there are steps to see. Where it cannot be drawn the run goes
+        on without, and says so once."""
+        steps = [r for r in self.records if "loss" in r]
+        if not steps or self.out_dir is None or self.undrawn:
+            return
+        try:
+            self._draw(steps)
+        except Exception as error:  # noqa: BLE001 - whatever matplotlib, or the disk, has to say
+            self.undrawn = True
+            self.remark(f"loss.png is not drawn ({_first_line(error)}); the run continues")
+
+    def _draw(self, steps: list[dict]) -> None:
+        """Training and validation loss, the learning rate below."""
+        from matplotlib.figure import Figure  # which takes half a second
+
+        evals = [r for r in self.records if "val_loss" in r]
+        figure = Figure(figsize=(8, 6))
+        top, low = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
+        top.plot([r["iter"] for r in steps], [r["loss"] for r in steps], color="0.75",
+                 linewidth=1, label="training batches")
+        for key, text, style in (("train_loss", "training", "C0.-"),
+                                 ("val_loss", "validation", "C1.-")):
+            top.plot([r["iter"] for r in evals], [r[key] for r in evals], style, label=text)
+        top.set_ylabel("loss, nats per token")
+        top.legend()
+        low.plot([r["iter"] for r in steps], [r["lr"] for r in steps], color="C2")
+        low.set_ylabel("learning rate")
+        low.set_xlabel("step")
+        for axes in (top, low):
+            axes.grid(alpha=0.3)
+        picture = io.BytesIO()
+        figure.savefig(picture, dpi=110, format="png")
+        write_atomically(self.out_dir / "loss.png", picture.getvalue())
+
+    def _record(self, **facts) -> None:
+        self.records.append(facts)
+        if self.file:
+            try:
+                self.file.write(json.dumps(facts) + "\n")
+                self.file.flush()
+            except OSError as error:
+                raise CheckpointError(f"{self.file.name} cannot be written ({error.strerror}): "
+                                      "what was saved before is untouched") from error
+        figures = {k: float(v) for k, v in facts.items() if v is not None and k != "iter"}
+        for logger in list(self.loggers):
+            try:
+                logger.log(facts["iter"], figures)
+            except Exception as error:  # noqa: BLE001 - whatever the library has to say
+                self.loggers.remove(logger)
+                self.remark(f"{type(logger).__name__} gets no more figures ({_first_line(error)}); "
+                            "the run continues")
+
+
+def bits_per_byte(loss: float, bytes_per_token: float | None) -> float | None:
+    """A loss in nats per token as bits per byte of text, which does not depend on tokens."""
+    return None if bytes_per_token is None else loss / math.log(2) / bytes_per_token
+
+
+def _read_records(path: Path) -> list[dict]:
+    """What a former run recorded; a line that was cut off or damaged does not count."""
+    records = []
+    if path.is_file():
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            with suppress(ValueError):
+                record = json.loads(line)
+                if isinstance(record, dict) and isinstance(record.get("iter"), int):
+                    records.append(record)
+    return records
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
