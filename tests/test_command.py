@@ -83,7 +83,9 @@ def test_ctrl_c_that_is_ignored_stays_ignored(tmp_path, saved):
 @pytest.mark.parametrize("dev, script, says", [
     ("NONSENSE", "generate", "there is no device DEV=NONSENSE: choose"),
     ("CUDA:99", "evaluate", "device DEV=CUDA:99 cannot be used here"),
-    ("CPU:1", "train", "device DEV=CPU:1 cannot be used here")])
+    ("CPU:1", "train", "device DEV=CPU:1 cannot be used here"),
+    ("NULL", "generate", "device DEV=NULL cannot compute: choose"),
+    ("DISK", "train", "device DEV=DISK cannot compute: choose")])
 def test_a_device_in_the_environment_that_there_is_not_gets_one_line(saved, tmp_path, dev, script,
                                                                      says):
     (tmp_path / "t.txt").write_text("To sleep: perchance to dream.\n" * 9)

@@ -367,6 +367,7 @@ def test_what_generate_does_with_the_machine(saved, drawn, monkeypatch, capsys):
     assert told == [3, "int8"]
     assert generate.main(["--device", "nonsense"]) == 2
     assert "there is no device 'nonsense'" in capsys.readouterr().err
+    assert "'null' cannot compute" in refusal(generate.main, ["--device", "null"], capsys)
 
 
 def test_what_evaluate_scores(saved, tmp_path, monkeypatch, capsys):
@@ -383,6 +384,8 @@ def test_what_evaluate_scores(saved, tmp_path, monkeypatch, capsys):
     assert np.array_equal(plain, GPT(TINY).wte.weight.numpy())
     assert evaluate.main([saved, *flags, "--device", "nonsense"]) == 2
     assert "there is no device 'nonsense'" in capsys.readouterr().err
+    null = [saved, *flags, "--device", "null"]
+    assert "'null' cannot compute" in refusal(evaluate.main, null, capsys)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert evaluate.main(["gpt2", *flags, "--offline"]) == 2
     assert "--offline forbids" in capsys.readouterr().err
@@ -444,6 +447,7 @@ def refusal(main, flags, capsys) -> str:
     ("--out_dir new --n_layer 100000000", "choose a smaller n_layer"),
     ("--out_dir t.txt/x", "t.txt is a file"), ("--curriculum --out_dir new "
      "--curriculum_start_block_size 7", "does not double up"),
+    ("--tokenizer char --out_dir=\ud800", "half of a surrogate pair"),
 ])
 def test_what_train_cannot_do_is_refused_and_leaves_everything(finished, monkeypatch, capsys,
                                                                flags, says):
