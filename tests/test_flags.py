@@ -196,8 +196,8 @@ def test_the_intervals_of_a_run(config, data, no_steps, tmp_path):
 def test_an_evaluation_is_of_so_many_batches(config, data, monkeypatch):
     run = Run(GPT(TINY), replace(config, eval_iters=7, batch_size=3), data)
     shapes = []
-    monkeypatch.setattr(run.steps, "evaluate", lambda batches: (
-        shapes.extend(x.shape for x, _ in batches), 1.0)[1])
+    monkeypatch.setattr(run.steps, "evaluate", lambda batch, count: (
+        shapes.extend(batch(n)[0].shape for n in range(count)), 1.0)[1])
     run.report = Report(None, 0, 1, 1, 1, 1, 1)
     run._evaluate()
     assert shapes == 2 * 7 * [(3, 8)]
@@ -447,6 +447,8 @@ def refusal(main, flags, capsys) -> str:
     ("--out_dir new --n_layer 100000000", "choose a smaller n_layer"),
     ("--out_dir t.txt/x", "t.txt is a file"), ("--curriculum --out_dir new "
      "--curriculum_start_block_size 7", "does not double up"),
+    ("--out_dir new --tokenizer byte --block_size 8 --eval_iters 1000000000000000",
+     "choose a smaller --eval_iters"),
     ("--tokenizer char --out_dir=\ud800", "half of a surrogate pair"),
 ])
 def test_what_train_cannot_do_is_refused_and_leaves_everything(finished, monkeypatch, capsys,
