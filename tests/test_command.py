@@ -120,6 +120,29 @@ def test_a_standard_input_that_is_closed_gets_one_line(saved, monkeypatch, capsy
     assert (out, err.count("\n")) == ("", 1) and "standard input is closed" in err
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
+@pytest.mark.parametrize("script, words", [
+    ("generate", ["--nonsense", "1"]), ("generate", ["--device", "nonsense"]),
+    ("generate", ["--max_new_tokens", "1"]), ("evaluate", ["gone.safetensors", "gone.txt"]),
+    ("train", ["--device", "nonsense"])])
+def test_a_stderr_that_is_full_does_not_change_the_exit_status(saved, tmp_path, script, words):
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, *SCRIPTS[script], *words], cwd=tmp_path, stderr=full,
+                              env=os.environ | {"PYTHONPATH": str(ROOT)}, timeout=120)
+    assert done.returncode == 2
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
+def test_a_stdout_that_is_full_is_told_in_the_last_line(saved, tmp_path):
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, *SCRIPTS["generate"]], cwd=tmp_path, stdout=full,
+                              stderr=subprocess.PIPE, text=True, timeout=120,
+                              env=os.environ | {"PYTHONPATH": str(ROOT)})
+    *status, last = done.stderr.splitlines()
+    assert done.returncode == 2 and last == "generate.py: No space left on device"
+    assert len(status) == 1 and saved.endswith(os.path.basename(status[0].split(",")[0]))
+
+
 @pytest.mark.parametrize("damage", ["full", "garbage"])
 def test_a_cache_of_tinygrads_that_fails_is_done_without(tmp_path, damage):
     cache = tmp_path / "cache.db"
