@@ -102,7 +102,7 @@ def fit_batch_size(model: GPT, config: TrainConfig, data: TokenData) -> TrainCon
     def trial(n: int) -> Run:
         with tempfile.TemporaryDirectory() as folder:
             run = Run(model, split(n, out_dir=folder, resume=False, curriculum=False), data)
-        run.steps.evaluate([run.batches.batch(0)])
+        run.steps.evaluate(run.batches.batch, 1)
         for _ in range(2):  # compiled by the first
             run._step(0.0)  # which leaves the weights as they are
         return run
@@ -128,7 +128,7 @@ def main(argv: list[str] | None = None) -> int:
         train(model, config, data)
     except Interrupted as stop:
         if ranks.first:
-            print(stop, file=sys.stderr)
+            command.say(str(stop))
         return 128 + stop.signum
     except SystemExit as end:  # of the parser, which has said why
         ranks.abort(end.code)

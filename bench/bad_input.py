@@ -197,6 +197,7 @@ class Surroundings(Campaign):
             env, stream = self.environments[rest // 2 % len(self.environments)], ""
         script, *words = line.replace("FLAGS", " ".join(map(str, light.FLAGS))).replace(
             "BASE", "base.safetensors").split()
+        name = "evaluate" if script == "-m" else script
         script = script if script == "-m" else str(ROOT / script)
         shell = f'exec "$0" "$@" {stream}'
         try:
@@ -209,7 +210,10 @@ class Surroundings(Campaign):
         check(done.returncode in (0, 2, 141), what)
         check("Traceback" not in done.stderr and "Exception ignored" not in done.stderr, what)
         if done.returncode == 2 and "2>" not in stream and "|" not in stream:
-            check(len(done.stderr.splitlines()) == 1, f"not one line: {what}")
+            own = [text for text in done.stderr.splitlines() if text.startswith(f"{name}: ")]
+            check(len(own) == 1 and done.stderr.endswith(f"{own[0]}\n"), f"not one line: {what}")
+            # a stdout that is full is met after lines of status, such as the checkpoint's name
+            check(stream == ">/dev/full" or done.stderr == f"{own[0]}\n", f"not one line: {what}")
         return 1
 
 

@@ -83,7 +83,9 @@ def test_ctrl_c_that_is_ignored_stays_ignored(tmp_path, saved):
 @pytest.mark.parametrize("dev, script, says", [
     ("NONSENSE", "generate", "there is no device DEV=NONSENSE: choose"),
     ("CUDA:99", "evaluate", "device DEV=CUDA:99 cannot be used here"),
-    ("CPU:1", "train", "device DEV=CPU:1 cannot be used here")])
+    ("CPU:1", "train", "device DEV=CPU:1 cannot be used here"),
+    ("NULL", "generate", "device DEV=NULL cannot compute: choose"),
+    ("DISK", "train", "device DEV=DISK cannot compute: choose")])
 def test_a_device_in_the_environment_that_there_is_not_gets_one_line(saved, tmp_path, dev, script,
                                                                      says):
     (tmp_path / "t.txt").write_text("To sleep: perchance to dream.\n" * 9)
@@ -116,6 +118,29 @@ def test_a_standard_input_that_is_closed_gets_one_line(saved, monkeypatch, capsy
     assert generate.main(flags) == 2
     out, err = capsys.readouterr()
     assert (out, err.count("\n")) == ("", 1) and "standard input is closed" in err
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
+@pytest.mark.parametrize("script, words", [
+    ("generate", ["--nonsense", "1"]), ("generate", ["--device", "nonsense"]),
+    ("generate", ["--max_new_tokens", "1"]), ("evaluate", ["gone.safetensors", "gone.txt"]),
+    ("train", ["--device", "nonsense"])])
+def test_a_stderr_that_is_full_does_not_change_the_exit_status(saved, tmp_path, script, words):
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, *SCRIPTS[script], *words], cwd=tmp_path, stderr=full,
+                              env=os.environ | {"PYTHONPATH": str(ROOT)}, timeout=120)
+    assert done.returncode == 2
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
+def test_a_stdout_that_is_full_is_told_in_the_last_line(saved, tmp_path):
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, *SCRIPTS["generate"]], cwd=tmp_path, stdout=full,
+                              stderr=subprocess.PIPE, text=True, timeout=120,
+                              env=os.environ | {"PYTHONPATH": str(ROOT)})
+    *status, last = done.stderr.splitlines()
+    assert done.returncode == 2 and last == "generate.py: No space left on device"
+    assert len(status) == 1 and saved.endswith(os.path.basename(status[0].split(",")[0]))
 
 
 @pytest.mark.parametrize("damage", ["full", "garbage"])

@@ -424,7 +424,8 @@ def test_an_unknown_preset_is_told_with_those_there_are(words):
     dict(learning_rate="1e-3"), dict(batch_size=8.0), dict(max_iters="10"), dict(threads=1.5),
     dict(batch_size=True), dict(learning_rate=False), dict(max_iters=10 ** 400),
     dict(learning_rate=10 ** 400), dict(ema=1), dict(ema="no"), dict(out_dir=3), dict(out_dir=""),
-    dict(freeze=""), dict(dtype=None), dict(out_dir="a\0b")], ids=lambda s: str(s)[:30])
+    dict(freeze=""), dict(dtype=None), dict(out_dir="a\0b"),
+    dict(out_dir="\ud800"), dict(data="a\udfff")], ids=lambda s: str(s)[:30])
 def test_a_setting_of_the_wrong_type_is_named(settings):
     with pytest.raises(ValueError, match=f"^{next(iter(settings))}=.*choose") as caught:
         TrainConfig(**settings)

@@ -134,7 +134,8 @@ def test_a_machine_where_tinygrad_finds_no_device_says_what_to_install(monkeypat
 
 
 @pytest.mark.parametrize("name", ["toaster", "", "cpuu", "no such\ndevice", "gpu:x", "cuda:99",
-                                  "cpu:1"])
+                                  "cpu:1", "null", "NULL:1", "disk", "disk:/tmp/x", "npy", "rdma",
+                                  "tinyfs"])
 def test_a_device_that_is_unknown_or_missing_is_told(name):
     before = device.default()
     with pytest.raises(DeviceError, match="device") as caught:

@@ -197,8 +197,8 @@ def test_the_intervals_of_a_run(config, data, no_steps, tmp_path):
 def test_an_evaluation_is_of_so_many_batches(config, data, monkeypatch):
     run = Run(GPT(TINY), replace(config, eval_iters=7, batch_size=3), data)
     shapes = []
-    monkeypatch.setattr(run.steps, "evaluate", lambda batches: (
-        shapes.extend(x.shape for x, _ in batches), 1.0)[1])
+    monkeypatch.setattr(run.steps, "evaluate", lambda batch, count: (
+        shapes.extend(batch(n)[0].shape for n in range(count)), 1.0)[1])
     run.report = Report(None, 0, 1, 1, 1, 1, 1)
     run._evaluate()
     assert shapes == 2 * 7 * [(3, 8)]
@@ -368,6 +368,7 @@ def test_what_generate_does_with_the_machine(saved, drawn, monkeypatch, capsys):
     assert told == [3, "int8"]
     assert generate.main(["--device", "nonsense"]) == 2
     assert "there is no device 'nonsense'" in capsys.readouterr().err
+    assert "'null' cannot compute" in refusal(generate.main, ["--device", "null"], capsys)
 
 
 def test_what_evaluate_scores(saved, tmp_path, monkeypatch, capsys):
@@ -384,6 +385,8 @@ def test_what_evaluate_scores(saved, tmp_path, monkeypatch, capsys):
     assert np.array_equal(plain, GPT(TINY).wte.weight.numpy())
     assert evaluate.main([saved, *flags, "--device", "nonsense"]) == 2
     assert "there is no device 'nonsense'" in capsys.readouterr().err
+    null = [saved, *flags, "--device", "null"]
+    assert "'null' cannot compute" in refusal(evaluate.main, null, capsys)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert evaluate.main(["gpt2", *flags, "--offline"]) == 2
     assert "--offline forbids" in capsys.readouterr().err
@@ -445,6 +448,9 @@ def refusal(main, flags, capsys) -> str:
     ("--out_dir new --n_layer 100000000", "choose a smaller n_layer"),
     ("--out_dir t.txt/x", "t.txt is a file"), ("--curriculum --out_dir new "
      "--curriculum_start_block_size 7", "does not double up"),
+    ("--out_dir new --tokenizer byte --block_size 8 --eval_iters 1000000000000000",
+     "choose a smaller --eval_iters"),
+    ("--tokenizer char --out_dir=\ud800", "half of a surrogate pair"),
 ])
 def test_what_train_cannot_do_is_refused_and_leaves_everything(finished, monkeypatch, capsys,
                                                                flags, says):

@@ -32,8 +32,16 @@ def tell(name: str, error: BaseException, remedy: str) -> int:
     """Says on stderr what has ended the command of that name; see `failure`. The exit status."""
     status, message = failure(error, remedy)
     if message:
-        print(f"{name}: {message}", file=sys.stderr)
+        say(f"{name}: {message}")
     return status
+
+
+def say(line: str) -> None:
+    """Prints a line on stderr, which may be full: the exit status says the same."""
+    try:
+        print(line, file=sys.stderr, flush=True)
+    except OSError:
+        silence(sys.stderr)
 
 
 def failure(error: BaseException, remedy: str) -> tuple[int, str]:

@@ -99,6 +99,11 @@ def _check_text(f: Field, value) -> str:
         raise ValueError(f"{f.name}={value!r} is empty: choose another, or leave it out")
     if "\0" in value:
         raise ValueError(f"{f.name}={value!r} has a zero byte: choose a text without")
+    try:
+        value.encode("utf-8", "surrogateescape")  # as the names of files are encoded
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{f.name}={value!r} has half of a surrogate pair, which neither text nor "
+                         "the name of a file can have: choose a text without") from error
     return value
 
 

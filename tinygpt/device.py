@@ -27,6 +27,9 @@ from tinygpt.kernels.cpu.launch import compilations, cpu_count
 NO_COMPILER = ("tinygrad's CPU device needs clang, and none was found: "
                "pip install ziglang, or install clang, or name one in CC")
 
+# devices of tinygrad that store or move data, or do neither (NULL)
+CANNOT_COMPUTE = ("DISK", "NPY", "NULL", "RDMA", "TINYFS")
+
 # FLOP/s in bfloat16 and float16, dense, on tensor cores, and in float32 without them, of NVIDIA's
 # datasheets, by the words of a device's name; V100 and T4 have no bfloat16
 GPU_PEAKS = {
@@ -163,7 +166,11 @@ def _open(device: str, name: str) -> str:
     opened."""
     try:
         canonical = Device.canonicalize(device)
-        if canonical.partition(":")[0] == "CPU":
+        kind = canonical.partition(":")[0]
+        if kind in CANNOT_COMPUTE:
+            raise DeviceError(f"device {name} cannot compute: choose auto, cpu, cuda, metal or "
+                              "another that does")
+        if kind == "CPU":
             _check_compiler()  # before tinygrad looks for one and fails in its own words
             compilations()  # which Ctrl-C does not reach
         else:

@@ -14,6 +14,7 @@ from dataclasses import MISSING, Field, asdict, fields
 from pathlib import Path
 from typing import NoReturn
 
+from tinygpt.command import say
 from tinygpt.config import FINETUNE, check_value, did_you_mean, kind_of
 from tinygpt.hints import ALIASES, HINTS
 
@@ -88,7 +89,7 @@ class _Parser(argparse.ArgumentParser):
         self.usage = f"%(prog)s [--flag VALUE ...] {positional}".rstrip()
 
     def error(self, message: str) -> NoReturn:
-        print(f"{self.prog}: {message} (--help lists the flags)", file=sys.stderr)
+        say(f"{self.prog}: {message} (--help lists the flags)")
         sys.exit(2)
 
     def words(self, argv: list[str]) -> list[str]:

@@ -34,7 +34,7 @@ def test_an_epoch_leaves_out_less_than_two_windows():
 
 def test_targets_are_the_ids_that_follow():
     batches = Batches(np.arange(100, dtype=np.uint16), T, B, seed=0)
-    for x, y in [batches.batch(n) for n in range(10)] + list(batches.spread(4)):
+    for x, y in [batches.batch(n) for n in range(10)] + [batches.spread(n, 4) for n in range(4)]:
         assert x.shape == y.shape == (B, T) and x.dtype == y.dtype == np.int32
         assert (x == x[:, :1] + np.arange(T)).all() and (y == x + 1).all()
 
@@ -70,13 +70,18 @@ def test_the_order_is_shuffled():
 @pytest.mark.parametrize("count", [1, 2, 50])
 def test_spread_stays_in_range_and_is_always_the_same(length, count):
     batches = Batches(np.arange(length), T, B, seed=0)
-    first, again = list(batches.spread(count)), list(batches.spread(count))
-    assert len(first) == count
+    first, again = ([batches.spread(n, count) for n in range(count)] for _ in range(2))
     assert all(x.min() >= 0 and y.max() < length and x.shape == (B, T) for x, y in first)
     assert np.array_equal(first, again)
     if count * B >= length // T:  # enough windows to see both ends
         assert min(x.min() for x, _ in first) == 0
         assert max(y.max() for _, y in first) >= length - T
+
+
+def test_one_of_many_spread_batches_needs_none_of_the_others():
+    batches, count = Batches(np.arange(100), T, B, seed=0), 10**12
+    assert batches.spread(0, count)[0].min() == 0
+    assert batches.spread(count - 1, count)[1].max() >= 100 - T
 
 
 @pytest.mark.parametrize("length", [0, 1, T])

@@ -116,12 +116,12 @@ class Batches:
         positions = np.arange(self.batch_size) + number * self.batch_size
         return self._cut([self._start(int(p)) for p in positions])
 
-    def spread(self, count: int):
-        """`count` batches of windows spread evenly over the array, always the same."""
+    def spread(self, number: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """Batch `number` of `count` with windows spread evenly over the array, always the same."""
         last = (len(self.tokens) - 1) // self.block_size - 1
-        index = np.linspace(0, last, count * self.batch_size).round().astype(np.int64)
-        for rows in index.reshape(count, self.batch_size) * self.block_size:
-            yield self._cut(rows)
+        positions = np.arange(self.batch_size) + number * self.batch_size
+        index = (positions * (last / max(1, count * self.batch_size - 1))).round().astype(np.int64)
+        return self._cut(index * self.block_size)
 
     def _start(self, position: int) -> int:
         epoch, index = divmod(position, self.windows)

@@ -5,6 +5,7 @@ import signal
 import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -134,7 +135,7 @@ class Run:
 
     def _try_out(self) -> None:
         """Finds out what cannot be run before any file is touched."""
-        if np.isfinite(self.steps.evaluate(list(self.val_batches.spread(1)))):
+        if np.isfinite(self.steps.evaluate(partial(self.val_batches.spread, count=1), 1)):
             return
         for name, weight in self.model.state_dict().items():
             if not np.isfinite(weight.numpy()).all():
@@ -265,10 +266,10 @@ class Run:
     def _evaluate(self) -> tuple[float, float]:
         """Mean loss on windows spread over each split, in nats per token, of the weights' moving
         average where there is one."""
-        means = []
+        means, count = [], self.config.eval_iters
         with self._averaged():
             for batches in (self.batches, self.val_batches):
-                means.append(self.steps.evaluate(list(batches.spread(self.config.eval_iters))))
+                means.append(self.steps.evaluate(partial(batches.spread, count=count), count))
         self.report.evaluation(self.iter_num, *means, learning_rate(self.iter_num, self.config),
                                bits_per_byte(means[1], self.bytes_per_token),
                                self.config.ema)
@@ -435,6 +436,8 @@ class Run:
         device.check_memory(4 * config.batch_size * shape.block_size * width // config.devices,
                             "the activations of one layer",
                             "choose a smaller --batch_size or --block_size")
+        device.check_memory(8 * config.eval_iters, f"the losses of eval_iters={config.eval_iters} "
+                            "batches", "choose a smaller --eval_iters")
 
     def _check_vocabulary(self) -> None:
         tokenizer, size = self.data.tokenizer, self.model.config.vocab_size

@@ -83,12 +83,14 @@ class Steps:
         loss, norm = stats.tolist()
         return loss, norm
 
-    def evaluate(self, batches: list[tuple[np.ndarray, np.ndarray]]) -> float:
-        """The mean loss of micro-batches (B, T) of ids and targets, to which each rank computes
-        its share."""
-        losses = np.zeros(len(batches))
-        for n in self.ranks.share(range(len(batches))):
-            self._load(*batches[n], self.x, self.y)
+    def evaluate(self, batch, count: int) -> float:
+        """The mean loss of `count` micro-batches, of which each rank computes its share.
+
+        batch(n) gives micro-batch n, ids and targets (B, T) int32.
+        """
+        losses = np.zeros(count)
+        for n in self.ranks.share(range(count)):
+            self._load(*batch(n), self.x, self.y)
             losses[n] = self._evaluate(self.x, self.y).item()
         return float(np.mean(self.ranks.sum(losses)))
 
