@@ -20,6 +20,7 @@ from tinygpt.flags import Settings, parse_flags, read_settings
 from tinygpt.huggingface.pretrained import tokenizer_needed
 from tinygpt.model import lora
 from tinygpt.model.bigram import Bigram, BigramConfig
+from tinygpt.streams import print_error
 from tinygpt.training.batch_size import ADVICE, available_memory, largest_micro_batch
 from tinygpt.training.loggers import check_loggers
 from tinygpt.training.ranks import Ranks, world
@@ -128,7 +129,7 @@ def main(argv: list[str] | None = None) -> int:
         train(model, config, data)
     except Interrupted as stop:
         if ranks.first:
-            command.say(str(stop))
+            print_error(str(stop))
         return 128 + stop.signum
     except SystemExit as end:  # of the parser, which has said why
         ranks.abort(end.code)

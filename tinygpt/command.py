@@ -7,7 +7,8 @@ import threading
 import warnings
 
 from tinygpt import device
-from tinygpt.training.signals import insist_on_ctrl_c, silence
+from tinygpt.streams import print_error, silence
+from tinygpt.training.signals import insist_on_ctrl_c
 
 FAILURES = (KeyboardInterrupt, ValueError, MemoryError, OSError)
 
@@ -32,16 +33,8 @@ def tell(name: str, error: BaseException, remedy: str) -> int:
     """Says on stderr what has ended the command of that name; see `failure`. The exit status."""
     status, message = failure(error, remedy)
     if message:
-        say(f"{name}: {message}")
+        print_error(f"{name}: {message}")
     return status
-
-
-def say(line: str) -> None:
-    """Prints a line on stderr, which may be full: the exit status says the same."""
-    try:
-        print(line, file=sys.stderr, flush=True)
-    except OSError:
-        silence(sys.stderr)
 
 
 def failure(error: BaseException, remedy: str) -> tuple[int, str]:

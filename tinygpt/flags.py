@@ -14,9 +14,9 @@ from dataclasses import MISSING, Field, asdict, fields
 from pathlib import Path
 from typing import NoReturn
 
-from tinygpt.command import say
 from tinygpt.config import FINETUNE, check_value, did_you_mean, kind_of
 from tinygpt.hints import ALIASES, HINTS
+from tinygpt.streams import print_error
 
 TRUTHS = {"true": True, "false": False, "1": True, "0": False, "yes": True, "no": False,
           "on": True, "off": False}
@@ -89,7 +89,7 @@ class _Parser(argparse.ArgumentParser):
         self.usage = f"%(prog)s [--flag VALUE ...] {positional}".rstrip()
 
     def error(self, message: str) -> NoReturn:
-        say(f"{self.prog}: {message} (--help lists the flags)")
+        print_error(f"{self.prog}: {message} (--help lists the flags)")
         sys.exit(2)
 
     def words(self, argv: list[str]) -> list[str]:

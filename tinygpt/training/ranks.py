@@ -16,8 +16,8 @@ import numpy as np
 from tinygrad import Tensor
 
 from tinygpt import device
-from tinygpt.command import say
 from tinygpt.kernels.cpu.launch import cpu_count, cpus
+from tinygpt.streams import print_error
 
 BUCKET = 8 << 20  # elements, 32 MB: far above where the network's latency would be felt
 
@@ -104,7 +104,7 @@ class Ranks:
             time.sleep(1)  # process 0 may have met the same, and tells it once
             message = message and f"process {self.rank} of {self.size}: {message}"
         if message:
-            say(message)
+            print_error(message)
         if self._comm:
             self._comm.Abort(status)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from tinygpt.checkpoint import CheckpointError, write_atomically
-from tinygpt.training.signals import silence
+from tinygpt.streams import silence
 
 SPIKE = 1.5  # a loss this many times the running average is reported
 

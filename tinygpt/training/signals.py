@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM, answered between two steps; and output streams that were closed."""
+"""Ctrl-C and SIGTERM, answered between two steps."""
 
 import _thread
 import functools
@@ -50,11 +50,3 @@ def insist_on_ctrl_c() -> None:
             others(unraisable)
 
     sys.unraisablehook = hook
-
-
-def silence(stream) -> None:
-    """Lets what is written to a stream from now on, and what it still holds, go nowhere."""
-    with suppress(OSError):  # of a stream that is no file
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, stream.fileno())
-        os.close(nowhere)
