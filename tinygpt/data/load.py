@@ -26,7 +26,7 @@ from tinygpt.data.download import download
 from tinygpt.data.token_files import Ids, Missing, TokenFolder, chunks, digest
 from tinygpt.data.tokenizer import Tokenizer, fingerprint, load_tokenizer, make_tokenizer
 
-DATA_DIR = Path(__file__).parent.parent / "data"
+DATA_DIR = Path(__file__).parents[2] / "data"
 SHIPPED = DATA_DIR / "lantern_and_tide.txt"
 LARGE = 256 << 20  # bytes of text above which tokens are made in shards
 SHAKESPEARE_URL = ("https://raw.githubusercontent.com/karpathy/char-rnn/master/data/"
