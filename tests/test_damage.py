@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from conftest import VERSES
 
+from tinygpt.data import DataError, token_files
 from tinygpt.data import load as module
-from tinygpt.data import token_files
-from tinygpt.data.load import DataError, load_data, read_tokens
+from tinygpt.data.load import load_data, read_tokens
 from tinygpt.data.tokenizer import BPETokenizer, ByteTokenizer, fingerprint, load_tokenizer
 from tinygpt.huggingface import tokenizer_json
 

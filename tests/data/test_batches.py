@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from tinygpt.data.load import Batches, DataError
+from tinygpt.data import DataError
+from tinygpt.data.load import Batches
 
 T, B = 8, 3
 

@@ -11,8 +11,7 @@ import pytest
 import generate
 from gpt import GPT, GPTConfig
 from tinygpt import device
-from tinygpt.data import download
-from tinygpt.data.documents import DataError
+from tinygpt.data import DataError, download
 from tinygpt.data.download import TRIES, fetch
 from tinygpt.data.tokenizer import BPETokenizer
 from tinygpt.huggingface import pretrained

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from gpt import GPT, GPTConfig, TrainConfig
+from tinygpt.data import DataError, token_files
 from tinygpt.data import load as module
-from tinygpt.data import token_files
-from tinygpt.data.load import DataError, TokenData, load_data
+from tinygpt.data.load import TokenData, load_data
 from tinygpt.data.tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer
 from train import train
 

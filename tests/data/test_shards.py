@@ -6,9 +6,9 @@ import json
 import numpy as np
 import pytest
 
-from tinygpt.data import documents, shards
+from tinygpt.data import DataError, documents, shards
 from tinygpt.data import load as module
-from tinygpt.data.load import DataError, load_data
+from tinygpt.data.load import load_data
 from tinygpt.data.tokenizer import load_tokenizer
 
 TEXT = ("ROMEO:\n\nThe harbour sleeps,  and\n I that know\n\n\nher dreams.\r\nna\u00efve\n\u4f60 "

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from tinygpt.data import documents, token_files
+from tinygpt.data import DataError, documents, token_files
 from tinygpt.data import load as module
-from tinygpt.data.load import Batches, DataError, TokenData, load_data, read_tokens
+from tinygpt.data.load import Batches, TokenData, load_data, read_tokens
 from tinygpt.data.token_files import TokenFile
 from tinygpt.data.tokenizer import ByteTokenizer, CharTokenizer
 

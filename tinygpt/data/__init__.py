@@ -1,1 +1,5 @@
-"""Text or token files to memory-mapped tokens in a resumable order; tokenizers; downloads."""
+"""Text or token files -> tokens in a resumable order; tokenizers; downloads."""
+
+
+class DataError(ValueError):
+    """Data that is missing, unreadable, or does not fit what is asked of it."""

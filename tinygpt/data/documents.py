@@ -9,6 +9,7 @@ from typing import BinaryIO
 
 import xxhash
 
+from tinygpt.data import DataError
 from tinygpt.data.tokenizer import Tokenizer
 
 UTF8_BOM = b"\xef\xbb\xbf"
@@ -20,10 +21,6 @@ SPECIAL = ((stat.S_ISDIR, "a folder"), (stat.S_ISFIFO, "a pipe"), (stat.S_ISSOCK
 
 BLOCK = 1 << 22  # bytes that are read in one go of what may not fit in memory
 RECENT = 2.0  # seconds within which two changes of a file may have the same time
-
-
-class DataError(ValueError):
-    """Data that is missing, unreadable, or does not fit what is asked of it."""
 
 
 def end_of_text(tokenizer: Tokenizer) -> int | None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import requests
 from tqdm import tqdm
 
-from tinygpt.data.documents import DataError
+from tinygpt.data import DataError
 
 TRIES, PAUSE, TIMEOUT = 4, 0.5, (5, 20)  # in a row, seconds between, of silence
 

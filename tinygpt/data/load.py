@@ -12,9 +12,8 @@ from pathlib import Path
 import numpy as np
 
 from tinygpt import device
-from tinygpt.data import shards, token_files
+from tinygpt.data import DataError, shards, token_files
 from tinygpt.data.documents import (
-    DataError,
     TextFiles,
     are_documents,
     end_of_text,

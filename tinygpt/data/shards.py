@@ -21,8 +21,8 @@ import numpy as np
 import xxhash
 from tqdm import tqdm
 
+from tinygpt.data import DataError
 from tinygpt.data.documents import (
-    DataError,
     are_documents,
     check_encoding,
     decode,

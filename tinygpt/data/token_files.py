@@ -21,7 +21,8 @@ from typing import BinaryIO
 import numpy as np
 import xxhash
 
-from tinygpt.data.documents import DataError, checksum, open_file, reason
+from tinygpt.data import DataError
+from tinygpt.data.documents import checksum, open_file, reason
 from tinygpt.data.tokenizer import load_tokenizer
 
 IN_MEMORY = 256 << 20  # bytes up to which a file of ids is read as a whole

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from tinygpt import checkpoint, device
-from tinygpt.data.documents import DataError
+from tinygpt.data import DataError
 from tinygpt.data.download import fetch
 from tinygpt.data.tokenizer import BPETokenizer, Tokenizer
 from tinygpt.huggingface import tokenizer_json
