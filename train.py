@@ -71,7 +71,7 @@ def train(model: GPT, train_config: TrainConfig, train_data, tokenizer=None) -> 
         try:
             run = Run(model, train_config, train_data, ranks)
         except ValueError:
-            train_data.forget()
+            train_data.delete_new_cache()
             raise
         try:
             return run.evaluate_only() if train_config.eval_only else run.train()
@@ -198,7 +198,7 @@ def _model_and_data(flags: Settings):
                      config.text_field)
     size = data.tokenizer.vocab_size
     if "vocab_size" in flags.typed and config.tokenizer != "bpe" and size != shape.vocab_size:
-        data.forget()
+        data.delete_new_cache()
         raise ValueError(f"vocab_size={shape.vocab_size} is for --tokenizer bpe, "
                          f"{config.tokenizer} has {size} ids here: leave out --vocab_size")
     if config.model == "bigram":

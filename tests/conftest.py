@@ -35,6 +35,18 @@ def without_samples(monkeypatch):
 
 
 @pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """An empty folder for the tokens of texts."""
+    from tinygpt.data import documents, load
+
+    monkeypatch.setattr(load, "DATA_DIR", tmp_path)
+    monkeypatch.setattr(documents, "MTIME_RESOLUTION", 0)
+    folder = tmp_path / "cache"
+    folder.mkdir()
+    return folder
+
+
+@pytest.fixture
 def config(tmp_path):
     """Six steps of a tiny model, into a folder that is not there yet."""
     from gpt import TrainConfig  # once DEV is set

@@ -9,7 +9,6 @@ import pytest
 from conftest import VERSES
 
 from tinygpt.data import DataError, token_files
-from tinygpt.data import load as module
 from tinygpt.data.load import load_data, read_tokens
 from tinygpt.data.tokenizer import BPETokenizer, ByteTokenizer, fingerprint, load_tokenizer
 from tinygpt.huggingface import tokenizer_json
@@ -18,13 +17,7 @@ TRIES = 40  # of each kind; 1,000 were made once
 WRONG = (None, True, -1, 0, 0.5, 10**30, float("inf"), "", "x", "\ud800", [], [[]], {}, {"a": 1})
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    """A cache of the test's own."""
-    root = tmp_path / "cache"
-    root.mkdir()
-    monkeypatch.setattr(module, "_cache_root", lambda: root)
-    return root
+pytestmark = pytest.mark.usefixtures("cache")
 
 
 def damaged(raw: bytes, rng) -> bytes:

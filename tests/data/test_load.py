@@ -14,15 +14,7 @@ from tinygpt.data.load import TokenData, load_data
 from tinygpt.data.tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer
 from train import train
 
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    """A cache of the test's own."""
-    root = tmp_path / "cache"
-    root.mkdir()
-    monkeypatch.setattr(module, "_cache_root", lambda: root)
-    return root
-
+pytestmark = pytest.mark.usefixtures("cache")
 
 # ---- load_data
 
@@ -164,15 +156,15 @@ def test_more_than_65536_ids_are_kept_in_32_bits(text_file, monkeypatch):
 
 @pytest.fixture
 def readings(monkeypatch):
-    """Counts how often a text is tokenized."""
+    """Counts how often a text is tokenized, which begins with a new tokenizer."""
     seen = []
-    tokenize = module._from_text
+    make = module.make_tokenizer
 
     def counted(*args):
         seen.append(args)
-        return tokenize(*args)
+        return make(*args)
 
-    monkeypatch.setattr(module, "_from_text", counted)
+    monkeypatch.setattr(module, "make_tokenizer", counted)
     return seen
 
 
@@ -350,13 +342,13 @@ def test_another_text_field_is_another_text(tmp_path, readings):
 
 
 @pytest.mark.parametrize("line, says", [
-    ("{", "has no JSON (Expecting property name enclosed in double quotes) in line 3"),
+    ("{", "has invalid JSON (Expecting property name enclosed in double quotes) in line 3"),
     ("[1]", "has a list, not a JSON object with the field 'text', in line 3"),
     ('{"text": 5}', "has a number, not a string, in the field 'text' in line 3"),
     ('{"text": null}', "has null, not a string, in the field 'text' in line 3"),
     ("null", "has null, not a JSON object"), ("{}", "no field 'text', but an empty object in line"),
     ('{"a\\nb": 1}', r"no field 'text' (name one of 'a\nb' with --text_field) in line 3"),
-    ("[" * 100_000, "has no JSON"),
+    ("[" * 100_000, "has invalid JSON"),
     ('{"text": "\\ud83d"}', r"pair, '\ud83d', in the text of line 3"),
 ], ids=lambda value: value[:20])
 def test_a_line_that_has_no_text_is_named(tmp_path, line, says):

@@ -15,21 +15,14 @@ from tinygpt.data import load as module
 from tinygpt.data.tokenizer import BPETokenizer, up_to_end
 from train import train
 
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    """A cache of the test's own."""
-    root = tmp_path / "cache"
-    root.mkdir()
-    monkeypatch.setattr(module, "_cache_root", lambda: root)
-    return root
+pytestmark = pytest.mark.usefixtures("cache")
 
 
 def test_a_resumed_run_refuses_other_data_of_the_same_tokenizer(config, tmp_path, without_samples):
     one, two = (list(range(10, 10 + n)) * 9 for n in (60, 61))
     result = train(GPT(TINY), replace(config, max_iters=3), np.array(one))
     again = replace(config, max_iters=4, resume=True)
-    says = r"ids \(486 training.*is other data than an array of token ids \(494 training"
+    says = r"ids \(486 training.*is not the same data as an array of token ids \(494 training"
     with pytest.raises(ValueError, match=says) as caught:
         train(GPT(TINY), again, np.array(two))
     message = str(caught.value)

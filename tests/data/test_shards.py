@@ -6,8 +6,9 @@ import json
 import numpy as np
 import pytest
 
-from tinygpt.data import DataError, documents, shards
+from tinygpt.data import DataError, shards
 from tinygpt.data import load as module
+from tinygpt.data.documents import TextFiles
 from tinygpt.data.load import load_data
 from tinygpt.data.tokenizer import load_tokenizer
 
@@ -16,13 +17,10 @@ TEXT = ("ROMEO:\n\nThe harbour sleeps,  and\n I that know\n\n\nher dreams.\r\nna
 
 
 @pytest.fixture(autouse=True)
-def small(tmp_path, monkeypatch):
-    """A cache of the test's own, and sizes at which a little text is large."""
-    monkeypatch.setattr(module, "_cache_root", lambda: tmp_path)
+def small(cache, monkeypatch):
+    """A size at which a little text is large."""
     monkeypatch.setattr(module, "LARGE", 1000)
     monkeypatch.setattr(shards, "cpu_count", lambda: 1)
-    monkeypatch.setattr(documents, "RECENT", 0)
-    return tmp_path
 
 
 @pytest.fixture(params=["text", "texts", "jsonl"])
@@ -40,6 +38,11 @@ def source(request, tmp_path):
     else:
         (folder / "a.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
     return folder, texts
+
+
+def build(folder, place, kind, processes=None):
+    text = TextFiles(sorted(place.iterdir()), "text", 0)
+    return shards.build(folder, text, kind, 300, {}, processes)
 
 
 def expected(texts, tokenizer) -> list[int]:
@@ -71,8 +74,8 @@ def test_a_piece_ends_only_where_no_token_can_cross(source):
 
 def test_several_processes_make_the_same_and_a_stopped_build_goes_on(source, tmp_path, monkeypatch):
     place, _ = source
-    files, whole, stopped = sorted(place.iterdir()), tmp_path / "whole", tmp_path / "stopped"
-    shards.build(whole, files, "text", "bpe", 300, {}, processes=2)
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    build(whole, place, "bpe", processes=2)
     encode, done = shards.encode, []
 
     def stops(piece, path):
@@ -83,13 +86,13 @@ def test_several_processes_make_the_same_and_a_stopped_build_goes_on(source, tmp
 
     monkeypatch.setattr(shards, "encode", stops)
     with pytest.raises(KeyboardInterrupt):
-        shards.build(stopped, files, "text", "bpe", 300, {})
+        build(stopped, place, "bpe")
     before = {path: path.stat().st_mtime_ns for path in done}
     again = []
     monkeypatch.setattr(shards, "encode", lambda piece, path: (
         again.append(path), encode(piece, path))[1])
     monkeypatch.setattr(shards, "make_tokenizer", None)  # it is not learned again either
-    tokenizer, dtype = shards.build(stopped, files, "text", "bpe", 300, {})
+    tokenizer, dtype = build(stopped, place, "bpe")
     assert len(before) == 7 and not set(done) & set(again)
     for name in ("train.bin", "val.bin"):
         assert (stopped / name).read_bytes() == (whole / name).read_bytes()
@@ -103,7 +106,7 @@ def test_a_build_of_something_else_starts_anew(source, tmp_path, monkeypatch):
     folder.mkdir()
     (folder / "plan.json").write_text('{"made": {"kind": "byte"}, "pieces": []}')
     (folder / "shard_00000.bin").write_bytes(b"of another text")
-    shards.build(folder, sorted(place.iterdir()), "text", "byte", 0, {})
+    build(folder, place, "byte")
     assert not (folder / "train.bin").read_bytes().startswith(b"of")
 
 
@@ -114,12 +117,12 @@ def test_what_is_wrong_is_named_with_its_place(tmp_path):
         load_data(path, "byte", 0)
 
 
-def test_a_text_without_line_breaks_is_refused(tmp_path):
+def test_a_text_without_line_breaks_is_refused(tmp_path, cache):
     path = tmp_path / "one_line.txt"
     path.write_bytes(b"word " * 300)
     with pytest.raises(DataError, match=r"one_line\.txt has no line break"):
         load_data(path, "byte", 0)
-    assert [p.name for p in tmp_path.iterdir()] == ["one_line.txt"]
+    assert list(cache.iterdir()) == []
 
 
 def test_the_line_of_a_piece_is_that_of_the_file(tmp_path):
@@ -138,8 +141,8 @@ def test_utf16_is_named_before_it_is_cut(tmp_path):
 
 def test_what_is_damaged_in_a_stopped_build_is_made_again(source, tmp_path, monkeypatch, rng):
     place, _ = source
-    files, whole = sorted(place.iterdir()), tmp_path / "whole"
-    shards.build(whole, files, "text", "bpe", 300, {})
+    whole = tmp_path / "whole"
+    build(whole, place, "bpe")
     encode, done = shards.encode, []
 
     def stops(piece, path):
@@ -152,11 +155,11 @@ def test_what_is_damaged_in_a_stopped_build_is_made_again(source, tmp_path, monk
         done.clear()
         monkeypatch.setattr(shards, "encode", stops)
         with pytest.raises(KeyboardInterrupt):
-            shards.build(tmp_path / "part", files, "text", "bpe", 300, {})
+            build(tmp_path / "part", place, "bpe")
         raw = bytearray((tmp_path / "part" / damaged).read_bytes())
         raw[rng.integers(len(raw))] ^= 1 << rng.integers(8)
         (tmp_path / "part" / damaged).write_bytes(raw)
         monkeypatch.setattr(shards, "encode", encode)
-        shards.build(tmp_path / "part", files, "text", "bpe", 300, {})
+        build(tmp_path / "part", place, "bpe")
         for name in ("train.bin", "val.bin"):
             assert (tmp_path / "part" / name).read_bytes() == (whole / name).read_bytes()

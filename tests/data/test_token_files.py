@@ -11,21 +11,14 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
+from tinygpt import device
 from tinygpt.data import DataError, documents, token_files
 from tinygpt.data import load as module
 from tinygpt.data.load import Batches, TokenData, load_data, read_tokens
 from tinygpt.data.token_files import TokenFile
 from tinygpt.data.tokenizer import ByteTokenizer, CharTokenizer
 
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    """A cache of the test's own."""
-    root = tmp_path / "cache"
-    root.mkdir()
-    monkeypatch.setattr(module, "_cache_root", lambda: root)
-    monkeypatch.setattr(documents, "RECENT", 0)
-    return root
+pytestmark = pytest.mark.usefixtures("cache")
 
 
 @pytest.fixture(params=["small", "large"])
@@ -56,9 +49,8 @@ def test_the_same_content_with_another_time_is_not_tokenized_again(tmp_path, siz
     path.write_text("The harbour\nsleeps.\n")
     first = load_data(path, "byte", 0)
     os.utime(path, ns=(10**18, 10**18))
-    for name in ("_make", "_make_in_shards"):
-        monkeypatch.setattr(module, name, None)
-    assert load_data(path, "byte", 0).fingerprint == first.fingerprint
+    data = load_data(path, "byte", 0)
+    assert data.fingerprint == first.fingerprint and data.new_cache is None
 
 
 def test_a_large_file_that_was_not_touched_is_not_read_again(tmp_path, monkeypatch):
@@ -104,9 +96,9 @@ def test_caches_from_before_there_were_checksums_are_read(tmp_path, cache, monke
     old = {k: v for k, v in meta.items() if k in token_files.OLD_KEYS}
     old["files"] = [[str(path.resolve()), stat.st_size, stat.st_mtime_ns]]
     (folder / "meta.json").write_text(json.dumps(old))
-    monkeypatch.setattr(module, "_make", None)
     for source in (path, folder):
-        assert load_data(source, "char", 0).fingerprint == new.fingerprint
+        data = load_data(source, "char", 0)
+        assert data.fingerprint == new.fingerprint and data.new_cache is None
 
 
 # ---- damage
@@ -162,7 +154,7 @@ def test_a_file_that_is_truncated_under_a_run_is_no_signal(tmp_path, monkeypatch
     before = batches.batch(0)
     os.truncate(path, 0)
     if limit == 100:
-        with pytest.raises(DataError, match=r"val\.bin has become shorter"):
+        with pytest.raises(DataError, match=r"val\.bin became shorter"):
             batches.batch(0)
     else:
         assert np.array_equal(batches.batch(0), before)
@@ -216,7 +208,8 @@ def test_without_a_cache_the_tokens_are_used_all_the_same(tmp_path, monkeypatch,
     path = tmp_path / "some.txt"
     path.write_text("The harbour\nsleeps.\n")
     if how == "no folder":  # a file is in its place: even root cannot write there
-        monkeypatch.setattr(module, "_cache_root", lambda: path / "cache")
+        monkeypatch.setattr(module, "DATA_DIR", path)
+        monkeypatch.setattr(device, "cache_dir", lambda: path / "cache")
     else:
         def full(self, target):
             raise OSError(28, "No space left on device")
@@ -224,7 +217,7 @@ def test_without_a_cache_the_tokens_are_used_all_the_same(tmp_path, monkeypatch,
         monkeypatch.setattr("pathlib.Path.rename", full)
     assert text_of(load_data(path, "byte", 0)) == "The harbour\nsleeps.\n"
     message = capsys.readouterr().err
-    assert message.count("\n") == 1 and "cannot be kept in" in message and "[Errno" not in message
+    assert message.count("\n") == 1 and "cannot be cached in" in message and "[Errno" not in message
     assert {p.name for p in tmp_path.rglob("*")} == {"some.txt", "cache"}
 
 
@@ -240,7 +233,7 @@ def test_a_disk_that_is_full_before_a_file_is_whole_leaves_no_half_of_it(tmp_pat
         made = load_data(path, "byte", 0)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert "cannot be kept in" in capsys.readouterr().err and not list(cache.glob("some*"))
+    assert "cannot be cached in" in capsys.readouterr().err and not list(cache.glob("some*"))
     assert text_of(made) == text_of(load_data(path, "byte", 0)) == path.read_text()
 
 
@@ -271,7 +264,7 @@ import sys, time
 from pathlib import Path
 from tinygpt.data import load as data
 root, number, rounds = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
-data._cache_root = lambda: root / "cache"
+data.DATA_DIR = root
 if sys.argv[4] == "large":
     data.LARGE = 10
     data.shards.cpu_count = lambda: 1

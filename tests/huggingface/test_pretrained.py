@@ -414,7 +414,7 @@ def test_a_tokenizer_json_of_another_kind_is_not_taken_for_ours(tmp_path, text, 
 
 def test_a_gpt2_with_a_tokenizer_json_that_cannot_be_read_does_not_get_gpt2s(tmp_path, gpt2_files):
     model = GPT(GPTConfig(**OWN | dict(vocab_size=50257, n_embd=2)), seed=None)
-    model.tokenizer = BPETokenizer.of([bytes([b]) for b in range(256)])
+    model.tokenizer = BPETokenizer.from_tokens([bytes([b]) for b in range(256)])
     model.save_pretrained(tmp_path / "x")
     path = tmp_path / "x" / "tokenizer.json"
     for text in ("{", "[" * 9999, '{"version": "1.0"}'):
@@ -435,7 +435,7 @@ def test_a_tokenizer_of_more_ids_than_the_model_is_not_taken(tmp_path):
 
 def test_tokens_that_no_merge_makes_are_not_exported(tmp_path):
     model = GPT(GPTConfig(**OWN | dict(vocab_size=300)))
-    model.tokenizer = BPETokenizer.of([bytes([b]) for b in range(256)] + [b"abc"])
+    model.tokenizer = BPETokenizer.from_tokens([bytes([b]) for b in range(256)] + [b"abc"])
     with pytest.raises(ValueError, match="abc"):
         model.save_pretrained(tmp_path / "x")
     assert list(tmp_path.iterdir()) == []

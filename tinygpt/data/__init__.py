@@ -2,4 +2,4 @@
 
 
 class DataError(ValueError):
-    """Data that is missing, unreadable, or does not fit what is asked of it."""
+    """Data that is missing, unreadable, or does not match what was requested."""

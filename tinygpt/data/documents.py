@@ -1,4 +1,4 @@
-"""Text files -> the documents in them."""
+"""Reads text files and splits them into documents."""
 
 import json
 import os
@@ -10,43 +10,42 @@ from typing import BinaryIO
 import xxhash
 
 from tinygpt.data import DataError
-from tinygpt.data.tokenizer import Tokenizer
 
 UTF8_BOM = b"\xef\xbb\xbf"
-# The marks that other encodings begin with; UTF-32's first, which begins as UTF-16's does.
+# Byte order marks of other encodings; UTF-32 comes first because its mark begins with UTF-16's.
 OTHER_BOMS = {b"\xff\xfe\0\0": "UTF-32", b"\0\0\xfe\xff": "UTF-32",
               b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
-SPECIAL = ((stat.S_ISDIR, "a folder"), (stat.S_ISFIFO, "a pipe"), (stat.S_ISSOCK, "a socket"),
-           (stat.S_ISCHR, "a device"), (stat.S_ISBLK, "a device"))
+SPECIAL_KINDS = ((stat.S_ISDIR, "a folder"), (stat.S_ISFIFO, "a pipe"), (stat.S_ISSOCK, "a socket"),
+                 (stat.S_ISCHR, "a device"), (stat.S_ISBLK, "a device"))
 
-BLOCK = 1 << 22  # bytes that are read in one go of what may not fit in memory
-RECENT = 2.0  # seconds within which two changes of a file may have the same time
-
-
-def end_of_text(tokenizer: Tokenizer) -> int | None:
-    """The id that ends a document, where the tokenizer has one."""
-    return getattr(tokenizer, "end_of_text", None)
+BLOCK = 1 << 22  # bytes per read of a file that may not fit in memory
+MTIME_RESOLUTION = 2.0  # seconds within which two changes may leave the same modification time
 
 
 def open_file(path: Path, folder: int | None = None) -> BinaryIO:
-    """Opens a regular file for reading; with a folder's descriptor the file of that name in it.
+    """Opens a regular file for reading; with a folder's descriptor, the file of that name in it.
 
-    Raises DataError for a pipe, a device or a folder, at once where reading would wait or never
-    end, and where the file cannot be opened; FileNotFoundError where there is none.
+    Raises DataError if the file cannot be opened or is a pipe, a device or a folder (without
+    waiting for data), FileNotFoundError if it does not exist.
     """
     try:
-        where = path if folder is None else path.name
-        descriptor = os.open(where, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=folder)
+        target = path if folder is None else path.name
+        descriptor = os.open(target, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=folder)
     except FileNotFoundError:
         raise
     except (OSError, ValueError) as error:
-        raise DataError(f"{path} cannot be read ({what_is_special(path) or reason(error)}): name a "
-                        "file that can") from error
-    if (what := _what(os.fstat(descriptor).st_mode)) is not None:
+        raise unreadable(path, error) from error
+    if (kind := _special_kind(os.fstat(descriptor).st_mode)) is not None:
         os.close(descriptor)
-        remedy = "name a file in it" if what == "a folder" else "write its content to a file first"
-        raise DataError(f"{path} is {what}, not a file: {remedy}")
+        remedy = "name a file in it" if kind == "a folder" else "write its content to a file first"
+        raise DataError(f"{path} is {kind}, not a file: {remedy}")
     return open(descriptor, "rb")
+
+
+def unreadable(path: Path, error: Exception) -> DataError:
+    """The error to raise where a file cannot be read."""
+    return DataError(f"{path} cannot be read ({special_kind(path) or reason(error)}): choose a "
+                     "readable file")
 
 
 def check_readable(path: Path) -> None:
@@ -54,23 +53,23 @@ def check_readable(path: Path) -> None:
     try:
         open_file(path).close()
     except OSError as error:
-        raise DataError(f"{path} cannot be read ({reason(error)}): name a file that can") from error
+        raise unreadable(path, error) from error
 
 
-def what_is_special(path: Path) -> str | None:
-    """What stands at path where that is no regular file, in words; None also where nothing does."""
+def special_kind(path: Path) -> str | None:
+    """What path is if it exists and is not a regular file: "a folder", "a pipe", ..."""
     try:
-        return _what(os.stat(path).st_mode)
+        return _special_kind(os.stat(path).st_mode)
     except (OSError, ValueError):
         return None
 
 
-def _what(mode: int) -> str | None:
-    return next((what for is_one, what in SPECIAL if is_one(mode)), None)
+def _special_kind(mode: int) -> str | None:
+    return next((kind for is_kind, kind in SPECIAL_KINDS if is_kind(mode)), None)
 
 
 def reason(error: Exception) -> str:
-    """What the operating system says of an error, without its number."""
+    """The message of an error; of an OSError without its number."""
     return getattr(error, "strerror", None) or str(error) or type(error).__name__
 
 
@@ -80,29 +79,29 @@ def read_bytes(path: Path) -> bytes:
         with open_file(path) as file:
             return file.read()
     except OSError as error:
-        raise DataError(f"{path} cannot be read ({reason(error)}): name a file that can") from error
+        raise unreadable(path, error) from error
 
 
 def checksum(file: BinaryIO) -> str:
-    """A hash (xxh3, 64 bits, in hexadecimal digits) of a file from its beginning."""
-    found, start = xxhash.xxh3_64(), 0
-    while block := os.pread(file.fileno(), BLOCK, start):
-        found.update(block)
-        start += len(block)
-    return found.hexdigest()
+    """The XXH3 hash (64 bits, hexadecimal) of a whole file."""
+    digest, offset = xxhash.xxh3_64(), 0
+    while block := os.pread(file.fileno(), BLOCK, offset):
+        digest.update(block)
+        offset += len(block)
+    return digest.hexdigest()
 
 
-def _checksum_of(path: Path) -> str:
+def _file_checksum(path: Path) -> str:
     """The checksum of a regular file. Raises DataError."""
     try:
         with open_file(path) as file:
             return checksum(file)
     except OSError as error:
-        raise DataError(f"{path} cannot be read ({reason(error)}): name a file that can") from error
+        raise unreadable(path, error) from error
 
 
 def read_text(path: Path) -> str:
-    """A UTF-8 file, without a byte order mark. Raises DataError that names what is wrong."""
+    """The text of a UTF-8 file, without a byte order mark. Raises DataError."""
     return decode(path, read_bytes(path))
 
 
@@ -112,8 +111,8 @@ def read_documents(files: list[Path], text_field: str) -> list[str]:
 
 
 def documents_in(path: Path, raw: bytes, text_field: str) -> list[str]:
-    """The documents in the content of a file: each line of a .jsonl, else all of it. Raises
-    DataError that names what is wrong."""
+    """The documents in the content of a file: one per line of a .jsonl, else the whole text.
+    Raises DataError."""
     text = decode(path, raw)
     return parse_jsonl(path, text, text_field) if is_jsonl(path) else [text]
 
@@ -124,14 +123,14 @@ def is_jsonl(path: Path) -> bool:
 
 
 def are_documents(files: list[Path]) -> bool:
-    """Whether files are more than one text."""
+    """Whether files hold separate documents instead of one text."""
     return len(files) > 1 or is_jsonl(files[0])
 
 
 def parse_jsonl(path: Path, text: str, text_field: str, offset: int = 0) -> list[str]:
-    """The texts of a file with a JSON object in each line, but for empty ones; text is what the
-    file holds from byte offset on."""
-    found = []
+    """The non-empty texts of a file with a JSON object in each line; `text` is its content from
+    byte offset on."""
+    documents = []
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
@@ -146,55 +145,56 @@ def parse_jsonl(path: Path, text: str, text_field: str, offset: int = 0) -> list
             number += _lines_before(path, offset)
             raise DataError(f"{path} has {error} in line {number}") from error
         if document:
-            found.append(document)
-    return found
+            documents.append(document)
+    return documents
 
 
 def _document(line: str, text_field: str) -> str:
-    """The text in a line of JSON. Raises ValueError that says what the line has instead."""
+    """The text in a line of JSON. Raises ValueError with what the line has instead."""
     try:
         value = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"no JSON ({getattr(error, 'msg', error)})") from error
+        raise ValueError(f"invalid JSON ({getattr(error, 'msg', error)})") from error
     if not isinstance(value, dict):
-        raise ValueError(f"{_kind(value)}, not a JSON object with the field {text_field!a},")
+        raise ValueError(f"{_json_type(value)}, not a JSON object with the field {text_field!a},")
     if text_field not in value:
         names = ", ".join(map(ascii, value))
         raise ValueError(f"no field {text_field!a} (name one of {names[:200]} with --text_field)"
                          if value else f"no field {text_field!a}, but an empty object")
     if not isinstance(value[text_field], str):
-        raise ValueError(f"{_kind(value[text_field])}, not a string, in the field {text_field!a}")
+        kind = _json_type(value[text_field])
+        raise ValueError(f"{kind}, not a string, in the field {text_field!a}")
     return value[text_field]
 
 
-def _kind(value) -> str:
-    """A JSON value in words."""
+def _json_type(value) -> str:
+    """The type of a JSON value in words; null, true and false as they are."""
     if value is None or isinstance(value, bool):
         return json.dumps(value)
     return {dict: "an object", list: "a list", str: "a string"}.get(type(value), "a number")
 
 
 def _lines_before(path: Path, offset: int) -> int:
-    """How many lines of a file end before byte offset."""
+    """The number of lines that end before byte offset."""
     if not offset:
         return 0
     with open_file(path) as file:
-        count, left = 0, offset
-        while left > 0 and (block := file.read(min(left, BLOCK))):
-            count, left = count + block.count(b"\n"), left - len(block)
+        count, remaining = 0, offset
+        while remaining > 0 and (block := file.read(min(remaining, BLOCK))):
+            count, remaining = count + block.count(b"\n"), remaining - len(block)
     return count
 
 
 def decode(path: Path, raw: bytes, offset: int = 0) -> str:
-    """The text that bytes of a file, from offset on, are; a byte order mark of UTF-8 is dropped.
-    Raises DataError where they are no UTF-8."""
+    """Decodes the bytes of a file from offset on, without a UTF-8 byte order mark. Raises
+    DataError if they are not UTF-8."""
     if offset == 0:
         check_encoding(path, raw)
         if raw.startswith(UTF8_BOM):
             raw, offset = raw[len(UTF8_BOM):], len(UTF8_BOM)
     if b"\0" in raw:
         raise DataError(f"{path} is binary, not text: it has a zero byte at "
-                        f"{offset + raw.index(0)}")
+                        f"{offset + raw.index(0)}: choose a text file")
     try:
         return raw.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -203,10 +203,10 @@ def decode(path: Path, raw: bytes, offset: int = 0) -> str:
 
 
 def check_encoding(path: Path, head: bytes) -> None:
-    """Raises DataError where the first bytes of a file are of UTF-16 or UTF-32."""
+    """Raises DataError if the first bytes of a file are UTF-16 or UTF-32."""
     name = next((name for mark, name in OTHER_BOMS.items() if head.startswith(mark)), None)
     if name is None and len(head := head[:4096]) >= 8:
-        # most of what is written in Latin letters has a zero in every second byte
+        # without a mark: Latin letters in UTF-16 have a zero in every second byte
         zeros = [head[i::2].count(0) / len(head[i::2]) for i in (0, 1)]
         if max(zeros) > 0.7 and min(zeros) < 0.1:
             name = "UTF-16LE" if zeros[1] > zeros[0] else "UTF-16BE"
@@ -215,51 +215,52 @@ def check_encoding(path: Path, head: bytes) -> None:
 
 
 class TextFiles:
-    """Text files that are read as one text, and the hashes that tell their content apart.
+    """Text files that make one data set, identified by hashes of their content.
 
-    Files of more than `large` bytes together are never in memory as a whole. Raises DataError
-    where one cannot be read.
+    is_large: they have more than `large` bytes in all and must not be read as a whole. Raises
+    DataError if one cannot be read.
     """
 
     def __init__(self, files: list[Path], text_field: str, large: int):
         self.files, self.text_field = files, text_field
         self._paths = [str(path.resolve()) for path in files]
-        self._how = [["documents", text_field]] if are_documents(files) else []
+        self._options = [["documents", text_field]] if are_documents(files) else []
         self._stats = self._stat()
         self.is_large = sum(size for size, *_ in self._stats) > large
         if self.is_large:
             newest = max(changed for _, _, changed, _ in self._stats) / 1e9
-            time.sleep(min(RECENT, max(0.0, newest + RECENT - time.time())))
+            age = time.time() - newest
+            time.sleep(min(MTIME_RESOLUTION, max(0.0, MTIME_RESOLUTION - age)))
             self._stats = self._stat()
         self._hashes: list[str] | None = None
 
     def describe(self) -> dict:
-        """What makes the text, as JSON values: `files`, the path and the hash of each, and how
-        they are read; `stats`, what the operating system says of each."""
-        return {"files": [*map(list, zip(self._paths, self._hash({}), strict=True)), *self._how],
-                "stats": self._stats}
+        """Metadata as JSON values: `files`, the path and hash of each file and the options of
+        reading them; `stats`, the result of `os.stat` for each."""
+        files = [*map(list, zip(self._paths, self._hash({}), strict=True)), *self._options]
+        return {"files": files, "stats": self._stats}
 
-    def is_described_by(self, found: dict) -> bool:
-        """Whether what `describe` gave, once, is of this content. Of large files, one of the same
-        size, times and inode as then is not read again."""
-        if "stats" in found:
+    def matches(self, metadata: dict) -> bool:
+        """Whether metadata, as `describe` returned it earlier, has the same content. A large file
+        whose size, times and inode are unchanged is not read again."""
+        if "stats" in metadata:
             known = {path: (stats, digest) for (path, digest), stats in zip(
-                found["files"], found["stats"], strict=False)}
+                metadata["files"], metadata["stats"], strict=False)}
             self._hash(known if self.is_large else {})
-            return found["files"] == self.describe()["files"]
-        # of a cache from before there were hashes, which had the time of the last change instead
+            return metadata["files"] == self.describe()["files"]
+        # older caches have the size and the modification time instead of a hash
         old = [[path, *stats[:2]] for path, stats in zip(self._paths, self._stats, strict=True)]
-        return found["files"] == old + self._how
+        return metadata["files"] == old + self._options
 
     def check_unchanged(self) -> None:
-        """Raises DataError where a file was changed since it was hashed."""
+        """Raises DataError if a file was changed since it was hashed."""
         for path, before, now in zip(self.files, self._stats, self._stat(), strict=True):
             if before != now:
                 raise DataError(f"{path} was changed while it was read: start again")
 
     def documents(self) -> list[str]:
-        """The documents in files that are not large; from then on the hashes are those of what was
-        read here. Raises DataError."""
+        """The documents of files that are not large. Raises DataError. The hashes become those of
+        the content read here."""
         contents = [read_bytes(path) for path in self.files]
         self._hashes = [xxhash.xxh3_64_hexdigest(raw) for raw in contents]
         return [text for path, raw in zip(self.files, contents, strict=True)
@@ -270,13 +271,13 @@ class TextFiles:
             self._hashes = []
             for path, stats in zip(self._paths, self._stats, strict=True):
                 before, digest = known.get(path, (None, ""))
-                self._hashes.append(digest if before == stats else _checksum_of(Path(path)))
+                self._hashes.append(digest if before == stats else _file_checksum(Path(path)))
         return self._hashes
 
     def _stat(self) -> list[list[int]]:
-        """Size, times of the last change of content and of anything (ns), and inode of each."""
+        """Size, modification and status change times (ns) and inode of each file."""
         try:
-            found = [os.stat(path) for path in self.files]
+            stats = [os.stat(path) for path in self.files]
         except OSError as error:
-            raise DataError(f"{error.filename} cannot be read ({reason(error)})") from error
-        return [[s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino] for s in found]
+            raise unreadable(Path(error.filename), error) from error
+        return [[s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino] for s in stats]

@@ -1,8 +1,7 @@
-"""Text larger than memory -> token files, in shards, by several processes, resumable.
+"""Tokenizes text larger than memory, in several processes; an interrupted build is resumed.
 
-The text is cut into pieces, each is encoded into a shard of its own by whichever process is free,
-and the shards are put together at the end. What is there already when a stopped build is started
-again is not made again.
+The text is cut into pieces, a pool of processes encodes each piece into a shard, and the shards are
+concatenated at the end. A resumed build keeps the shards that are complete.
 """
 
 import os
@@ -23,29 +22,29 @@ from tqdm import tqdm
 
 from tinygpt.data import DataError
 from tinygpt.data.documents import (
+    TextFiles,
     are_documents,
     check_encoding,
     decode,
-    end_of_text,
     is_jsonl,
     open_file,
     parse_jsonl,
     read_bytes,
-    reason,
+    unreadable,
 )
-from tinygpt.data.token_files import parse_sealed, sealed
-from tinygpt.data.tokenizer import Tokenizer, load_tokenizer, make_tokenizer
+from tinygpt.data.token_files import dump_with_checksum, load_with_checksum
+from tinygpt.data.tokenizer import Tokenizer, end_of_text, load_tokenizer, make_tokenizer
 from tinygpt.kernels.cpu.launch import cpu_count
 
-PIECE = 32 << 20  # bytes of text in a shard, at most
-LEARN = 64 << 20  # bytes that the merges of bpe are learned from
-# A line break at which no tokenizer joins what is before it with what is behind it.
+PIECE = 32 << 20  # maximum bytes of text in a shard
+LEARN = 64 << 20  # bytes of text from which bpe learns its merges
+# A line break across which no tokenizer makes a token.
 SAFE = re.compile(rb"[!-~]\n(?=[!-~])")
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Bytes start..end of a file; ends: whether a document ends with them."""
+    """Bytes start..end of a file. ends: whether a document ends there."""
 
     path: str
     start: int
@@ -53,25 +52,26 @@ class Piece:
     ends: bool
 
 
-def build(folder: Path, files: list[Path], text_field: str, kind: str, vocab_size: int,
-          signature: dict, processes: int | None = None) -> tuple[Tokenizer, np.dtype]:
-    """Makes folder/train.bin and val.bin, the last tenth of the bytes, of text files.
+def build(folder: Path, text: TextFiles, kind: str, vocab_size: int, signature: dict,
+          processes: int | None = None) -> tuple[Tokenizer, np.dtype]:
+    """Writes folder/train.bin and folder/val.bin, which gets the last tenth of the text's bytes.
 
-    Every document ends with end-of-text, or where the tokenizer has none a line break; a single
-    plain file is no document and just its text. bpe learns from the first 64 MB. signature, JSON
-    values, says when a build that was stopped is still the same. Returns the tokenizer and the
-    type of the ids. Raises DataError; OSError where the disk does.
+    Every document ends with end-of-text, or a line break if the tokenizer has no such id; a single
+    plain file is not a document and gets neither. bpe learns from the first 64 MB. signature, JSON
+    values: an interrupted build is resumed if it is equal. Returns the tokenizer and the dtype of
+    the ids. Raises DataError, or OSError if the disk fails.
     """
+    files, text_field = text.files, text.text_field
     pieces = cut(files)
     if len(pieces) < 2:
-        raise DataError(f"{files[0]} has no line break at which validation text could be cut off: "
+        raise DataError(f"{files[0]} has no line break at which it can be split for validation: "
                         "break it into lines, or give several files")
     plan = {"pieces": list(map(asdict, pieces)), **signature}
     tokenizer = _prepare(folder, plan)
     if tokenizer is None:
-        print(f"{len(pieces)} shards: learning the tokenizer", file=sys.stderr)
+        print(f"{len(pieces)} shards: training the tokenizer", file=sys.stderr)
         tokenizer = _learn(kind, vocab_size, pieces, text_field)
-        _write(folder / "plan.json", sealed(plan | {"made": tokenizer.to_json()}))
+        _write(folder / "plan.json", dump_with_checksum(plan | {"made": tokenizer.to_json()}))
     dtype = np.dtype("<u2" if tokenizer.vocab_size <= 65536 else "<u4")
     separator = None
     if are_documents(files):
@@ -81,19 +81,19 @@ def build(folder: Path, files: list[Path], text_field: str, kind: str, vocab_siz
     _encode_all(jobs, (tokenizer.to_json(), dtype.str, separator, text_field), processes)
     train = len(pieces) - max(1, len(pieces) // 10)
     for name, part in (("train", jobs[:train]), ("val", jobs[train:])):
-        with open(folder / f"{name}.bin", "wb") as whole:
+        with open(folder / f"{name}.bin", "wb") as file:
             for _, path in part:
                 if (ids := _read_shard(path)) is None:
-                    raise DataError(f"{path} is damaged: start the same again, which makes it anew")
-                whole.write(ids)
+                    raise DataError(f"{path} is damaged: run again, which replaces it")
+                file.write(ids)
     for path in (*(path for _, path in jobs), folder / "plan.json"):
         path.unlink()
     return tokenizer, dtype
 
 
 def cut(files: list[Path]) -> list[Piece]:
-    """The files in pieces that can be encoded by themselves, a hundred or more where they are
-    large enough."""
+    """Cuts files into pieces that can be encoded independently, at least a hundred if the files
+    are large enough."""
     sizes = [path.stat().st_size for path in files]
     length = max(1, min(PIECE, sum(sizes) // 100))
     pieces = []
@@ -109,7 +109,7 @@ def cut(files: list[Path]) -> list[Piece]:
 
 
 def _safe_end(file, position: int, size: int, jsonl: bool) -> int:
-    """The first place from position on where the file can be cut, or its end."""
+    """The first offset from position on at which the file can be cut, or its end."""
     rest = b""
     while position < size:
         file.seek(position)
@@ -124,29 +124,29 @@ def _safe_end(file, position: int, size: int, jsonl: bool) -> int:
 
 
 def texts_of(piece: Piece, text_field: str) -> list[str]:
-    """The documents of a piece, or the part of one. Raises DataError."""
+    """The documents, or the part of one, in a piece. Raises DataError."""
     path = Path(piece.path)
     try:
         with open_file(path) as file:
             file.seek(piece.start)
             raw = file.read(piece.end - piece.start)
     except OSError as error:
-        raise DataError(f"{path} cannot be read ({reason(error)})") from error
+        raise unreadable(path, error) from error
     if len(raw) != piece.end - piece.start:
-        raise DataError(f"{path} has become shorter while it is read: start again")
+        raise DataError(f"{path} became shorter while it was read: start again")
     text = decode(path, raw, piece.start)
     return parse_jsonl(path, text, text_field, piece.start) if is_jsonl(path) else [text]
 
 
 def _prepare(folder: Path, plan: dict) -> Tokenizer | None:
-    """Makes folder ready for the plan; the tokenizer where it was begun already."""
+    """Returns the tokenizer of an interrupted build with this plan; otherwise empties folder."""
     try:
-        found = parse_sealed(read_bytes(folder / "plan.json"))
-        tokenizer = load_tokenizer(found.pop("made"))
-        if found == plan:
+        saved = load_with_checksum(read_bytes(folder / "plan.json"))
+        tokenizer = load_tokenizer(saved.pop("made"))
+        if saved == plan:
             return tokenizer
     except (ValueError, KeyError):
-        pass  # none, or half of one
+        pass  # missing or damaged
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     return None
@@ -167,46 +167,48 @@ def _learn(kind: str, vocab_size: int, pieces: list[Piece], text_field: str) -> 
     return make_tokenizer(kind, "\n".join(texts), vocab_size)
 
 
-def _encode_all(jobs: list[tuple[Piece, Path]], how: tuple, processes: int | None) -> None:
-    """Makes the shards that are missing, with a progress bar in bytes of text."""
+def _encode_all(jobs: list[tuple[Piece, Path]], settings: tuple, processes: int | None) -> None:
+    """Writes the missing shards, with a progress bar in bytes of text."""
     missing = [(piece, path) for piece, path in jobs if _read_shard(path) is None]
     sizes = {path: piece.end - piece.start for piece, path in jobs}
     with tqdm(total=sum(sizes.values()), unit="B", unit_scale=True, desc="encoding",
               initial=sum(sizes.values()) - sum(sizes[path] for _, path in missing),
               disable=not sys.stderr.isatty()) as bar:
-        for path in _encoded(missing, how, processes or cpu_count()):
+        for path in _encoded(missing, settings, processes or cpu_count()):
             bar.update(sizes[path])
 
 
-def _encoded(jobs: list[tuple[Piece, Path]], how: tuple, processes: int) -> Iterable[Path]:
-    """Encodes pieces and yields the path of each as it is done."""
+def _encoded(jobs: list[tuple[Piece, Path]], settings: tuple, processes: int) -> Iterable[Path]:
+    """Encodes pieces and yields the path of each finished shard."""
     if processes == 1 or len(jobs) < 2:
-        _start(*how)
+        _init_worker(*settings)
         yield from (encode(*job) for job in jobs)
         return
-    pool = ProcessPoolExecutor(min(processes, len(jobs)), get_context("spawn"), _start, how)
+    pool = ProcessPoolExecutor(min(processes, len(jobs)), get_context("spawn"), _init_worker,
+                               settings)
     try:
         for done in as_completed([pool.submit(encode, *job) for job in jobs]):
             yield done.result()
     except BrokenProcessPool as error:
-        raise DataError("the processes that encode the text ended: in a script, keep what it does "
-                        "under if __name__ == '__main__'; else there may be too little memory"
+        raise DataError("a process that encodes the text was stopped: in a script, put the code "
+                        "under if __name__ == '__main__'; otherwise memory may be too small"
                         ) from error
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def _start(tokenizer: dict, dtype: str, separator: list[int] | None, text_field: str) -> None:
-    """What every process keeps."""
-    global _how
-    _how = load_tokenizer(tokenizer), np.dtype(dtype), separator, text_field
+def _init_worker(tokenizer: dict, dtype: str, separator: list[int] | None, text_field: str
+                 ) -> None:
+    """Sets what `encode` uses in this process."""
+    global _settings
+    _settings = load_tokenizer(tokenizer), np.dtype(dtype), separator, text_field
     if parent_process() is not None:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's to handle
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process handles Ctrl-C
 
 
 def encode(piece: Piece, path: Path) -> Path:
-    """Writes the shard of a piece, whole or not at all, and returns its path."""
-    tokenizer, dtype, separator, text_field = _how
+    """Writes the shard of a piece atomically and returns its path."""
+    tokenizer, dtype, separator, text_field = _settings
     ids: list[int] = []
     for text in texts_of(piece, text_field):
         ids += tokenizer.encode(text)
@@ -217,8 +219,8 @@ def encode(piece: Piece, path: Path) -> Path:
 
 
 def _read_shard(path: Path) -> memoryview | None:
-    """The bytes of the ids in a shard, before the checksum that it ends with; None where it is
-    damaged or not there."""
+    """The bytes of the ids in a shard, without the checksum at its end; None if it is damaged or
+    missing."""
     try:
         raw = memoryview(read_bytes(path))
     except DataError:

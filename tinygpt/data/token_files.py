@@ -1,8 +1,8 @@
-"""Token ids in files: train.bin and val.bin, and the meta.json that describes them.
+"""Token files: train.bin and val.bin, and meta.json with their metadata.
 
-What is read in one go is of one build, whatever happens to the folder meanwhile, and is checked
-against the checksums in meta.json, where it has them. nanoGPT's files, which come without one, are
-read too.
+The files of a folder are opened together, so that they belong to one build even if the folder is
+replaced meanwhile, and are verified with the checksums in meta.json. nanoGPT's files, which have no
+meta.json, are read too.
 """
 
 import errno
@@ -25,22 +25,22 @@ from tinygpt.data import DataError
 from tinygpt.data.documents import checksum, open_file, reason
 from tinygpt.data.tokenizer import load_tokenizer
 
-IN_MEMORY = 256 << 20  # bytes up to which a file of ids is read as a whole
-BLOCK = 1 << 22  # ids that are looked at in one go of what may not fit in memory
-KEYS = {"made_with", "files", "dtype", "tokenizer"}  # that every meta.json has
-OLD_KEYS = KEYS | {"train_bytes", "val_bytes"}  # and all that it had before there were checksums
-LARGEST_VOCABULARY = 5 << 16  # that files without a meta.json are expected to be of
+IN_MEMORY = 256 << 20  # maximum size in bytes of a token file that is read as a whole
+BLOCK = 1 << 22  # ids per chunk of an array that may not fit in memory
+KEYS = {"made_with", "files", "dtype", "tokenizer"}  # in every meta.json
+OLD_KEYS = KEYS | {"train_bytes", "val_bytes"}  # the keys before checksums were added
+LARGEST_VOCABULARY = 5 << 16  # assumed for files without a meta.json
 
 
-class Missing(DataError):
-    """A file, or a folder, that is not there."""
+class MissingFile(DataError):
+    """A file or folder that does not exist."""
 
 
 class TokenFile:
-    """The ids (n,) in a file too large to be read as a whole: len, dtype, and windows as slices.
+    """The ids (n,) in a file that is too large to be read as a whole: len, dtype, and slices.
 
-    No memory map, because a file that is truncated under one ends the process by a signal; here
-    reading raises DataError then.
+    Not a memory map: if a mapped file is truncated, a signal ends the process. Here reading raises
+    DataError.
     """
 
     def __init__(self, file: BinaryIO, path: Path, dtype: np.dtype):
@@ -52,19 +52,20 @@ class TokenFile:
         return self._length
 
     def __getitem__(self, index):
-        """The id at index, or the ids of a slice whose step is 1."""
+        """The id at index, or the ids of a slice of step 1."""
         if not isinstance(index, slice):
-            at = range(self._length)[index]
-            return self[at:at + 1][0]
+            position = range(self._length)[index]
+            return self[position:position + 1][0]
         start, stop, step = index.indices(self._length)
-        assert step == 1, "only what is contiguous in the file can be read"
+        assert step == 1, "only contiguous ids can be read"
         size = max(0, stop - start) * self.dtype.itemsize
         try:
             raw = os.pread(self._file.fileno(), size, start * self.dtype.itemsize)
         except OSError as error:
-            raise DataError(f"{self.path} cannot be read any more ({reason(error)})") from error
+            raise DataError(f"{self.path} can no longer be read ({reason(error)}): start again"
+                            ) from error
         if len(raw) != size:
-            raise DataError(f"{self.path} has become shorter while it is read: make it again")
+            raise DataError(f"{self.path} became shorter while it was read: create it again")
         return np.frombuffer(raw, self.dtype)
 
 
@@ -72,44 +73,44 @@ Ids = np.ndarray | TokenFile
 
 
 def chunks(ids: Ids) -> Iterator[np.ndarray]:
-    """The ids piece by piece, so that what is larger than memory is never in it as a whole."""
+    """Yields ids in chunks, for files that are larger than memory."""
     return (ids[i:i + BLOCK] for i in range(0, len(ids), BLOCK))
 
 
 def digest(ids: Ids) -> str:
-    """A hash of ids that does not depend on their type: of the bytes of a file of theirs, in
-    uint16, or in uint32 where one is above 65535."""
+    """A hash of ids that does not depend on their dtype: that of their bytes as uint16, or as
+    uint32 if an id is above 65535."""
     ids16 = ids.dtype.itemsize <= 2 or all(part.max() < 1 << 16 for part in chunks(ids))
-    found = xxhash.xxh3_64()
+    total = xxhash.xxh3_64()
     for part in chunks(ids):
-        found.update(np.ascontiguousarray(part, dtype="<u2" if ids16 else "<u4"))
-    return found.hexdigest()
+        total.update(np.ascontiguousarray(part, dtype="<u2" if ids16 else "<u4"))
+    return total.hexdigest()
 
 
 class TokenFolder:
-    """The files of ids in a folder and its meta.json, opened together.
+    """The token files in a folder and its meta.json, opened together; a context manager.
 
-    meta is {} where there is no meta.json. names are those of the files without .bin. Raises
-    Missing where one is not there, DataError where meta.json is damaged. Close it after use, as a
-    context manager does. remedy is what a message says of damage.
+    names: the files, without .bin. remedy: advice for messages about damage. meta: the content of
+    meta.json, {} if there is none. Raises MissingFile if a file does not exist, DataError if
+    meta.json is damaged.
     """
 
     def __init__(self, folder: Path, names: tuple[str, ...] = ("train", "val"),
-                 remedy: str = "make it again"):
+                 remedy: str = "create it again"):
         self.folder, self.remedy, self.meta = folder, remedy, {}
         self._files: dict[str, BinaryIO] = {}
         try:
             directory = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         except OSError as error:
-            raise Missing(f"{folder} cannot be opened ({reason(error)})") from error
-        try:  # of one folder, even if another takes its name meanwhile
+            raise MissingFile(f"{folder} cannot be opened ({reason(error)})") from error
+        try:  # through its descriptor: another folder may take its name meanwhile
             for name in names:
                 self._files[name] = open_file(folder / f"{name}.bin", directory)
             with suppress(FileNotFoundError), open_file(folder / "meta.json", directory) as file:
                 self.meta = self._parse_meta(file.read())
         except FileNotFoundError as error:
             self.close()
-            raise Missing(f"there is no {folder / error.filename}") from error
+            raise MissingFile(f"there is no {folder / error.filename}") from error
         except (DataError, OSError) as error:
             self.close()
             if isinstance(error, DataError):
@@ -129,8 +130,8 @@ class TokenFolder:
             file.close()
 
     def read(self) -> dict[str, tuple[Ids, str]]:
-        """The ids of each file, and the checksum of its bytes. Raises DataError where one is
-        damaged."""
+        """The ids of each file and the checksum of its bytes. Raises DataError if one is damaged.
+        """
         if self.meta:
             dtype = np.dtype(self.meta["dtype"])
         else:
@@ -139,10 +140,10 @@ class TokenFolder:
 
     def _read(self, name: str, file: BinaryIO, dtype: np.dtype) -> tuple[Ids, str]:
         path, size = self.folder / f"{name}.bin", os.fstat(file.fileno()).st_size
-        wanted = self.meta.get(f"{name}_bytes", size)
-        if size == 0 or size % dtype.itemsize or wanted != size:
+        expected = self.meta.get(f"{name}_bytes", size)
+        if size == 0 or size % dtype.itemsize or expected != size:
             raise DataError(f"{path} is damaged: it has {size} bytes"
-                            + (f" instead of {wanted!a}" if wanted != size else "")
+                            + (f" instead of {expected!a}" if expected != size else "")
                             + f"; {self.remedy}")
         try:
             if size <= IN_MEMORY:
@@ -160,7 +161,7 @@ class TokenFolder:
 
     def _parse_meta(self, raw: bytes) -> dict:
         try:
-            meta = parse_sealed(raw, old_keys=OLD_KEYS)
+            meta = load_with_checksum(raw, old_keys=OLD_KEYS)
             if (set(meta) >= KEYS and meta["dtype"] in ("<u2", "<u4")
                     and isinstance(meta["made_with"], str) and meta["made_with"].isprintable()):
                 load_tokenizer(meta["tokenizer"])
@@ -171,60 +172,60 @@ class TokenFolder:
 
 
 def write_meta(folder: Path, meta: dict) -> None:
-    """Writes meta.json, with the sizes and checksums of the train.bin and val.bin there."""
+    """Writes meta.json with the sizes and checksums of train.bin and val.bin in folder."""
     for name in ("train", "val"):
         with open_file(folder / f"{name}.bin") as file:
             meta = meta | {f"{name}_bytes": os.fstat(file.fileno()).st_size,
                            f"{name}_checksum": checksum(file)}
     part = folder / ".meta.json.part"
-    part.write_bytes(sealed(meta))
+    part.write_bytes(dump_with_checksum(meta))
     part.replace(folder / "meta.json")
 
 
-def sealed(value: dict) -> bytes:
-    """JSON with a checksum of itself, for `parse_sealed`."""
-    return json.dumps(value | {"checksum": _seal(value)}).encode()
+def dump_with_checksum(value: dict) -> bytes:
+    """JSON with a checksum of itself, for `load_with_checksum`."""
+    return json.dumps(value | {"checksum": _json_checksum(value)}).encode()
 
 
-def parse_sealed(raw: bytes, old_keys: set[str] = frozenset()) -> dict:
-    """What was `sealed`; also an object without a checksum that has old_keys at most. Raises
-    ValueError where it was changed since."""
+def load_with_checksum(raw: bytes, old_keys: set[str] = frozenset()) -> dict:
+    """The JSON object that `dump_with_checksum` wrote, or one without a checksum that has no keys
+    besides old_keys. Raises ValueError if it was changed."""
     try:
         value = json.loads(raw)
     except RecursionError as error:
-        raise ValueError("JSON that is too deep") from error
+        raise ValueError("JSON is nested too deeply") from error
     if not isinstance(value, dict):
-        raise ValueError("no JSON object")
-    found = value.pop("checksum", None)
-    if found != _seal(value) if found is not None else not set(value) <= old_keys:
-        raise ValueError("not what its checksum says")
+        raise ValueError("not a JSON object")
+    checksum = value.pop("checksum", None)
+    if not set(value) <= old_keys if checksum is None else checksum != _json_checksum(value):
+        raise ValueError("its checksum does not match")
     return value
 
 
-def _seal(value: dict) -> str:
+def _json_checksum(value: dict) -> str:
     return xxhash.xxh3_64_hexdigest(json.dumps(value, sort_keys=True).encode())
 
 
 def _guess_dtype(folder: Path, files) -> np.dtype:
-    """The type of ids in files without a meta.json: uint16 as nanoGPT writes them, unless every
-    second word is one that the upper half of a uint32 would be."""
+    """The dtype of files without a meta.json: uint16, as nanoGPT writes them, unless every second
+    word is small enough to be the upper half of a uint32 id."""
     for file in files:
         raw = os.pread(file.fileno(), BLOCK, 0)
         upper = np.frombuffer(raw[:len(raw) // 4 * 4], "<u2")[1::2]
         if (os.fstat(file.fileno()).st_size % 4 or len(upper) < 8
                 or (upper >= LARGEST_VOCABULARY >> 16).any()):
             return np.dtype("<u2")
-    print(f"{folder} has no meta.json, and its ids look like uint32: they are read as such",
+    print(f"{folder} has no meta.json; its ids look like uint32 and are read as such",
           file=sys.stderr)
     return np.dtype("<u4")
 
 
-# ---- one process at a time makes a folder, and the others see all of it or nothing
+# ---- one process at a time writes a folder, which appears only when it is complete
 
 @contextmanager
 def locked(folder: Path):
-    """While one process makes a folder, another waits here. Yields whether there is a lock: where
-    no file can be made or locked, nothing is."""
+    """Waits until no other process holds the lock of folder. Yields whether it was locked: not if
+    the file system has no locks or is not writable."""
     path = folder.with_name(f".{folder.name}.lock")
     lock = _lock(path)
     try:
@@ -237,7 +238,7 @@ def locked(folder: Path):
 
 
 def _lock(path: Path) -> int | None:
-    """The descriptor of a lock file, which is this process's alone."""
+    """The descriptor of the lock file at path, locked; None if that is impossible."""
     with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
     while True:
@@ -250,8 +251,8 @@ def _lock(path: Path) -> int | None:
             if os.path.samestat(os.fstat(lock), os.stat(path)):
                 return lock
         except FileNotFoundError:
-            pass  # the process before has just deleted it
-        except OSError:  # not every file system can
+            pass  # its previous holder has just deleted it
+        except OSError:  # a file system without locks
             os.close(lock)
             return None
         except BaseException:
@@ -260,25 +261,25 @@ def _lock(path: Path) -> int | None:
         os.close(lock)
 
 
-def _wait_for(lock: int, what: str) -> None:
-    """Locks a file; says so where that takes more than a second. Raises OSError."""
+def _wait_for(lock: int, name: str) -> None:
+    """Locks a file, with a message if that takes more than a second. Raises OSError."""
     for _ in range(20):
         with suppress(BlockingIOError):
             return fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         time.sleep(0.05)
-    print(f"waiting for another process, which makes the tokens of {what}", file=sys.stderr)
+    print(f"waiting for another process that tokenizes {name}", file=sys.stderr)
     fcntl.flock(lock, fcntl.LOCK_EX)
 
 
 @contextmanager
 def new_folder(folder: Path, clean: bool):
-    """A folder of a name of its own, to be filled, that takes the place of `folder` at the end; or
-    vanishes where the filling fails. With clean what a killed process left goes too."""
-    beside = f".{folder.name}.part_"
+    """Yields a temporary folder that replaces `folder` at the end, or is removed after an error.
+    clean: remove what killed processes left, too."""
+    prefix = f".{folder.name}.part_"
     if clean:
-        for left in folder.parent.glob(f"{beside}*"):
-            shutil.rmtree(left, ignore_errors=True)
-    part = folder.with_name(beside + secrets.token_hex(8))
+        for leftover in folder.parent.glob(f"{prefix}*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+    part = folder.with_name(prefix + secrets.token_hex(8))
     try:
         part.mkdir()
         yield part
@@ -288,7 +289,7 @@ def new_folder(folder: Path, clean: bool):
 
 
 def publish(part: Path, folder: Path) -> None:
-    """Gives the folder `part` the name `folder`; what has it goes, as a whole too."""
+    """Renames the folder `part` to `folder`, and removes what had that name."""
     while True:
         try:
             part.rename(folder)
@@ -297,6 +298,6 @@ def publish(part: Path, folder: Path) -> None:
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                 raise
         old = folder.with_name(f".{folder.name}.part_{secrets.token_hex(8)}")
-        with suppress(FileNotFoundError):  # moved by another process just now
+        with suppress(FileNotFoundError):  # another process has just moved it
             folder.rename(old)
         shutil.rmtree(old, ignore_errors=True)

@@ -1,7 +1,7 @@
 """Text to token ids and back: byte-level BPE, characters, or bytes.
 
-A tokenizer is written whole into `to_json()`, which travels inside a checkpoint, and
-`load_tokenizer` makes it again without any file or download.
+`to_json()` returns everything about a tokenizer; it is saved in checkpoints, and `load_tokenizer`
+restores the tokenizer from it without other files or downloads.
 """
 
 import base64
@@ -18,7 +18,7 @@ import rustbpe
 import tiktoken
 import xxhash
 
-# GPT-2's rule of where a word ends (its published encoder, and tiktoken's "gpt2")
+# how GPT-2 splits text into words (its published encoder, and tiktoken's "gpt2")
 GPT2_PATTERN = (r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+"
                 r"|\s+(?!\S)|\s+")
 END_OF_TEXT = "<|endoftext|>"
@@ -27,22 +27,22 @@ LONG_RUN = re.compile(rf"\s{{{LONGEST_RUN},}}")
 
 
 class Tokenizer(Protocol):
-    """What every tokenizer offers. Ids are 0..vocab_size-1."""
+    """The interface of every tokenizer. Ids are 0..vocab_size-1."""
 
     vocab_size: int
 
     def encode(self, text: str) -> list[int]:
-        """The ids of text. Raises ValueError that names a character it has no ids for."""
+        """The ids of text. Raises ValueError that names the characters without an id."""
 
     def decode_bytes(self, ids: list[int]) -> bytes:
-        """The UTF-8 bytes that ids stand for, an end-of-text for none. Raises ValueError on an id
-        out of range."""
+        """The UTF-8 bytes of ids; end-of-text has none. Raises ValueError on an id out of range.
+        """
 
     def decode(self, ids: list[int]) -> str:
-        """The text that ids stand for; bytes that are not UTF-8 become U+FFFD."""
+        """The text of ids; bytes that are not UTF-8 become U+FFFD."""
 
     def to_json(self) -> dict:
-        """Everything that `load_tokenizer` needs, as JSON values."""
+        """JSON values for `load_tokenizer`."""
 
 
 class _Base:
@@ -50,7 +50,7 @@ class _Base:
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
     def token_lengths(self) -> np.ndarray:
-        """The number of bytes (V,) that each id stands for."""
+        """The number of bytes of each id (V,)."""
         return np.array([len(self.decode_bytes([i])) for i in range(self.vocab_size)])
 
     def _check_ids(self, ids: list[int]) -> None:
@@ -60,11 +60,10 @@ class _Base:
 
 
 class BPETokenizer(_Base):
-    """Byte-level byte-pair encoding (arXiv:1508.07909), by tiktoken.
+    """Byte-level byte-pair encoding (arXiv:1508.07909) with tiktoken.
 
-    `BPETokenizer()` is GPT-2's, with tiktoken's own files; `BPETokenizer.train` makes one for a
-    text. The last id, `end_of_text`, ends a document: no text encodes to it, and it is decoded to
-    no text.
+    `BPETokenizer()` is GPT-2's tokenizer, from tiktoken's files; `BPETokenizer.train` trains one.
+    The last id, `end_of_text`, ends a document: `encode` never returns it, `decode` skips it.
     """
 
     kind = "bpe"
@@ -76,7 +75,7 @@ class BPETokenizer(_Base):
 
     @classmethod
     def train(cls, text: str, vocab_size: int) -> "BPETokenizer":
-        """The tokenizer of at most vocab_size ids, 257 or more, that merges what is commonest."""
+        """Trains a tokenizer of at most vocab_size ids, 257 or more, on the pairs of text."""
         if vocab_size < 257:
             raise ValueError(f"vocab_size={vocab_size} is too small for bpe: choose 257 or more "
                              "(256 bytes and end-of-text), or --tokenizer byte")
@@ -84,25 +83,26 @@ class BPETokenizer(_Base):
             raise ValueError(f"vocab_size={vocab_size} is too large for bpe: choose one below 2^31")
         trainer = rustbpe.Tokenizer()
         trainer.train_from_iterator([_check_text(text)], vocab_size - 1, pattern=GPT2_PATTERN)
-        return cls.of([bytes(token) for token, _ in trainer.get_mergeable_ranks()])
+        return cls.from_tokens([bytes(token) for token, _ in trainer.get_mergeable_ranks()])
 
     @classmethod
-    def of(cls, tokens: list[bytes]) -> "BPETokenizer":
-        """The tokenizer of these tokens, in order of rank, and end-of-text after them.
+    def from_tokens(cls, tokens: list[bytes]) -> "BPETokenizer":
+        """The tokenizer with these tokens in order of rank, followed by end-of-text.
 
-        Raises ValueError unless they are all different, none is empty, and every byte is one.
+        Raises ValueError unless they are distinct, not empty, and include all 256 bytes.
         """
         distinct = set(tokens)
         missing = 256 - len({bytes([b]) for b in range(256)} & distinct)
         if missing or b"" in distinct or len(distinct) < len(tokens):
-            raise ValueError(f"{len(tokens)} tokens that are not all different, or of which one is "
-                             f"empty, or that lack {missing} of the 256 bytes")
+            raise ValueError(f"{len(tokens)} tokens have duplicates or an empty one, or lack "
+                             f"{missing} of the 256 bytes")
         return cls(_encoding(tokens))
 
     def encode(self, text: str) -> list[int]:
         if run := LONG_RUN.search(_check_text(text)):
             raise ValueError(f"the text has more than {LONGEST_RUN:,} blanks in a row, from "
-                             f"character {run.start()} on, more than tiktoken takes: shorten them")
+                             f"character {run.start()} on, which tiktoken cannot encode: shorten "
+                             "them")
         return self._encoding.encode_ordinary(text)
 
     def decode_bytes(self, ids: list[int]) -> bytes:
@@ -115,8 +115,8 @@ class BPETokenizer(_Base):
     @classmethod
     def from_json(cls, data: dict) -> "BPETokenizer":
         if not isinstance(data["tokens"], list):
-            raise ValueError("tokens that are no list")
-        return cls.of([base64.b64decode(t, validate=True) for t in data["tokens"]])
+            raise ValueError("tokens is not a list")
+        return cls.from_tokens([base64.b64decode(t, validate=True) for t in data["tokens"]])
 
     def tokens(self) -> list[bytes]:
         """The bytes of every id but end-of-text, in order of rank."""
@@ -135,7 +135,7 @@ class CharTokenizer(_Base):
 
     @classmethod
     def train(cls, text: str) -> "CharTokenizer":
-        """The tokenizer of exactly the characters that text has, sorted."""
+        """The tokenizer with exactly the characters of text, sorted."""
         return cls("".join(sorted(set(_check_text(text)))))
 
     def encode(self, text: str) -> list[int]:
@@ -144,7 +144,7 @@ class CharTokenizer(_Base):
         except KeyError:
             missing = sorted(set(_check_text(text)) - set(self._ids))
             more = f" and {len(missing) - 10} more" if len(missing) > 10 else ""
-            raise ValueError("the tokenizer, which has the characters of its training text only, "
+            raise ValueError("the tokenizer has only the characters of its training text; it "
                              f"lacks {', '.join(map(_show, missing[:10]))}{more}") from None
 
     def decode_bytes(self, ids: list[int]) -> bytes:
@@ -158,7 +158,7 @@ class CharTokenizer(_Base):
     def from_json(cls, data: dict) -> "CharTokenizer":
         chars = data["chars"]
         if not isinstance(chars, str) or not chars or len(set(chars)) < len(chars):
-            raise ValueError("chars that are no string of one or more different characters")
+            raise ValueError("chars is not a string of distinct characters")
         return cls(_check_text(chars))
 
 
@@ -184,25 +184,25 @@ class ByteTokenizer(_Base):
 
 
 def load_tokenizer(data: dict) -> Tokenizer:
-    """The tokenizer that to_json() described. Raises ValueError where it describes none."""
+    """The tokenizer of which data is the `to_json()`. Raises ValueError if data is invalid."""
     kinds = {cls.kind: cls for cls in (BPETokenizer, CharTokenizer, ByteTokenizer)}
     try:
         return kinds[data["kind"]].from_json(data)
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"this describes no tokenizer ({error!r})") from error
+        raise ValueError(f"this does not describe a tokenizer ({error!r})") from error
 
 
 def fingerprint(tokenizer: Tokenizer | None) -> str | None:
-    """A hash (xxh3, 64 bits, in hexadecimal digits) that two tokenizers share where they give the
-    same ids; None without a tokenizer."""
+    """A hash (XXH3, 64 bits, hexadecimal) that is equal for tokenizers that give the same ids; None
+    without a tokenizer."""
     if tokenizer is None:
         return None
     return xxhash.xxh3_64_hexdigest(json.dumps(tokenizer.to_json(), sort_keys=True).encode())
 
 
 def make_tokenizer(kind: str, text: str, vocab_size: int) -> Tokenizer:
-    """A tokenizer of that kind; text is what bpe and char learn from. Raises ValueError on a kind
-    that there is not."""
+    """A tokenizer of that kind; bpe and char learn from text. Raises ValueError on an unknown kind.
+    """
     if kind == "bpe":
         return BPETokenizer.train(text, vocab_size)
     if kind == "char":
@@ -212,30 +212,35 @@ def make_tokenizer(kind: str, text: str, vocab_size: int) -> Tokenizer:
     return BPETokenizer() if kind == "gpt2" else ByteTokenizer()
 
 
+def end_of_text(tokenizer: Tokenizer | None) -> int | None:
+    """The id that ends a document, if the tokenizer has one."""
+    return getattr(tokenizer, "end_of_text", None)
+
+
 def up_to_end(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[int]:
-    """The ids before the first end-of-text, where the tokenizer has one: those of one document."""
-    end = getattr(tokenizer, "end_of_text", None)
+    """Yields ids up to the first end-of-text, if the tokenizer has one."""
+    end = end_of_text(tokenizer)
     return itertools.takewhile(lambda i: i != end, ids)
 
 
 class StreamDecoder:
-    """Turns ids that come one at a time into text, and never splits a character."""
+    """Decodes ids one at a time without splitting characters."""
 
     def __init__(self, tokenizer: Tokenizer):
         self._tokenizer = tokenizer
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def push(self, token: int) -> str:
-        """The characters that this id completes."""
+        """The characters that are complete with this id."""
         return self._utf8.decode(self._tokenizer.decode_bytes([token]))
 
     def finish(self) -> str:
-        """What is left: U+FFFD where the last character is incomplete."""
+        """The rest: U+FFFD if the last character is incomplete."""
         return self._utf8.decode(b"", final=True)
 
 
 def _show(char: str) -> str:
-    """A character as itself, where that can be seen, and as its code point."""
+    """A character, if it is printable, and its code point."""
     code = f"U+{ord(char):04X}"
     return f"{char!r} ({code})" if char.isprintable() and char != " " else code
 
@@ -245,7 +250,7 @@ def _check_text(text: str) -> str:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise ValueError(f"{text[error.start]!a} at character {error.start} is half of a "
-                         "surrogate pair and no text: remove it") from None
+                         "surrogate pair, not text: remove it") from None
     return text
 
 
@@ -255,7 +260,7 @@ def _gpt2_encoding() -> tiktoken.Encoding:
         return tiktoken.get_encoding("gpt2")
     except Exception as error:  # whatever the download raises; a cached file needs none
         raise ValueError(
-            "GPT-2's tokenizer files are neither cached nor to be downloaded "
+            "GPT-2's tokenizer files are not cached and cannot be downloaded "
             f"({type(error).__name__}): connect once, name a folder that holds them in "
             "TIKTOKEN_CACHE_DIR, or choose --tokenizer bpe") from error
 
@@ -265,7 +270,7 @@ def _encoding(tokens: list[bytes]) -> tiktoken.Encoding:
         return tiktoken.Encoding("tinygpt", pat_str=GPT2_PATTERN,
                                  mergeable_ranks={t: i for i, t in enumerate(tokens)},
                                  special_tokens={END_OF_TEXT: len(tokens)})
-    except BaseException as error:  # a panic in Rust, which arrives here as no Exception
+    except BaseException as error:  # a panic in Rust is not an Exception
         if type(error).__name__ != "PanicException":
             raise
-        raise ValueError(f"tiktoken takes no such {len(tokens)} tokens ({error})") from None
+        raise ValueError(f"tiktoken cannot use these {len(tokens)} tokens ({error})") from None

@@ -73,7 +73,7 @@ def _tokenizer(data: dict) -> Tokenizer:
         return ByteTokenizer()
     if added != [(len(tokens), END_OF_TEXT)]:
         raise ValueError("other added tokens than end-of-text, the last")
-    return BPETokenizer.of(tokens)
+    return BPETokenizer.from_tokens(tokens)
 
 
 def _tokens(data: dict) -> list[bytes]:
