@@ -470,7 +470,7 @@ class GPT(LanguageModel):
         dropout is taken, any other has to be the model's own. Raises ValueError.
         """
         with pretrained.open_pretrained(name, offline) as found:
-            config = cls._config_of({"model_config": found.configured(options)}, name)
+            config = cls._config_of({"model_config": found.config_with(options)}, name)
             model = cls.fitting(config, found.shapes(config.block_size), found.path)
             found.fill(model.state_dict())
         model.tokenizer = found.tokenizer

@@ -1,4 +1,4 @@
-"""Damaged files of data and tokenizers: each ends in a line that names it, or in the right data."""
+"""Damaged files of data and tokenizers: refused in a line that names them, or read correctly."""
 
 import copy
 import json
@@ -7,13 +7,14 @@ import os
 import numpy as np
 import pytest
 from conftest import VERSES
+from tokens import ids_of, text_of
 
 from tinygpt.data import DataError, token_files
 from tinygpt.data.load import load_data, read_tokens
 from tinygpt.data.tokenizer import BPETokenizer, ByteTokenizer, fingerprint, load_tokenizer
 from tinygpt.huggingface import tokenizer_json
 
-TRIES = 40  # of each kind; 1,000 were made once
+TRIES = 40  # of each kind; 1,000 passed once
 WRONG = (None, True, -1, 0, 0.5, 10**30, float("inf"), "", "x", "\ud800", [], [[]], {}, {"a": 1})
 
 
@@ -21,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("cache")
 
 
 def damaged(raw: bytes, rng) -> bytes:
-    """Bytes with one thing wrong."""
+    """Bytes with one kind of damage."""
     at, length = int(rng.integers(len(raw) + 1)), int(rng.integers(1, 9))
     noise = rng.bytes(length)
     return [raw[:at], raw[:at] + raw[at + length:], raw[:at] + noise + raw[at + length:],
@@ -31,7 +32,7 @@ def damaged(raw: bytes, rng) -> bytes:
 
 
 def with_a_wrong_value(value, rng):
-    """JSON with one value, somewhere, of another type, or left out."""
+    """JSON with one value replaced by another type, or left out."""
     value = copy.deepcopy(value)
     place = value
     while True:
@@ -49,7 +50,7 @@ def with_a_wrong_value(value, rng):
 
 
 def result(read):
-    """What read() gives, or None where it raises ValueError in one line."""
+    """The result of read(), or None if it raises ValueError in one line."""
     try:
         return read()
     except ValueError as error:
@@ -76,7 +77,7 @@ def test_token_caches(tmp_path, cache, rng):
 
 
 def test_old_meta_json_of_wrong_types(tmp_path, rng):
-    """Without a checksum a value may be another; what cannot be read is refused all the same."""
+    """Without a checksum a changed value may go unnoticed; unreadable files are refused."""
     ids = np.arange(200, dtype=np.uint16)
     for name in ("train", "val"):
         ids.tofile(tmp_path / f"{name}.bin")
@@ -100,10 +101,10 @@ def test_texts(tmp_path, rng, name):
         path.write_bytes(raw)
         data = result(lambda: load_data(path, "byte", 256))
         if data is not None and name == "some.txt":
-            found = data.tokenizer.decode_bytes([*data.train.tolist(), *data.val.tolist()])
+            found = data.tokenizer.decode_bytes(ids_of(data))
             assert found == raw.removeprefix(b"\xef\xbb\xbf")
         elif data is not None:
-            text = data.tokenizer.decode([*data.train.tolist(), *data.val.tolist()])
+            text = text_of(data)
             lines = filter(str.strip, raw.decode().split("\n"))
             assert text == "\n".join(filter(None, (json.loads(line)["text"] for line in lines)))
 
@@ -124,21 +125,21 @@ def test_tokenizers(tmp_path, rng, tokenizer):
         result(lambda: load_tokenizer(with_a_wrong_value(tokenizer.to_json(), rng)))
 
 
-def test_a_tokenizer_json_of_ten_tokens_is_not_ours(tmp_path):
+def test_a_tokenizer_json_of_ten_tokens_is_refused(tmp_path):
     files = tokenizer_json.dump(BPETokenizer.train(VERSES, 257), 64)["tokenizer.json"]
     content = files["added_tokens"][0]["content"]
     files["model"]["vocab"] = {chr(97 + i): i for i in range(10)} | {content: 10}
     files["added_tokens"][0]["id"] = 10
     (tmp_path / "tokenizer.json").write_text(json.dumps(files))
-    with pytest.raises(ValueError, match=r"tokenizer\.json is damaged, or no byte-level BPE"):
+    with pytest.raises(ValueError, match=r"tokenizer\.json is damaged, or not a byte-level BPE"):
         tokenizer_json.read(tmp_path / "tokenizer.json")
     del files["added_tokens"][0]["id"]
     (tmp_path / "tokenizer.json").write_text(json.dumps(files))
-    with pytest.raises(ValueError, match=r"tokenizer\.json is damaged, or no byte-level BPE"):
+    with pytest.raises(ValueError, match=r"tokenizer\.json is damaged, or not a byte-level BPE"):
         tokenizer_json.read(tmp_path / "tokenizer.json")
 
 
-def test_a_tokenizer_json_that_is_no_json_is_named(tmp_path):
+def test_a_tokenizer_json_that_is_not_json_is_named(tmp_path):
     path = tmp_path / "tokenizer.json"
     for raw in (b"", b'{"model": ', b"\xff", b"[" * 100_000):
         path.write_bytes(raw)

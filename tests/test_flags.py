@@ -57,9 +57,9 @@ EXERCISED = {
         "test_train.py::test_a_mistake_gets_one_line_and_status_2": "device",
         "test_train.py::test_a_resume_with_another_model_or_tokenizer_is_refused": "optimizer",
         "test_bigram.py::test_the_commands_train_resume_and_write": "model",
-        "test_pretrained.py::test_a_fine_tune_lowers_the_loss_and_resumes_without_the_model":
+        "test_finetune.py::test_a_fine_tune_lowers_the_loss_and_resumes_without_the_model":
             "init_from",
-        "test_pretrained.py::test_a_fine_tune_that_cannot_be_gets_one_line_and_status_2":
+        "test_finetune.py::test_a_fine_tune_that_cannot_be_gets_one_line_and_status_2":
             "offline",
         "test_devices.py::test_what_each_device_keeps": "devices shard_optimizer",
         "test_lora.py::test_frozen_weights_stay": "freeze",

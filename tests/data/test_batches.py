@@ -1,4 +1,4 @@
-"""Token ids -> batches. The tokens are 0, 1, 2, ..., so that an id tells its place."""
+"""Token ids -> batches. The tokens are 0, 1, 2, ..., so that an id is its own position."""
 
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ T, B = 8, 3
 
 
 def epoch_of(batches: Batches, epoch: int) -> list[int]:
-    """Where the windows of an epoch begin, in their order."""
+    """The starts of the windows of an epoch, in order."""
     first, last = epoch * batches.windows, (epoch + 1) * batches.windows
     rows = range(first // batches.batch_size, -(-last // batches.batch_size))
     starts = np.concatenate([batches.batch(n)[0][:, 0] for n in rows])
@@ -69,7 +69,7 @@ def test_the_order_is_shuffled():
 
 @pytest.mark.parametrize("length", [T + 1, 2 * T, 2 * T + 1, 100, 997])
 @pytest.mark.parametrize("count", [1, 2, 50])
-def test_spread_stays_in_range_and_is_always_the_same(length, count):
+def test_spread_batches_are_in_range_and_deterministic(length, count):
     batches = Batches(np.arange(length), T, B, seed=0)
     first, again = ([batches.spread(n, count) for n in range(count)] for _ in range(2))
     assert all(x.min() >= 0 and y.max() < length and x.shape == (B, T) for x, y in first)
@@ -79,7 +79,7 @@ def test_spread_stays_in_range_and_is_always_the_same(length, count):
         assert max(y.max() for _, y in first) >= length - T
 
 
-def test_one_of_many_spread_batches_needs_none_of_the_others():
+def test_any_of_many_spread_batches_can_be_computed():
     batches, count = Batches(np.arange(100), T, B, seed=0), 10**12
     assert batches.spread(0, count)[0].min() == 0
     assert batches.spread(count - 1, count)[1].max() >= 100 - T

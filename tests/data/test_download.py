@@ -1,4 +1,4 @@
-"""Downloads from a server of the test's own that misbehaves."""
+"""Downloads from a local server that makes errors."""
 
 import hashlib
 import threading
@@ -17,11 +17,11 @@ from tinygpt.data.tokenizer import BPETokenizer
 from tinygpt.huggingface import pretrained
 
 BODY = np.random.default_rng(0).bytes(300_000)
-PIECE = 70_000  # more than is read at once
+PIECE = 70_000  # larger than one read
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Serves `files`; `faults` of a path, one per request and then none, say what goes wrong."""
+    """Serves `files`; `faults` has a list of errors for each path, one per request."""
 
     files: dict[str, bytes] = {}
     faults: dict[str, list] = {}
@@ -49,7 +49,7 @@ class Handler(BaseHTTPRequestHandler):
             self.wfile.write(rest[:PIECE] if fault in ("cut", "stall") else rest)
             if fault == "stall":
                 self.release.wait(5)
-        except OSError:  # the reader has left
+        except OSError:  # the client has disconnected
             pass
 
     def head(self, status: int, length: int, span: str | None = None) -> None:
@@ -90,32 +90,32 @@ def ranges() -> list:
 
 
 @pytest.mark.parametrize("fault", ["cut", "stall", "says more"])
-def test_what_breaks_off_is_continued_where_it_stopped(server, tmp_path, fault):
+def test_an_interrupted_download_is_resumed(server, tmp_path, fault):
     Handler.faults["/f"] = [fault]
     start = time.perf_counter()
     assert fetch(f"{server}/f", tmp_path / "f", accept).read_bytes() == BODY
     assert time.perf_counter() - start < 4  # the server would stall for five seconds
-    if fault == "says more":  # all of it is there, but not what was announced
+    if fault == "says more":  # the file is complete but shorter than announced
         assert len(ranges()) >= 2
     else:
         assert ranges()[0] is None and 0 < int(ranges()[1][6:-1]) <= PIECE
     assert [p.name for p in tmp_path.iterdir()] == ["f"]
 
 
-def test_as_often_as_it_comes_further(server, tmp_path):
+def test_a_download_is_resumed_as_long_as_it_makes_progress(server, tmp_path):
     Handler.faults["/f"] = ["cut"] * 4
     assert fetch(f"{server}/f", tmp_path / "f", accept).read_bytes() == BODY
     assert len(ranges()) == 5
 
 
 @pytest.mark.parametrize("fault", ["no ranges", "another piece", 503, 429])
-def test_a_server_that_continues_badly_is_begun_with_again(server, tmp_path, fault):
+def test_a_download_that_cannot_be_resumed_starts_again(server, tmp_path, fault):
     Handler.faults["/f"] = ["cut", fault]
     assert fetch(f"{server}/f", tmp_path / "f", accept).read_bytes() == BODY
     assert len(ranges()) == (2 if fault == "no ranges" else 3)
 
 
-def test_a_file_that_changed_between_is_not_glued_together(server, tmp_path):
+def test_a_file_that_changed_meanwhile_starts_again(server, tmp_path):
     Handler.faults["/f"] = ["cut", *[503] * 9]
     with pytest.raises(DataError, match="503"):
         fetch(f"{server}/f", tmp_path / "f", accept)
@@ -125,7 +125,7 @@ def test_a_file_that_changed_between_is_not_glued_together(server, tmp_path):
     assert fetch(f"{server}/f", tmp_path / "f", accept).read_bytes() == BODY[::-1]
 
 
-def test_the_next_call_continues_too(server, tmp_path):
+def test_the_next_call_resumes_too(server, tmp_path):
     Handler.faults["/f"] = ["cut", *[503] * 9]
     with pytest.raises(DataError):
         fetch(f"{server}/f", tmp_path / "f", accept)
@@ -136,7 +136,7 @@ def test_the_next_call_continues_too(server, tmp_path):
 
 
 @pytest.mark.parametrize(("fault", "says"), [(404, "404"), (403, "403"), (503, "503")])
-def test_a_refusal_is_told_and_only_a_busy_server_asked_again(server, tmp_path, fault, says):
+def test_an_error_is_reported_and_only_a_busy_server_is_tried_again(server, tmp_path, fault, says):
     Handler.faults["/f"] = [fault] * 20
     with pytest.raises(DataError, match=says) as caught:
         fetch(f"{server}/f", tmp_path / "f", accept)
@@ -144,7 +144,7 @@ def test_a_refusal_is_told_and_only_a_busy_server_asked_again(server, tmp_path, 
     assert len(ranges()) == (TRIES if fault == 503 else 1)
 
 
-def test_what_the_check_refuses_is_not_kept(server, tmp_path):
+def test_a_file_that_the_check_refuses_is_deleted(server, tmp_path):
     def refuse(path):
         raise ValueError("no good")
 
@@ -189,7 +189,7 @@ def test_a_length_that_is_too_short_is_noticed(hub, tmp_path):
     with pytest.raises(ValueError, match="is damaged") as caught:
         GPT.from_pretrained("gpt2")
     assert "\n" not in str(caught.value)
-    assert GPT.from_pretrained("gpt2").config == hub.config  # the next try begins anew
+    assert GPT.from_pretrained("gpt2").config == hub.config  # the next try starts again
 
 
 @pytest.mark.parametrize("status", [404, 503])
@@ -206,10 +206,10 @@ def test_without_a_network_or_with_offline_there_is_a_clear_line(hub, monkeypatc
     monkeypatch.setattr(pretrained, "HUB", "http://127.0.0.1:9")
     assert generate.main(["--checkpoint", "gpt2", "--prompt", "a"]) == 2
     err = capsys.readouterr().err
-    assert len(err.splitlines()) == 1 and "gpt2 is not to be had" in err
+    assert len(err.splitlines()) == 1 and "gpt2 cannot be downloaded" in err
 
 
-# ---- a file of a known hash
+# ---- a file with a known hash
 
 HASH = hashlib.sha256(BODY).hexdigest()
 
@@ -223,13 +223,13 @@ def leftovers(tmp_path) -> list:
     return [p for p in (tmp_path / "new").rglob("*") if p.is_file()]
 
 
-def test_a_file_is_whole_and_fetched_once(get, tmp_path):
+def test_a_file_is_complete_and_downloaded_once(get, tmp_path):
     path = get()
     assert path.read_bytes() == BODY and leftovers(tmp_path) == [path]
     assert get() == path and len(Handler.asked) == 1
 
 
-def test_a_file_with_another_hash_is_fetched_again(get):
+def test_a_file_with_another_hash_is_downloaded_again(get):
     path = get()
     path.write_bytes(b"damaged")
     assert get().read_bytes() == BODY
@@ -237,12 +237,12 @@ def test_a_file_with_another_hash_is_fetched_again(get):
 
 @pytest.mark.parametrize("fault", ["hash", 404, 503, "cut"])
 @pytest.mark.parametrize("old", [None, b"old"])
-def test_a_download_that_fails_leaves_what_was_there(get, tmp_path, fault, old):
+def test_a_failed_download_leaves_the_old_file(get, tmp_path, fault, old):
     if old:
         (tmp_path / "new").mkdir()
         (tmp_path / "new" / "file.bin").write_bytes(old)
     Handler.faults = {"/f": [] if fault == "hash" else [fault] * 10}
-    if fault == "cut":  # and no going on
+    if fault == "cut":  # and not resumable
         Handler.faults = {"/f": ["cut", *[503] * 10]}
     with pytest.raises(DataError, match=r"file\.bin") as caught:
         get("0" * 64 if fault == "hash" else HASH)
@@ -250,7 +250,7 @@ def test_a_download_that_fails_leaves_what_was_there(get, tmp_path, fault, old):
     assert [p.read_bytes() for p in leftovers(tmp_path)] == ([old] if old else [])
 
 
-def test_a_busy_server_is_asked_again(get):
+def test_a_busy_server_is_tried_again(get):
     Handler.faults = {"/f": [503]}
     assert get().read_bytes() == BODY and len(Handler.asked) == 2
 

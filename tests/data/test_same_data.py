@@ -1,4 +1,4 @@
-"""A run goes on with the data that it was begun with, and a refused one leaves nothing behind."""
+"""A run is resumed with its own data, and a refused run leaves nothing."""
 
 import json
 from dataclasses import replace
@@ -28,7 +28,7 @@ def test_a_resumed_run_refuses_other_data_of_the_same_tokenizer(config, tmp_path
     message = str(caught.value)
     assert message.startswith(str(result.last)) and message.count("fingerprint") == 2
     assert train(GPT(TINY), again, np.array(one, dtype=np.uint8)).iter_num == 4
-    other = replace(again, eval_only=True, resume=False)  # which may be of any data
+    other = replace(again, eval_only=True, resume=False)  # evaluates any data
     assert np.isfinite(train(GPT(TINY), other, np.array(two)).val_loss)
 
 
@@ -37,7 +37,7 @@ def test_a_checkpoint_that_does_not_name_its_data_is_resumed(config, without_sam
     last = train(GPT(TINY), replace(config, max_iters=3), ids).last
     with safe_open(last, framework="numpy") as file:
         metadata = file.metadata()
-    del metadata["xxh3_64"], metadata["xxh3_64_header"]  # which know what the metadata was
+    del metadata["xxh3_64"], metadata["xxh3_64_header"]  # they would not match
     assert json.loads(metadata.pop("data"))["training_tokens"] == 450
     for damaged in ([], {"fingerprint": "x"}, None):
         extra = {} if damaged is None else {"data": json.dumps(damaged)}
@@ -65,10 +65,10 @@ def test_a_refused_command_leaves_no_cache(text_file, tmp_path, cache, capsys):
     assert list(cache.iterdir()) == [] and "no.such.weight" in capsys.readouterr().err
     module.load_data(text_file, "byte", 256)
     assert command_line.main([*flags, "--freeze", "no.such.weight"]) == 2
-    assert len(list(cache.iterdir())) == 1  # that of a command before it is not its own
+    assert len(list(cache.iterdir())) == 1  # that of an earlier command stays
 
 
-def test_writing_ends_where_a_document_ends():
+def test_up_to_end_yields_one_document():
     tokenizer = BPETokenizer.train("some text", 257)
     ids = [*tokenizer.encode("one"), tokenizer.end_of_text, *tokenizer.encode("two")]
     assert tokenizer.decode(list(up_to_end(tokenizer, ids))) == "one"

@@ -1,10 +1,11 @@
-"""Text larger than memory: the same tokens as at once, by several processes, resumable."""
+"""Text larger than memory: the same tokens as in memory, in several processes, resumable."""
 
 import itertools
 import json
 
 import numpy as np
 import pytest
+from tokens import ids_of
 
 from tinygpt.data import DataError, shards
 from tinygpt.data import load as module
@@ -25,7 +26,7 @@ def small(cache, monkeypatch):
 
 @pytest.fixture(params=["text", "texts", "jsonl"])
 def source(request, tmp_path):
-    """A place of text, and the documents there."""
+    """A folder of text files and the documents in it."""
     folder = tmp_path / "texts"
     folder.mkdir()
     if request.param == "text":
@@ -46,7 +47,7 @@ def build(folder, place, kind, processes=None):
 
 
 def expected(texts, tokenizer) -> list[int]:
-    """Every document at once, with its end."""
+    """The ids of all documents, each with its separator."""
     if len(texts) == 1:
         return tokenizer.encode(texts[0])
     end = getattr(tokenizer, "end_of_text", None)
@@ -59,12 +60,12 @@ def test_the_tokens_are_those_of_the_whole_text(source, kind):
     place, texts = source
     for _ in range(2):  # the second time from the cache
         data = load_data(place, kind, 300)
-        found = [*data.train.tolist(), *data.val.tolist()]
+        found = ids_of(data)
         assert found == expected(texts, data.tokenizer)
         assert 0.05 < len(data.val) / len(found) < 0.2
 
 
-def test_a_piece_ends_only_where_no_token_can_cross(source):
+def test_a_piece_begins_where_the_one_before_ends(source):
     place, _ = source
     pieces = shards.cut(sorted(place.iterdir()))
     assert len(pieces) > 10
@@ -72,7 +73,7 @@ def test_a_piece_ends_only_where_no_token_can_cross(source):
         assert two.start == (one.end if one.path == two.path else 0)
 
 
-def test_several_processes_make_the_same_and_a_stopped_build_goes_on(source, tmp_path, monkeypatch):
+def test_several_processes_agree_and_an_interrupted_build_is_resumed(source, tmp_path, monkeypatch):
     place, _ = source
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     build(whole, place, "bpe", processes=2)
@@ -91,7 +92,7 @@ def test_several_processes_make_the_same_and_a_stopped_build_goes_on(source, tmp
     again = []
     monkeypatch.setattr(shards, "encode", lambda piece, path: (
         again.append(path), encode(piece, path))[1])
-    monkeypatch.setattr(shards, "make_tokenizer", None)  # it is not learned again either
+    monkeypatch.setattr(shards, "make_tokenizer", None)  # it is not trained again
     tokenizer, dtype = build(stopped, place, "bpe")
     assert len(before) == 7 and not set(done) & set(again)
     for name in ("train.bin", "val.bin"):
@@ -100,7 +101,7 @@ def test_several_processes_make_the_same_and_a_stopped_build_goes_on(source, tmp
     assert load_tokenizer(tokenizer.to_json()).vocab_size == 300 and dtype == np.dtype("<u2")
 
 
-def test_a_build_of_something_else_starts_anew(source, tmp_path, monkeypatch):
+def test_a_build_of_another_text_starts_again(source, tmp_path, monkeypatch):
     place, _ = source
     folder = tmp_path / "build"
     folder.mkdir()
@@ -110,7 +111,7 @@ def test_a_build_of_something_else_starts_anew(source, tmp_path, monkeypatch):
     assert not (folder / "train.bin").read_bytes().startswith(b"of")
 
 
-def test_what_is_wrong_is_named_with_its_place(tmp_path):
+def test_an_error_in_a_piece_names_the_file_and_its_offset(tmp_path):
     path = tmp_path / "bad.txt"
     path.write_bytes(b"good text\n" * 300 + b"\xff")
     with pytest.raises(DataError, match=r"bad\.txt is not UTF-8 at byte 3000"):
@@ -125,21 +126,21 @@ def test_a_text_without_line_breaks_is_refused(tmp_path, cache):
     assert list(cache.iterdir()) == []
 
 
-def test_the_line_of_a_piece_is_that_of_the_file(tmp_path):
+def test_an_error_in_a_piece_names_the_line_of_the_file(tmp_path):
     path = tmp_path / "bad.jsonl"
     path.write_text('{"text": "good"}\n' * 300 + '{"text": 5}\n')
     with pytest.raises(DataError, match=r"bad\.jsonl has a number, .* in line 301"):
         load_data(path, "byte", 0)
 
 
-def test_utf16_is_named_before_it_is_cut(tmp_path):
+def test_utf16_is_refused_before_it_is_cut(tmp_path):
     path = tmp_path / "wide.txt"
     path.write_bytes(TEXT.encode("utf-16"))
     with pytest.raises(DataError, match=r"is UTF-16, .*iconv -f UTF-16 -t UTF-8"):
         load_data(path, "byte", 0)
 
 
-def test_what_is_damaged_in_a_stopped_build_is_made_again(source, tmp_path, monkeypatch, rng):
+def test_damaged_files_of_an_interrupted_build_are_replaced(source, tmp_path, monkeypatch, rng):
     place, _ = source
     whole = tmp_path / "whole"
     build(whole, place, "bpe")

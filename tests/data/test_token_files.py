@@ -1,4 +1,4 @@
-"""Files of token ids: of the text that they are said to be of, undamaged, and of one build."""
+"""Token files: they match their text, damage is found, and a read belongs to one build."""
 
 import json
 import os
@@ -10,6 +10,7 @@ import sys
 import numpy as np
 import pytest
 from conftest import ROOT
+from tokens import text_of
 
 from tinygpt import device
 from tinygpt.data import DataError, documents, token_files
@@ -23,18 +24,14 @@ pytestmark = pytest.mark.usefixtures("cache")
 
 @pytest.fixture(params=["small", "large"])
 def size(request, monkeypatch):
-    """Texts are tokenized in memory, or as those that do not fit there."""
+    """Tokenizes texts in memory, or as if they did not fit in memory."""
     if request.param == "large":
         monkeypatch.setattr(module, "LARGE", 10)
         monkeypatch.setattr(module.shards, "cpu_count", lambda: 1)
     return request.param
 
 
-def text_of(data: TokenData) -> str:
-    return data.tokenizer.decode([*data.train.tolist(), *data.val.tolist()])
-
-
-# ---- a cache is of the content of its text
+# ---- a cache matches the content of its text
 
 def test_other_content_of_the_same_size_and_time_is_noticed(tmp_path, size):
     path = tmp_path / "some.txt"
@@ -44,7 +41,7 @@ def test_other_content_of_the_same_size_and_time_is_noticed(tmp_path, size):
         assert text_of(load_data(path, "char", 0)) == content
 
 
-def test_the_same_content_with_another_time_is_not_tokenized_again(tmp_path, size, monkeypatch):
+def test_the_same_content_with_another_modification_time_is_not_tokenized_again(tmp_path, size):
     path = tmp_path / "some.txt"
     path.write_text("The harbour\nsleeps.\n")
     first = load_data(path, "byte", 0)
@@ -86,7 +83,7 @@ def test_a_text_that_changes_while_it_is_tokenized_is_refused(tmp_path, monkeypa
     assert not list(cache.glob("some*"))
 
 
-def test_caches_from_before_there_were_checksums_are_read(tmp_path, cache, monkeypatch):
+def test_caches_without_checksums_are_read(tmp_path, cache):
     path = tmp_path / "some.txt"
     path.write_text("The harbour\nsleeps.\n")
     new = load_data(path, "char", 0)
@@ -146,7 +143,7 @@ def test_windows_of_a_large_file_are_those_of_an_array(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("limit", [100, 10_000], ids=["windows", "in memory"])
-def test_a_file_that_is_truncated_under_a_run_is_no_signal(tmp_path, monkeypatch, limit):
+def test_a_file_that_is_truncated_during_a_run_is_an_error(tmp_path, monkeypatch, limit):
     monkeypatch.setattr(token_files, "IN_MEMORY", limit)
     path = tmp_path / "val.bin"
     np.arange(1000, dtype=np.uint16).tofile(path)
@@ -176,7 +173,7 @@ def test_uint32_without_a_meta_json_is_read_as_such(tmp_path, rng, capsys, large
             data.bytes_per_token()
 
 
-def test_uint16_is_never_taken_for_uint32(tmp_path, rng, capsys):
+def test_uint16_is_never_read_as_uint32(tmp_path, rng, capsys):
     some = [rng.integers(0, n, 500) for n in (65, 256, 1024, 50257)]
     some += [np.zeros(7), np.arange(1, 500), np.resize([3, 0, 9, 7], 400)]
     for ids in some:
@@ -185,7 +182,7 @@ def test_uint16_is_never_taken_for_uint32(tmp_path, rng, capsys):
     assert capsys.readouterr().err == ""
 
 
-# ---- a fingerprint is of the ids, wherever they come from
+# ---- a fingerprint depends on the ids only
 
 def test_the_fingerprint_of_a_text_is_that_of_its_ids(tmp_path, cache):
     text = "The harbour\nsleeps.\n"
@@ -201,10 +198,10 @@ def test_the_fingerprint_of_a_text_is_that_of_its_ids(tmp_path, cache):
                | {found[0].fingerprint}) == 5
 
 
-# ---- where nothing can be written, and what is no file
+# ---- folders that cannot be written, and paths that are not files
 
 @pytest.mark.parametrize("how", ["no folder", "full"])
-def test_without_a_cache_the_tokens_are_used_all_the_same(tmp_path, monkeypatch, capsys, how):
+def test_tokens_that_cannot_be_cached_are_used(tmp_path, monkeypatch, capsys, how):
     path = tmp_path / "some.txt"
     path.write_text("The harbour\nsleeps.\n")
     if how == "no folder":  # a file is in its place: even root cannot write there
@@ -222,9 +219,8 @@ def test_without_a_cache_the_tokens_are_used_all_the_same(tmp_path, monkeypatch,
 
 
 @pytest.mark.parametrize("limit", [1, 1000, 1400])
-def test_a_disk_that_is_full_before_a_file_is_whole_leaves_no_half_of_it(tmp_path, cache, capsys,
-                                                                         limit):
-    """Files cannot grow past the limit, which shows only when what is buffered is written."""
+def test_a_full_disk_leaves_no_partial_file(tmp_path, cache, capsys, limit):
+    """Files cannot grow past the limit, which shows only when the buffer is written."""
     path = tmp_path / "some.txt"
     path.write_text("The harbour\nsleeps.\n" * 40)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -237,7 +233,7 @@ def test_a_disk_that_is_full_before_a_file_is_whole_leaves_no_half_of_it(tmp_pat
     assert text_of(made) == text_of(load_data(path, "byte", 0)) == path.read_text()
 
 
-def test_what_is_no_file_is_named_at_once(tmp_path):
+def test_a_path_that_is_not_a_file_is_named_without_waiting(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     os.mkfifo(tmp_path / "pipe.bin")
     with socket.socket(socket.AF_UNIX) as listening:
@@ -262,6 +258,7 @@ def test_what_is_no_file_is_named_at_once(tmp_path):
 LOAD = """
 import sys, time
 from pathlib import Path
+from tests.tokens import text_of
 from tinygpt.data import load as data
 root, number, rounds = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
 data.DATA_DIR = root
@@ -278,16 +275,15 @@ for n in range(rounds):
             new.write_text(("one\\n", "two\\n")[again % 2] * 50 + str(n))
             new.replace(root / "some.txt")
         found = data.load_data(root / "some.txt", "char", 0)
-        text = found.tokenizer.decode([*found.train.tolist(), *found.val.tolist()])
+        text = text_of(found)
         assert text.rstrip("0123456789") in ("one\\n" * 50, "two\\n" * 50), text
         same = data.load_data(root / f"{n}.txt", "bpe", 270)
-        text = same.tokenizer.decode([*same.train.tolist(), *same.val.tolist()])
-        assert text == (root / f"{n}.txt").read_text()
+        assert text_of(same) == (root / f"{n}.txt").read_text()
 """
 
 
 @pytest.mark.parametrize(("size", "rounds"), [("small", 12), ("large", 3)])
-def test_processes_that_tokenize_the_same_text_at_once_do_not_disturb_each_other(tmp_path, size,
+def test_processes_that_tokenize_the_same_text_do_not_disturb_each_other(tmp_path, size,
                                                                                rounds):
     (tmp_path / "some.txt").write_text("one\n" * 50)
     for n in range(rounds):

@@ -58,7 +58,7 @@ def texts():
 
 @pytest.fixture(scope="module")
 def play():
-    """Text with words that come again, for merges to be learned from."""
+    """Text with repeated words, from which merges can be learned."""
     rng = np.random.default_rng(5)
     words = ["the", "harbour", "sleeps", "and", "I", "walk", "with", "a", "lead", "ROMEO:\n",
              "it's", "caf\u00e9", "12", "  ", "\n\n", "\U0001f600"]
@@ -144,7 +144,7 @@ def test_bpe_learns_the_commonest_pairs_of_its_text():
 
 
 @pytest.mark.parametrize("size", [257, 258, 300])
-def test_bpe_has_the_vocabulary_that_was_asked_for(play, size):
+def test_bpe_has_the_requested_vocabulary(play, size):
     assert BPETokenizer.train(play, size).vocab_size == size
 
 
@@ -174,7 +174,7 @@ def test_a_panic_of_tiktoken_is_an_error(monkeypatch):
         BPETokenizer.train("some text", 260)
 
 
-def test_a_fingerprint_is_of_the_ids(play, bpe):
+def test_a_fingerprint_depends_on_the_ids(play, bpe):
     def one(tokenizer):
         return fingerprint(load_tokenizer(json.loads(json.dumps(tokenizer.to_json()))))
 
@@ -196,7 +196,7 @@ def test_a_million_blanks_are_text_or_a_clear_error(bpe, space):
         assert bpe.decode(ids) == text
 
 
-# ---- what a tokenizer refuses
+# ---- errors
 
 def test_char_names_the_characters_it_lacks():
     tokenizer = CharTokenizer.train("abc")
@@ -216,7 +216,7 @@ def test_char_has_exactly_the_characters_of_its_text_in_order():
 def test_lone_surrogates_are_refused_in_one_line(tokenizer, bad):
     with pytest.raises(ValueError, match=r"\\ud") as caught:
         tokenizer.encode(bad)
-    assert type(caught.value) is ValueError  # no UnicodeEncodeError from far below
+    assert type(caught.value) is ValueError  # not UnicodeEncodeError
     assert "\n" not in str(caught.value) and str(caught.value).isascii()
 
 
@@ -236,9 +236,9 @@ def test_ids_out_of_range_are_refused(tokenizer):
             StreamDecoder(tokenizer).push(bad)
 
 
-# ---- the way into a checkpoint and back
+# ---- saving and loading
 
-def test_json_keeps_ids_and_bytes(tokenizer, texts):
+def test_json_preserves_ids_and_bytes(tokenizer, texts):
     again = load_tokenizer(json.loads(json.dumps(tokenizer.to_json())))
     assert type(again) is type(tokenizer) and again.vocab_size == tokenizer.vocab_size
     for text in texts:
@@ -261,7 +261,7 @@ WITHOUT_A_BYTE = BYTES[:-1]
     {"kind": "char", "chars": "aba"}, {"kind": "char", "chars": ["a", "b"]},
     {"kind": "char", "chars": "a\ud800"},
 ], ids=lambda data: ascii(data)[:40])
-def test_what_describes_no_tokenizer_is_refused(data):
+def test_json_that_does_not_describe_a_tokenizer_is_refused(data):
     with pytest.raises(ValueError, match="does not describe a tokenizer") as caught:
         load_tokenizer(data)
     assert "\n" not in str(caught.value)
@@ -279,7 +279,7 @@ def test_a_stream_never_splits_a_character(tokenizer, texts):
 
 
 def test_a_stream_of_any_bytes_equals_their_decoding(rng):
-    """Bytes that are no UTF-8 at all become the same U+FFFD as at once."""
+    """Invalid UTF-8 becomes the same U+FFFD as when it is decoded at once."""
     tokenizer = ByteTokenizer()
     for _ in range(100):
         ids = rng.integers(0, 256, 40).tolist()
@@ -287,7 +287,7 @@ def test_a_stream_of_any_bytes_equals_their_decoding(rng):
         assert "".join(map(stream.push, ids)) + stream.finish() == tokenizer.decode(ids)
 
 
-def test_a_character_cut_off_at_the_end_is_told_by_finish():
+def test_finish_returns_a_character_that_is_cut_off():
     stream = StreamDecoder(ByteTokenizer())
     assert [stream.push(b) for b in "\u20ac".encode()[:2]] == ["", ""]
     assert stream.finish() == "\ufffd"
@@ -332,7 +332,7 @@ def test_gpt2_needs_no_files_once_it_is_in_json(gpt2, texts, monkeypatch, tmp_pa
     assert [again.encode(text) for text in texts] == expected
 
 
-def test_without_files_and_network_gpt2_says_what_to_do(fresh_gpt2, monkeypatch, tmp_path):
+def test_without_files_and_network_gpt2_has_a_remedy(fresh_gpt2, monkeypatch, tmp_path):
     def offline(*args, **kwargs):
         raise requests.ConnectionError("no route\nto host")
 
@@ -344,12 +344,12 @@ def test_without_files_and_network_gpt2_says_what_to_do(fresh_gpt2, monkeypatch,
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_kind_that_there_is_not_is_refused():
+def test_an_unknown_kind_is_refused():
     with pytest.raises(ValueError, match="no tokenizer 'foo': choose bpe, gpt2, char or byte"):
         make_tokenizer("foo", "text", 300)
 
 
-def test_a_fingerprint_says_whether_two_tokenizers_are_the_same():
+def test_equal_fingerprints_mean_equal_tokenizers():
     tokens = [bytes([b]) for b in range(256)]
     tokenizers = [ByteTokenizer(), CharTokenizer("ab"), CharTokenizer("ba"), CharTokenizer("abc"),
                   *(BPETokenizer.from_tokens(tokens + more)
@@ -358,5 +358,5 @@ def test_a_fingerprint_says_whether_two_tokenizers_are_the_same():
     assert len(set(prints)) == len(prints) and all(len(p) == 16 for p in prints)
     again = [load_tokenizer(json.loads(json.dumps(t.to_json()))) for t in tokenizers]
     assert [fingerprint(t) for t in again] == prints
-    assert fingerprint(ByteTokenizer()) == "30f38623554dfab2"  # files keep it: it may not change
+    assert fingerprint(ByteTokenizer()) == "30f38623554dfab2"  # stored in files: must not change
     assert fingerprint(None) is None

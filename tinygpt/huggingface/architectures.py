@@ -1,30 +1,31 @@
-"""The families of models that ours can be: what their settings and tensors are called.
+"""The architectures of the Hugging Face hub that GPT covers: their settings and tensors.
 
-A family is a table of which of their tensors make one of ours, and two functions between their
-config.json and the fields of our GPTConfig.
+An architecture is a table from our tensors to theirs, and two functions that convert between their
+config.json and the fields of GPTConfig.
 """
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from tinygpt.data.tokenizer import BPETokenizer, Tokenizer
+from tinygpt.data.tokenizer import Tokenizer, end_of_text
 from tinygpt.safetensors_file import one_line
 
 ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
 
 
 class PretrainedError(ValueError):
-    """A pretrained model that is missing, damaged, or has an option that ours lacks."""
+    """A pretrained model that is missing, damaged, or has an unsupported option."""
 
 
 @dataclass(frozen=True)
-class Family:
-    """How a family of models is written down.
+class Architecture:
+    """The layout of a model on the hub.
 
-    tensors: ours -> theirs, joined by rows where there are several; `{}` is the layer. transposed:
-    their matrices (C, N) are ours (N, C). required: settings that must have that value where
-    they are given. read makes GPTConfig's fields of their settings, write the reverse.
+    tensors: our name -> theirs, concatenated by rows if there are several; `{}` is the layer.
+    prefix: of their names. transposed: their matrices are (C, N), ours (N, C). ignored: suffixes of
+    tensors that are not weights. required: values of settings, if given. read: their settings ->
+    fields of GPTConfig; write: the reverse.
     """
 
     tensors: dict[str, tuple[str, ...]]
@@ -37,20 +38,19 @@ class Family:
 
 
 def require(settings: dict, required: dict[str, object], path: str) -> None:
-    """Raises PretrainedError where a setting has another value than the required one."""
+    """Raises PretrainedError if a setting has another value than the required one."""
     for name, value in required.items():
         given = settings.get(name)
         if given is not None and (
                 given != value or isinstance(given, bool) != isinstance(value, bool)):
-            raise PretrainedError(f"{path} has {name}={one_line(given)}, which our model lacks: it "
-                                  f"reads {name}={value!r} only")
+            raise PretrainedError(f"{path} has {name}={one_line(given)}, which is not supported: "
+                                  f"use a model with {name}={value!r}")
 
 
 class Settings:
-    """What a config.json has, each setting by the type that it must have.
+    """The settings in a config.json, read by type; missing or null ones have the default.
 
-    A setting that is missing or null has the default. Raises PretrainedError that names the file,
-    the setting and its value where it is of another type.
+    Raises PretrainedError that names the file, the setting and its value if the type is wrong.
     """
 
     def __init__(self, settings: dict, path: str):
@@ -70,22 +70,22 @@ class Settings:
         return self._get(name, default, "a name", lambda v: isinstance(v, str))
 
     def group(self, name: str) -> "Settings":
-        """A group of settings, {} where there is none."""
+        """A nested object of settings, {} if it is missing."""
         group = self._get(name, {}, "an object", lambda v: isinstance(v, dict))
         return Settings(group, self.path)
 
     def choice(self, name: str, default: str, choices) -> str:
         value = self.text(name, default)
         if value not in choices:
-            raise PretrainedError(f"{self.path} has {name}={one_line(value)}, which our model "
-                                  f"lacks: it reads {', '.join(choices)}")
+            raise PretrainedError(f"{self.path} has {name}={one_line(value)}, which is not "
+                                  f"supported: use a model with one of {', '.join(choices)}")
         return value
 
-    def _get(self, name: str, default, kind: str, holds: Callable):
+    def _get(self, name: str, default, kind: str, is_valid: Callable):
         value = self.settings.get(name)
         if value is None:
             return default
-        if not holds(value):
+        if not is_valid(value):
             raise PretrainedError(f"{self.path} has {name}={one_line(value)}, which is not {kind}")
         return value
 
@@ -109,12 +109,13 @@ def _read_llama(settings: Settings) -> dict:
     heads, width = settings.size("num_attention_heads", 32), settings.size("hidden_size", 4096)
     size = settings.size("head_dim", None)
     if size is not None and size * heads != width:
-        raise PretrainedError(f"{settings.path} has head_dim={size}, which our model lacks: its "
-                              f"heads have hidden_size / num_attention_heads = {width / heads}")
+        raise PretrainedError(f"{settings.path} has head_dim={size}, which is not supported: "
+                              "use a model with hidden_size / num_attention_heads = "
+                              f"{width / heads}")
     bias = settings.switch("attention_bias", False)
     if settings.switch("mlp_bias", False) != bias:
         raise PretrainedError(f"{settings.path} has attention_bias={bias} and mlp_bias={not bias}: "
-                              "our model has biases in both or in neither")
+                              "use a model with biases in both or in neither")
     return dict(block_size=settings.size("max_position_embeddings", 2048),
                 vocab_size=settings.size("vocab_size", 32000),
                 n_layer=settings.size("num_hidden_layers", 32), n_head=heads,
@@ -126,13 +127,13 @@ def _read_llama(settings: Settings) -> dict:
 
 
 def _rope_theta(settings: Settings) -> float:
-    """The base of RoPE, which older files have outside the group of its other settings."""
+    """The base of RoPE; older files have it outside the group of RoPE settings."""
     groups = [settings.group(name) for name in ("rope_parameters", "rope_scaling")]
     rope = next((group for group in groups if group.settings), groups[0])
     kind = rope.text("rope_type", rope.text("type", "default"))
     if kind != "default" or rope.number("partial_rotary_factor", 1) != 1:
-        raise PretrainedError(f"{settings.path} has rope_type={one_line(kind)}, which our model "
-                              "lacks: it reads unscaled RoPE only")
+        raise PretrainedError(f"{settings.path} has rope_type={one_line(kind)}, which is not "
+                              "supported: use a model with unscaled RoPE")
     return rope.number("rope_theta", settings.number("rope_theta", 10000.0))
 
 
@@ -143,7 +144,8 @@ def _write_gpt2(config: dict, tokenizer: Tokenizer | None) -> dict:
                 n_positions=config["block_size"], n_embd=config["n_embd"],
                 n_layer=config["n_layer"], n_head=config["n_head"], n_inner=config["n_inner"],
                 layer_norm_epsilon=config["norm_eps"], activation_function=activation,
-                resid_pdrop=drop, embd_pdrop=drop, attn_pdrop=drop, **_written(config, tokenizer))
+                resid_pdrop=drop, embd_pdrop=drop, attn_pdrop=drop,
+                **_common_settings(config, tokenizer))
 
 
 def _write_llama(config: dict, tokenizer: Tokenizer | None) -> dict:
@@ -157,12 +159,12 @@ def _write_llama(config: dict, tokenizer: Tokenizer | None) -> dict:
                 intermediate_size=inner, rms_norm_eps=config["norm_eps"], hidden_act="silu",
                 attention_bias=config["bias"], mlp_bias=config["bias"],
                 attention_dropout=config["dropout"], rope_parameters=rope,
-                rope_theta=config["rope_theta"], **_written(config, tokenizer))
+                rope_theta=config["rope_theta"], **_common_settings(config, tokenizer))
 
 
-def _written(config: dict, tokenizer: Tokenizer | None) -> dict:
-    """What the settings of every family have."""
-    end = tokenizer.end_of_text if isinstance(tokenizer, BPETokenizer) else None
+def _common_settings(config: dict, tokenizer: Tokenizer | None) -> dict:
+    """The settings that all architectures share."""
+    end = end_of_text(tokenizer)
     return dict(vocab_size=config["vocab_size"], tie_word_embeddings=config["tie_weights"],
                 bos_token_id=end, eos_token_id=end, dtype="float32")
 
@@ -188,14 +190,14 @@ def _llama_tensors() -> dict[str, tuple[str, ...]]:
     return names
 
 
-FAMILIES = {
-    "gpt2": Family(
+ARCHITECTURES = {
+    "gpt2": Architecture(
         tensors=_gpt2_tensors(), prefix="transformer.", transposed=True,
         ignored=(".attn.bias", ".attn.masked_bias"),
         required={"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False,
                   "add_cross_attention": False, "quantization_config": None},
         read=_read_gpt2, write=_write_gpt2),
-    "llama": Family(
+    "llama": Architecture(
         tensors=_llama_tensors(), prefix="model.", transposed=False,
         ignored=(".rotary_emb.inv_freq",),
         required={"hidden_act": "silu", "partial_rotary_factor": 1.0, "sliding_window": None,

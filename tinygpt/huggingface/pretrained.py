@@ -1,6 +1,6 @@
-"""GPT-2 and Llama models in Hugging Face's layout: read from a folder or downloaded, and written.
+"""Reads and writes GPT-2 and Llama models in Hugging Face's layout; downloads GPT-2.
 
-Tensors are read and written one at a time; `families.py` has their names.
+Tensors are read and written one at a time; `architectures.py` has their names.
 """
 
 import json
@@ -21,8 +21,8 @@ from tinygpt.data.tokenizer import BPETokenizer, Tokenizer
 from tinygpt.huggingface import tokenizer_json
 from tinygpt.huggingface.architectures import (
     ACTIVATIONS,
-    FAMILIES,
-    Family,
+    ARCHITECTURES,
+    Architecture,
     PretrainedError,
     Settings,
     require,
@@ -37,28 +37,28 @@ INDEX = "model.safetensors.index.json"
 
 @dataclass(frozen=True)
 class Pretrained:
-    """A model in open files: the fields of its GPTConfig, its tokenizer, and where its weights are.
+    """A model in open files; use it in a `with` statement, which closes them.
 
-    The files close with a `with` statement.
+    config: the fields of its GPTConfig. sources: the tensors that make each of our weights.
     """
 
     path: str
     config: dict
     tokenizer: Tokenizer | None
-    plan: dict[str, list[tuple[TensorFile, str]]]
+    sources: dict[str, list[tuple[TensorFile, str]]]
     transposed: bool
 
     def __enter__(self):
         return self
 
     def __exit__(self, *_) -> None:
-        for file in {file for sources in self.plan.values() for file, _ in sources}:
+        for file in {file for parts in self.sources.values() for file, _ in parts}:
             file.close()
 
-    def configured(self, options: dict) -> dict:
-        """The fields of the GPTConfig with options in it: a smaller block_size, a dropout.
+    def config_with(self, options: dict) -> dict:
+        """The fields of GPTConfig with options such as a smaller block_size or a dropout.
 
-        Raises PretrainedError where an option contradicts the weights.
+        Raises PretrainedError if an option contradicts the weights.
         """
         for name, value in options.items():
             ours = self.config.get(name, value)
@@ -70,11 +70,11 @@ class Pretrained:
         return self.config | given
 
     def shapes(self, block_size: int) -> dict[str, tuple[int, ...]]:
-        """The shape of every weight by our name; a position table that is longer than block_size
-        is cropped. Raises PretrainedError where parts of one do not fit together."""
+        """The shape of each weight by our name; a position table longer than block_size is cropped.
+        Raises PretrainedError if the parts of a weight do not fit together."""
         shapes = {}
-        for name, sources in self.plan.items():
-            first, *others = [file.shapes[source] for file, source in sources]
+        for name, parts in self.sources.items():
+            first, *others = [file.shapes[part] for file, part in parts]
             if any(shape[1:] != first[1:] or not shape for shape in others):
                 raise PretrainedError(f"{self.path} has parts of {name} with shapes {first} and "
                                       f"{', '.join(map(str, others))}, which do not fit together")
@@ -86,15 +86,15 @@ class Pretrained:
         return shapes
 
     def fill(self, weights: dict) -> None:
-        """Writes the model into weights, realized Tensors by name whose shapes are those of
-        `shapes`, one after another. Raises TensorFileError where one is damaged."""
+        """Copies the model into weights, realized Tensors by name with the shapes of `shapes`,
+        one at a time. Raises TensorFileError if one is damaged."""
         for name, weight in weights.items():
             array = self._array(name)[:weight.shape[0]]
             device.write(weight, array)
             del array  # before the next one is read
 
     def _array(self, name: str) -> np.ndarray:
-        arrays = [file.read_float(source) for file, source in self.plan[name]]
+        arrays = [file.read_float(part) for file, part in self.sources[name]]
         array = arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
         return array.T if self._is_transposed(name, array.shape) else array
 
@@ -103,12 +103,12 @@ class Pretrained:
 
 
 class TokenizerWarning(UserWarning, ValueError):
-    """A pretrained model has a tokenizer that cannot be used here."""
+    """The tokenizer of a pretrained model cannot be used."""
 
 
 @contextmanager
 def tokenizer_needed(needed: bool = True):
-    """Within it, a TokenizerWarning is raised as an error where a tokenizer is needed."""
+    """A context in which a TokenizerWarning is an error, if a tokenizer is needed."""
     with warnings.catch_warnings():
         if needed:
             warnings.simplefilter("error", TokenizerWarning)
@@ -116,7 +116,7 @@ def tokenizer_needed(needed: bool = True):
 
 
 def is_pretrained(path: str | Path) -> bool:
-    """Whether path names a model that `open_pretrained` reads and that is no checkpoint of ours."""
+    """Whether `open_pretrained` reads path, and path is not a checkpoint of this project."""
     if str(path) in NAMES or os.path.isdir(path):
         return True
     return (os.path.isfile(path) and (Path(path).parent / "config.json").is_file()
@@ -125,11 +125,11 @@ def is_pretrained(path: str | Path) -> bool:
 
 def open_pretrained(name: str | Path, offline: bool = False,
                     base_url: str | None = None) -> Pretrained:
-    """The model that name means: one of NAMES, a folder in Hugging Face's layout, a .safetensors
-    file with its config.json beside it, or a checkpoint of ours.
+    """Opens one of NAMES, a folder in Hugging Face's layout, a .safetensors file with config.json
+    in the same folder, or a checkpoint of this project.
 
-    One of NAMES is downloaded from base_url (HUB) into the cache, unless a folder of that name is
-    here, or offline is given. Raises ValueError, in one line.
+    One of NAMES is downloaded from base_url (HUB) into the cache, unless a folder has that name or
+    offline is given. Raises ValueError, in one line.
     """
     path = Path(name)
     if str(name) in NAMES and not (path / "config.json").is_file():
@@ -138,44 +138,44 @@ def open_pretrained(name: str | Path, offline: bool = False,
         raise PretrainedError(f"there is no pretrained model {name}: name one of "
                               f"{', '.join(NAMES)}, a folder or a .safetensors file")
     if path.is_file() and _is_ours(path):
-        return _own(path)
+        return _from_checkpoint(path)
     folder = path if path.is_dir() else path.parent
     if folder != path and not (folder / "config.json").exists():
-        raise PretrainedError(f"{path} is no checkpoint of this project, and has no config.json "
-                              "beside it, which any other pretrained model needs")
+        raise PretrainedError(f"{path} is not a checkpoint of this project, and its folder has no "
+                              "config.json, which any other pretrained model needs")
     kind, config = _read_config(folder / "config.json")
-    plan = _plan(FAMILIES[kind], config, _tensors(path), str(folder))
-    return Pretrained(str(name), config, _tokenizer(folder, kind, config["vocab_size"]), plan,
-                      FAMILIES[kind].transposed)
+    sources = _sources(ARCHITECTURES[kind], config, _tensors(path), str(folder))
+    return Pretrained(str(name), config, _tokenizer(folder, kind, config["vocab_size"]), sources,
+                      ARCHITECTURES[kind].transposed)
 
 
 def _read_config(path: Path) -> tuple[str, dict]:
-    """The family that a config.json names, and the fields of GPTConfig. Raises PretrainedError."""
+    """The architecture in a config.json and the fields of GPTConfig. Raises PretrainedError."""
     settings = _read_json(path)
     kind = settings.get("model_type")
-    if not isinstance(kind, str) or kind not in FAMILIES:
+    if not isinstance(kind, str) or kind not in ARCHITECTURES:
         what = f"model_type {one_line(kind)}" if kind else "no model_type"
-        raise PretrainedError(f"{path} has {what}: only {' and '.join(FAMILIES)} models are read; "
-                              "of a run of ours name the .safetensors file")
-    require(settings, FAMILIES[kind].required, str(path))
-    return kind, FAMILIES[kind].read(Settings(settings, str(path)))
+        raise PretrainedError(f"{path} has {what}: only {' and '.join(ARCHITECTURES)} models are "
+                              "supported; of a run of train.py name the .safetensors file")
+    require(settings, ARCHITECTURES[kind].required, str(path))
+    return kind, ARCHITECTURES[kind].read(Settings(settings, str(path)))
 
 
 def _downloaded(name: str, offline: bool, base_url: str) -> Path:
-    """The folder in the cache with the files of one of NAMES."""
+    """The cache folder of one of NAMES, after downloading the missing files."""
     folder = device.cache_dir() / "pretrained" / name
     for file, check in (("config.json", _read_json), ("model.safetensors", _check_file)):
         path = folder / file
         if path.is_file():
             continue
         if offline:
-            raise PretrainedError(f"{path} is not there, and --offline forbids to download it: "
-                                  "connect once without it, or name a folder")
+            raise PretrainedError(f"{path} does not exist, and --offline prevents the download: "
+                                  "run once without it, or name a folder")
         try:
             fetch(f"{base_url}/{name}/resolve/main/{file}", path, check)
         except DataError as error:
-            raise PretrainedError(f"{name} is not to be had: {error}; connect, or copy config.json "
-                                  f"and model.safetensors into {folder}") from error
+            raise PretrainedError(f"{name} cannot be downloaded: {error}; connect, or copy "
+                                  f"config.json and model.safetensors into {folder}") from error
     return folder
 
 
@@ -183,7 +183,7 @@ def _check_file(path: Path) -> None:
     TensorFile(path).close()
 
 
-# ---- what a folder holds
+# ---- the files of a folder
 
 def _read_json(path: Path) -> dict:
     if path.exists() and not path.is_file():
@@ -194,14 +194,14 @@ def _read_json(path: Path) -> dict:
         raise PretrainedError(f"{path} cannot be read ({error.strerror}): a pretrained model needs "
                               "its config.json") from error
     except (ValueError, RecursionError) as error:
-        raise PretrainedError(f"{path} is no JSON ({error})") from error
+        raise PretrainedError(f"{path} is not JSON ({error}): download it again") from error
     if not isinstance(data, dict):
-        raise PretrainedError(f"{path} is no JSON object")
+        raise PretrainedError(f"{path} is not a JSON object: download it again")
     return data
 
 
 def _tensors(path: Path) -> dict[str, tuple[TensorFile, str]]:
-    """The file and the full name of every tensor, by its name without the family's prefix."""
+    """The file and full name of every tensor, by its name without the architecture's prefix."""
     files = [path]
     if path.is_dir():
         files = [path / "model.safetensors"]
@@ -209,12 +209,12 @@ def _tensors(path: Path) -> dict[str, tuple[TensorFile, str]]:
             shards = _read_json(path / INDEX).get("weight_map")
             if not isinstance(shards, dict) or not shards or any(
                     not isinstance(n, str) or Path(n).name != n for n in shards.values()):
-                raise PretrainedError(f"{path / INDEX} has no weight_map of files beside it")
+                raise PretrainedError(f"{path / INDEX} has no weight_map of files in its folder")
             files = [path / name for name in sorted(set(shards.values()))]
-    if not os.path.isfile(files[0]):  # a name in the index may be longer than names can be
-        raise PretrainedError(f"there is no {files[0]}: other formats than safetensors are not "
-                              "read, convert it first")
-    prefixes = tuple(family.prefix for family in FAMILIES.values())
+    if not os.path.isfile(files[0]):  # is_file raises if a name in the index is too long
+        raise PretrainedError(f"there is no {files[0]}: convert weights in other formats to "
+                              "safetensors first")
+    prefixes = tuple(architecture.prefix for architecture in ARCHITECTURES.values())
     found = {}
     for file in map(TensorFile, files):
         for name in file.shapes:
@@ -223,34 +223,33 @@ def _tensors(path: Path) -> dict[str, tuple[TensorFile, str]]:
     return found
 
 
-def _plan(family: Family, config: dict, found: dict[str, tuple[TensorFile, str]], path: str
-          ) -> dict[str, list[tuple[TensorFile, str]]]:
-    """Which tensors make each of ours. Raises PretrainedError where one is missing, left over, or
-    where a size in the configuration is not that of the tensors."""
-    plan, used = {}, set()
-    for ours, theirs in _names(family, config):
+def _sources(architecture: Architecture, config: dict, tensors: dict[str, tuple[TensorFile, str]],
+             path: str) -> dict[str, list[tuple[TensorFile, str]]]:
+    """The tensors that make each of our weights. Raises PretrainedError if one is missing or not
+    expected, or if a size in the configuration is not that of the tensors."""
+    sources, used = {}, set()
+    for ours, theirs in _names(architecture, config):
         for name in theirs:
-            if name not in found:
+            if name not in tensors:
                 raise PretrainedError(f"{path} has no tensor {name}, which its configuration needs")
-        plan[ours], used = [found[name] for name in theirs], used | set(theirs)
-    for name in sorted(found.keys() - used):
+        sources[ours], used = [tensors[name] for name in theirs], used | set(theirs)
+    for name in sorted(tensors.keys() - used):
         tied = name == "lm_head.weight" and config["tie_weights"]
-        if not tied and not name.endswith(family.ignored):
-            raise PretrainedError(f"{path} has a tensor {name} that its configuration does not "
-                                  "have")
+        if not tied and not name.endswith(architecture.ignored):
+            raise PretrainedError(f"{path} has a tensor {name} that is not in its configuration")
     for table, rows in (("wte.weight", "vocab_size"), ("wpe.weight", "block_size")):
-        for file, name in plan.get(table, []):
-            wanted = config[rows], config["n_embd"]
-            if file.shapes[name] != wanted:
+        for file, name in sources.get(table, []):
+            expected = config[rows], config["n_embd"]
+            if file.shapes[name] != expected:
                 raise PretrainedError(f"{path} has {name} of shape {file.shapes[name]}, its "
-                                      f"configuration says {wanted}")
-    return plan
+                                      f"configuration has {expected}")
+    return sources
 
 
-def _names(family: Family, config: dict) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """Our name and theirs of every tensor for that configuration, which may claim any number of
+def _names(architecture: Architecture, config: dict) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """Yields our name and theirs of every tensor; lazily, as config may claim any number of
     layers."""
-    for ours, theirs in family.tensors.items():
+    for ours, theirs in architecture.tensors.items():
         if ours.endswith(".bias") and not config["bias"]:
             continue
         for i in range(config["n_layer"]) if "{}" in ours else (0,):
@@ -264,78 +263,76 @@ def _is_linear(name: str) -> bool:
 
 
 def _tokenizer(folder: Path, kind: str, vocab_size: int) -> Tokenizer | None:
-    """The tokenizer of a folder; GPT-2's where a GPT-2 of that vocabulary comes with no
-    tokenizer.json. Warns where one is there that cannot be used."""
-    path, found = folder / "tokenizer.json", None
+    """The tokenizer of a folder; a GPT-2 without tokenizer.json has GPT-2's. Warns if it cannot be
+    used."""
+    path, tokenizer = folder / "tokenizer.json", None
     try:
         if path.exists():
-            found = tokenizer_json.read(path)
+            tokenizer = tokenizer_json.read(path)
         elif kind == "gpt2" and vocab_size == 50257:
-            found = BPETokenizer()
-        if found is not None and found.vocab_size > vocab_size:
-            raise ValueError(f"{path} has {found.vocab_size} ids, but the model vocab_size="
+            tokenizer = BPETokenizer()
+        if tokenizer is not None and tokenizer.vocab_size > vocab_size:
+            raise ValueError(f"{path} has {tokenizer.vocab_size} ids, but the model has vocab_size="
                              f"{vocab_size}")
     except ValueError as error:
         warnings.warn(f"{folder} is read without its tokenizer: {error}", TokenizerWarning,
                       stacklevel=4)
         return None
-    return found
+    return tokenizer
 
 
-# ---- our own checkpoints
+# ---- checkpoints of this project
 
 def _is_ours(path: str | Path) -> bool:
     with TensorFile(path) as file:
         return checkpoint.is_ours(file)
 
 
-def _own(path: Path) -> Pretrained:
+def _from_checkpoint(path: Path) -> Pretrained:
     file = checkpoint.Checkpoint(path)
     try:
         checkpoint.check_kind(path, file.header, "gpt")
         config = file.header["model_config"]
-        adapted = [name for name in file.part("model.") if is_adapter(name)]
-        if adapted:
+        if any(is_adapter(name) for name in file.part("model.")):
             raise PretrainedError(f"{path} has LoRA adapters: merge them with python generate.py "
                                   f"--checkpoint {path} --export FOLDER, and name that folder")
         tokenizer = checkpoint.tokenizer_of(file)
     except ValueError:
         file.close()
         raise
-    plan = {name: [(file, f"model.{name}")] for name in file.part("model.")}
-    return Pretrained(str(path), config, tokenizer, plan, False)
+    sources = {name: [(file, f"model.{name}")] for name in file.part("model.")}
+    return Pretrained(str(path), config, tokenizer, sources, False)
 
 
-# ---- out
+# ---- export
 
 def export(config: dict, weights: dict, tokenizer: Tokenizer | None, folder: str | Path) -> Path:
     """Writes a folder that transformers opens: config.json, model.safetensors, the tokenizer.
 
-    config holds GPTConfig's fields, weights Tensors by our names. The folder appears when it is
-    whole. Raises PretrainedError where an option has no home in GPT2LMHeadModel nor in
-    LlamaForCausalLM, where the folder has something in it, or where it cannot be written.
+    config: the fields of GPTConfig. weights: Tensors by our names. The folder appears when it is
+    complete. Raises PretrainedError if neither GPT2LMHeadModel nor LlamaForCausalLM has the
+    options of config, if the folder is not empty, or if it cannot be written.
     """
     folder = Path(folder)
-    kind = _kind_of(config)
-    family = FAMILIES[kind]
+    architecture = ARCHITECTURES[_architecture_of(config)]
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise PretrainedError(f"{folder} is there already: name a new folder")
-    files = {"config.json": family.write(config, tokenizer)} | tokenizer_json.dump(
+        raise PretrainedError(f"{folder} already exists: name a new folder")
+    files = {"config.json": architecture.write(config, tokenizer)} | tokenizer_json.dump(
         tokenizer, config["block_size"])
     files["generation_config.json"] = {k: v for k, v in files["config.json"].items()
                                        if k in ("bos_token_id", "eos_token_id")}
     if tokenizer is not None and "tokenizer.json" not in files:
-        warnings.warn(f"{folder} is written without a tokenizer: transformers has none like ours",
-                      stacklevel=3)
-    shapes, sources = _layout(family, config, weights)
+        warnings.warn(f"{folder} is written without a tokenizer: transformers has no "
+                      f"equivalent of {type(tokenizer).__name__}", stacklevel=3)
+    shapes, sources = _layout(architecture, config, weights)
     part = folder.with_name(f".{folder.name}.{os.getpid()}.part")
     try:
         part.mkdir(parents=True)
         for name, data in files.items():
             (part / name).write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
-        arrays = (_rows(config, weights, family, *source) for source in sources)
-        like = {name: (shape, "F32") for name, shape in shapes.items()}
-        write(part / "model.safetensors", like, arrays, {"format": "pt"})
+        arrays = (_rows(config, weights, architecture, *source) for source in sources)
+        layout = {name: (shape, "F32") for name, shape in shapes.items()}
+        write(part / "model.safetensors", layout, arrays, {"format": "pt"})
         part.replace(folder)
     except (OSError, TensorFileError) as error:
         why = getattr(error, "strerror", None) or error
@@ -345,41 +342,42 @@ def export(config: dict, weights: dict, tokenizer: Tokenizer | None, folder: str
     return folder
 
 
-def _kind_of(config: dict) -> str:
-    """The family whose options these are. Raises PretrainedError that names what has no home."""
+def _architecture_of(config: dict) -> str:
+    """The architecture with these options. Raises PretrainedError that names the options of which
+    none has all."""
     defaults = {"parallel": False, "qk_norm": False, "sliding_window": None}
-    homes = {"gpt2": defaults | {"norm": "layernorm", "position": "learned",
-                                 "activation": tuple(ACTIVATIONS.values()),
-                                 "n_kv_head": (None, config["n_head"])},
-             "llama": defaults | {"norm": "rmsnorm", "position": "rope", "activation": "swiglu"}}
-    lacks = {kind: [f"{k}={config[k]}" for k, v in wanted.items()
+    supported = {"gpt2": defaults | {"norm": "layernorm", "position": "learned",
+                                     "activation": tuple(ACTIVATIONS.values()),
+                                     "n_kv_head": (None, config["n_head"])},
+                 "llama": defaults | {"norm": "rmsnorm", "position": "rope",
+                                      "activation": "swiglu"}}
+    lacks = {kind: [f"{k}={config[k]}" for k, v in options.items()
                     if config[k] not in (v if isinstance(v, tuple) else (v,))]
-             for kind, wanted in homes.items()}
+             for kind, options in supported.items()}
     for kind, options in lacks.items():
         if not options:
             return kind
-    raise PretrainedError("transformers has no home for this model: GPT2LMHeadModel lacks "
+    raise PretrainedError("transformers has no architecture for this model: GPT2LMHeadModel lacks "
                           f"{', '.join(lacks['gpt2'])}; LlamaForCausalLM lacks "
-                          f"{', '.join(lacks['llama'])}: train one that has only the options of "
-                          "either")
+                          f"{', '.join(lacks['llama'])}: train a model with the options of one")
 
 
-def _layout(family: Family, config: dict, weights: dict) -> tuple[dict, list]:
-    """The shapes of their tensors by name, and for each (our name, its part, of how many)."""
-    # GPT-2 has biases everywhere: where ours has none, they are zeros
-    names = _names(family, config | {"bias": config["bias"] or family.transposed})
+def _layout(architecture: Architecture, config: dict, weights: dict) -> tuple[dict, list]:
+    """The shapes of their tensors by name, and for each (our name, part, number of parts)."""
+    # GPT-2 has biases everywhere: they are zeros if ours has none
+    names = _names(architecture, config | {"bias": config["bias"] or architecture.transposed})
     shapes, sources = {}, []
     for ours, theirs in names:
         for i, name in enumerate(theirs):
-            shape = _rows_shape(config, weights, family, ours, i, len(theirs))
-            full = name if name.startswith("lm_head") else family.prefix + name
+            shape = _rows_shape(config, weights, architecture, ours, i, len(theirs))
+            full = name if name.startswith("lm_head") else architecture.prefix + name
             shapes[full] = shape
             sources.append((ours, i, len(theirs)))
     return shapes, sources
 
 
 def _span(config: dict, part: int, parts: int) -> slice:
-    """Which rows of a matrix are its part: all, or those of q, k or v."""
+    """The rows of our matrix in one of their parts: all, or those of q, k or v."""
     if parts == 1:
         return slice(None)
     size = config["n_embd"] // config["n_head"]
@@ -388,18 +386,18 @@ def _span(config: dict, part: int, parts: int) -> slice:
     return slice(begin, begin + (config["n_embd"] if part == 0 else kv))
 
 
-def _rows_shape(config: dict, weights: dict, family: Family, name: str, part: int, parts: int
-                ) -> tuple[int, ...]:
+def _rows_shape(config: dict, weights: dict, architecture: Architecture, name: str, part: int,
+                parts: int) -> tuple[int, ...]:
     if name not in weights:  # a bias that ours lacks
         return (weights[name.replace(".bias", ".weight")].shape[0],)
     first, *rest = weights[name].shape
     rows = len(range(first)[_span(config, part, parts)])
-    return (*rest, rows) if family.transposed and rest and _is_linear(name) else (rows, *rest)
+    return (*rest, rows) if architecture.transposed and rest and _is_linear(name) else (rows, *rest)
 
 
-def _rows(config: dict, weights: dict, family: Family, name: str, part: int, parts: int
-          ) -> np.ndarray:
+def _rows(config: dict, weights: dict, architecture: Architecture, name: str, part: int,
+          parts: int) -> np.ndarray:
     if name not in weights:
-        return np.zeros(_rows_shape(config, weights, family, name, part, parts), np.float32)
+        return np.zeros(_rows_shape(config, weights, architecture, name, part, parts), np.float32)
     array = device.read(weights[name])[_span(config, part, parts)]
-    return array.T if family.transposed and array.ndim == 2 and _is_linear(name) else array
+    return array.T if architecture.transposed and array.ndim == 2 and _is_linear(name) else array

@@ -1,8 +1,7 @@
-"""Byte-level BPE between our tokenizers and Hugging Face's tokenizer.json.
+"""Converts byte-level BPE tokenizers to and from Hugging Face's tokenizer.json.
 
-There a byte is written as a printable character, and a merge as the pair that it joins; ours knows
-the tokens by rank only (tiktoken), so that a pair is found by splitting the token with the merges
-that come before it.
+That file writes a byte as a printable character and lists merges as pairs of tokens. tiktoken has
+only tokens by rank, so the pair of a token is found by splitting it with the merges before it.
 """
 
 import json
@@ -21,9 +20,9 @@ BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": Tr
 
 
 def dump(tokenizer: Tokenizer | None, block_size: int) -> dict[str, dict]:
-    """The files, name -> JSON, from which transformers makes this tokenizer; {} where it cannot.
+    """The files, name -> JSON, of this tokenizer for transformers; {} if it has no such tokenizer.
 
-    Raises ValueError where the tokens of a BPE were not made by merging two at a time.
+    Raises ValueError if a BPE token is not the merge of two others.
     """
     if isinstance(tokenizer, BPETokenizer):
         tokens, special = tokenizer.tokens(), END_OF_TEXT
@@ -54,16 +53,14 @@ def dump(tokenizer: Tokenizer | None, block_size: int) -> dict[str, dict]:
 
 
 def read(path: Path) -> Tokenizer:
-    """The tokenizer of a tokenizer.json. Raises ValueError that names the file where it is not one
-    of ours: byte-level BPE with GPT-2's pattern, tokens in the order of merges, end-of-text last.
-    """
+    """The tokenizer in a tokenizer.json. Raises ValueError that names the file unless it is a
+    byte-level BPE with GPT-2's pattern, tokens in the order of merges, end-of-text last."""
     raw = read_bytes(path)
     try:
         return _tokenizer(json.loads(raw))
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged, or no byte-level BPE with GPT-2's pattern and its "
-                         "tokens in the order of their merges, which is all that is read here"
-                         ) from error
+        raise ValueError(f"{path} is damaged, or not a byte-level BPE with GPT-2's pattern and its "
+                         "tokens in the order of their merges: only these can be read") from error
 
 
 def _tokenizer(data: dict) -> Tokenizer:
@@ -72,13 +69,13 @@ def _tokenizer(data: dict) -> Tokenizer:
     if tokens == [bytes([b]) for b in range(256)] and not added:
         return ByteTokenizer()
     if added != [(len(tokens), END_OF_TEXT)]:
-        raise ValueError("other added tokens than end-of-text, the last")
+        raise ValueError("the added tokens are not end-of-text alone")
     return BPETokenizer.from_tokens(tokens)
 
 
 def _tokens(data: dict) -> list[bytes]:
-    """The bytes of each id but the added ones. Raises ValueError and the like on what is not as
-    `dump` writes it in all that changes ids."""
+    """The bytes of each id except the added ones. Raises ValueError, KeyError, ... if anything that
+    affects ids is not as `dump` writes it."""
     model, before = data["model"], data["pre_tokenizer"]
     plain = (model["type"] == "BPE" and not data.get("normalizer") and before["type"] == "ByteLevel"
              and not before["add_prefix_space"] and before.get("use_regex", True)
@@ -93,14 +90,14 @@ def _tokens(data: dict) -> list[bytes]:
     pairs = [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]
     merges = [(_bytes(a), _bytes(b)) for a, b in pairs]
     if not plain or len(ranks) != len(tokens) or any(len(token) != 1 for token in tokens[:256]):
-        raise ValueError("not as ours are")
+        raise ValueError("unsupported options or tokens")
     if merges != [_split(token, ranks) for token in tokens[256:]]:
-        raise ValueError("merges in another order than the tokens")
+        raise ValueError("the merges are not in the order of the tokens")
     return tokens
 
 
 def _split(token: bytes, ranks: dict[bytes, int]) -> tuple[bytes, bytes]:
-    """The two tokens of which the merges before its own make this one."""
+    """The two tokens that merge into this one, by the merges of lower rank."""
     parts = [token[i:i + 1] for i in range(len(token))]
     while len(parts) > 2:
         found = [ranks.get(a + b, len(ranks)) for a, b in pairwise(parts)]
@@ -110,7 +107,7 @@ def _split(token: bytes, ranks: dict[bytes, int]) -> tuple[bytes, bytes]:
         i = found.index(best)
         parts[i:i + 2] = [parts[i] + parts[i + 1]]
     if len(parts) != 2:
-        raise ValueError(f"the token {token!r} is not made of two that come before it")
+        raise ValueError(f"the token {token!r} is not the merge of two tokens before it")
     return parts[0], parts[1]
 
 
