@@ -82,7 +82,7 @@ class RunsAtOnce(Campaign):
                                  for delay in delays])
         for done in ended:
             if done.status:
-                check("is writing into" in done.refusal("train.py:"), done)
+                check("is writing to" in done.refusal("train.py:"), done)
         good = sum(done.status == 0 for done in ended)
         check(good >= 1, f"none got through: {ended[0]}")
         places = [folder / "out", *(folder / "out").glob("run_*")]

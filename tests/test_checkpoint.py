@@ -1,4 +1,4 @@
-"""Checkpoint files: whole or not at all, and never trusted."""
+"""Checkpoint files: written atomically, and validated when read."""
 
 import json
 import os
@@ -19,7 +19,7 @@ from tinygpt import checkpoint
 from tinygpt.checkpoint import CheckpointError
 
 ROOT = Path(__file__).parent.parent
-FACTS = {"model_config": {"n_layer": 2}, "iter_num": 7, "best_val_loss": 1.5, "tokenizer": None,
+METADATA = {"model_config": {"n_layer": 2}, "iter_num": 7, "best_val_loss": 1.5, "tokenizer": None,
          "words": "na\u00efve \U0001f600 \"quoted\"\n"}
 
 
@@ -37,35 +37,35 @@ def files(folder: Path) -> dict[str, bytes]:
 # ---- round trips
 
 def test_what_is_saved_is_loaded_bit_for_bit(tmp_path, tensors):
-    path = checkpoint.save(tmp_path / "deep" / "er" / "ckpt_7.safetensors", tensors, FACTS)
-    loaded, facts = checkpoint.load(path)
+    path = checkpoint.save(tmp_path / "deep" / "er" / "ckpt_7.safetensors", tensors, METADATA)
+    loaded, metadata = checkpoint.load(path)
     assert loaded.keys() == tensors.keys()
     for key, array in tensors.items():
         assert loaded[key].dtype == array.dtype and loaded[key].shape == array.shape
         assert loaded[key].tobytes() == array.tobytes()
-    assert {k: facts[k] for k in FACTS} == FACTS == json.loads(json.dumps(FACTS))
-    assert checkpoint.load_metadata(str(path)) == facts
+    assert {k: metadata[k] for k in METADATA} == METADATA == json.loads(json.dumps(METADATA))
+    assert checkpoint.load_metadata(str(path)) == metadata
     assert os.listdir(path.parent) == ["ckpt_7.safetensors"]
 
 
 def test_the_metadata_are_json_strings_with_format_and_version(tmp_path, tensors):
-    raw = checkpoint.save(tmp_path / "a.safetensors", tensors, FACTS).read_bytes()
+    raw = checkpoint.save(tmp_path / "a.safetensors", tensors, METADATA).read_bytes()
     (length,) = struct.unpack("<Q", raw[:8])
-    metadata = json.loads(raw[8:8 + length])["__metadata__"]
-    assert all(isinstance(v, str) for v in metadata.values())
-    facts = {k: json.loads(v) for k, v in metadata.items()}
-    assert facts["format"] == checkpoint.FORMAT
-    assert facts["tinygrad"].startswith("0.") and facts["model_config"] == {"n_layer": 2}
+    texts = json.loads(raw[8:8 + length])["__metadata__"]
+    assert all(isinstance(v, str) for v in texts.values())
+    metadata = {k: json.loads(v) for k, v in texts.items()}
+    assert metadata["format"] == checkpoint.FORMAT
+    assert metadata["tinygrad"].startswith("0.") and metadata["model_config"] == {"n_layer": 2}
 
 
 def test_infinite_losses_survive(tmp_path, tensors):
     """Before the first evaluation the best loss is infinite."""
     path = checkpoint.save(tmp_path / "a.safetensors", tensors,
-                           FACTS | {"best_val_loss": float("inf")})
+                           METADATA | {"best_val_loss": float("inf")})
     assert checkpoint.load_metadata(path)["best_val_loss"] == float("inf")
 
 
-def test_part_takes_what_has_the_prefix(tensors):
+def test_part_selects_by_prefix(tensors):
     assert checkpoint.part(tensors, "model.").keys() == {"a", "b.c", "scalar"}
     assert checkpoint.part(tensors, "ema.") == {}
 
@@ -74,9 +74,9 @@ def test_part_takes_what_has_the_prefix(tensors):
 def test_permissions_follow_the_umask(tmp_path, tensors, umask, mode):
     before = os.umask(umask)
     try:
-        path = checkpoint.save(tmp_path / "ckpt_1.safetensors", tensors, FACTS)
+        path = checkpoint.save(tmp_path / "ckpt_1.safetensors", tensors, METADATA)
         checkpoint.mark_best(path)
-        assert os.umask(umask) == umask  # and saving leaves it alone
+        assert os.umask(umask) == umask  # saving does not change it
     finally:
         os.umask(before)
     for made in (path, tmp_path / checkpoint.BEST):
@@ -90,18 +90,18 @@ def test_shapes_are_compared_by_name(tensors):
             checkpoint.check_shapes(shapes, {"a": (2, 3)}, "file")
 
 
-def test_another_setting_is_named_with_both_values():
+def test_a_different_setting_is_named_with_both_values():
     checkpoint.check_same("file", {"n_layer": 2, "dropout": 0.1}, {"n_layer": 2, "dropout": 0.2},
                           ignore=("dropout",))
     with pytest.raises(CheckpointError, match=r"file.*n_layer=2.*n_layer=3"):
         checkpoint.check_same("file", {"n_layer": 2}, {"n_layer": 3})
 
 
-# ---- a save that fails, or is killed
+# ---- a save that fails or is killed
 
-@pytest.mark.parametrize("step", ["checkpoint.write", "tensorfile.os.fsync"])
-def test_a_save_that_fails_changes_nothing(tmp_path, tensors, monkeypatch, step):
-    path = checkpoint.save(tmp_path / "ckpt_7.safetensors", tensors, FACTS)
+@pytest.mark.parametrize("step", ["checkpoint.write", "safetensors_file.os.fsync"])
+def test_a_failed_save_changes_nothing(tmp_path, tensors, monkeypatch, step):
+    path = checkpoint.save(tmp_path / "ckpt_7.safetensors", tensors, METADATA)
     before = files(tmp_path)
 
     def fails(*args):
@@ -111,20 +111,20 @@ def test_a_save_that_fails_changes_nothing(tmp_path, tensors, monkeypatch, step)
 
     monkeypatch.setattr(f"tinygpt.{step}", fails)
     with pytest.raises(CheckpointError, match=r"ckpt_7.*No space left") as caught:
-        checkpoint.save(path, tensors | {"more": np.ones(9)}, FACTS)
+        checkpoint.save(path, tensors | {"more": np.ones(9)}, METADATA)
     assert "\n" not in str(caught.value) and files(tmp_path) == before
 
 
-def test_a_folder_that_cannot_be_made_is_an_error_of_one_line(tmp_path, tensors):
+def test_a_folder_that_cannot_be_created_is_an_error_of_one_line(tmp_path, tensors):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(CheckpointError, match="file") as caught:
-        checkpoint.save(tmp_path / "file" / "ckpt_1.safetensors", tensors, FACTS)
+        checkpoint.save(tmp_path / "file" / "ckpt_1.safetensors", tensors, METADATA)
     assert "\n" not in str(caught.value)
 
 
-def test_what_a_killed_save_left_is_in_nobodys_way(tmp_path, tensors):
+def test_files_of_a_killed_save_are_ignored_and_removed(tmp_path, tensors):
     (tmp_path / ".ckpt_7.safetensors.part").write_bytes(b"half")
-    path = checkpoint.save(tmp_path / "ckpt_7.safetensors", tensors, FACTS)
+    path = checkpoint.save(tmp_path / "ckpt_7.safetensors", tensors, METADATA)
     (tmp_path / ".ckpt_8.safetensors.part").write_bytes(b"half")
     assert checkpoint.newest(tmp_path) == path == checkpoint.best_of_newest_run(tmp_path)
     checkpoint.rotate(tmp_path, 1)
@@ -155,14 +155,14 @@ while True:
 
 
 def saving(folder: Path, limit: int) -> subprocess.Popen:
-    """A process that saves 1.2 MB again and again, under three names in turn."""
+    """A process that keeps saving 1.2 MB, under three names in turn."""
     return subprocess.Popen([sys.executable, "-c", SAVES, str(folder), str(limit)],
                             env=os.environ | {"PYTHONPATH": str(ROOT)}, text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
 def test_a_full_disk_leaves_the_old_checkpoint(tmp_path):
-    checkpoint.save(tmp_path / "ckpt_1.safetensors", {"model.a": np.ones(5)}, FACTS)
+    checkpoint.save(tmp_path / "ckpt_1.safetensors", {"model.a": np.ones(5)}, METADATA)
     before = files(tmp_path)
     process = saving(tmp_path, limit=600_000)
     _, message = process.communicate(timeout=60)
@@ -170,11 +170,11 @@ def test_a_full_disk_leaves_the_old_checkpoint(tmp_path):
     assert files(tmp_path) == before
 
 
-def test_killed_at_any_moment_every_file_is_whole(tmp_path):
-    rng = np.random.default_rng()  # another moment every time: no moment may fail
+def test_every_file_is_complete_when_a_save_is_killed(tmp_path):
+    rng = np.random.default_rng()  # not seeded: it must pass at any moment
     for _ in range(3):
         process = saving(tmp_path, limit=0)
-        first = process.stdout.readline()  # from here on there is a checkpoint
+        first = process.stdout.readline()  # there is a checkpoint from now on
         time.sleep(rng.uniform(0, 0.05))
         process.send_signal(signal.SIGKILL)
         process.communicate(timeout=60)
@@ -182,11 +182,11 @@ def test_killed_at_any_moment_every_file_is_whole(tmp_path):
         found = sorted(tmp_path.glob("*.safetensors"))
         assert len(found) >= 2
         for path in found:
-            tensors, facts = checkpoint.load(path)
-            assert (tensors["model.a"] == facts["iter_num"]).all()
+            tensors, metadata = checkpoint.load(path)
+            assert (tensors["model.a"] == metadata["iter_num"]).all()
 
 
-# ---- files that are not what they seem
+# ---- damaged and hostile files
 
 def raw_file(path: Path, header, body: bytes = b"", length: int | None = None) -> Path:
     """A safetensors file byte by byte."""
@@ -201,7 +201,7 @@ ONE = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
 
 
 def refused(path) -> str:
-    """The message, of one line and with the file's name, of load and of load_metadata."""
+    """The message of load, which has one line and the file's name."""
     with pytest.raises(CheckpointError) as caught:
         checkpoint.load(path)
     assert "\n" not in str(caught.value) and str(path) in str(caught.value)
@@ -210,11 +210,11 @@ def refused(path) -> str:
     return str(caught.value)
 
 
-def test_a_file_made_by_hand_is_read(tmp_path):
-    """So that what the next tests change is what is refused."""
+def test_a_file_written_byte_by_byte_is_read(tmp_path):
+    """The next tests change this file."""
     path = raw_file(tmp_path / "x.safetensors", {"__metadata__": META, "a": ONE}, b"\0\0\x80?")
-    tensors, facts = checkpoint.load(path)
-    assert tensors["a"].tolist() == [1.0] and facts["model_config"] == SMALL
+    tensors, metadata = checkpoint.load(path)
+    assert tensors["a"].tolist() == [1.0] and metadata["model_config"] == SMALL
 
 
 @pytest.mark.parametrize("header, body, length", [
@@ -250,7 +250,7 @@ def test_a_dtype_that_numpy_lacks_is_refused(tmp_path, dtype, size):
 
 @pytest.mark.parametrize("value", ["", "{", "[" * 100_000, "nothing"],
                          ids=["empty", "cut", "deep", "word"])
-def test_facts_that_are_no_json_are_refused(tmp_path, value):
+def test_metadata_that_is_not_json_is_refused(tmp_path, value):
     refused(raw_file(tmp_path / "x.safetensors", {"__metadata__": {**META, "iter_num": value}}))
 
 
@@ -259,7 +259,7 @@ def test_facts_that_are_no_json_are_refused(tmp_path, value):
         {"no_such_field": 1}, {"n_layer": "7"}, {"n_layer": None}, {"n_layer": -1},
         {"n_layer": 1.5}, {"norm": ["layernorm"]}))],
     ids=lambda config: str(config)[-40:])
-def test_a_model_config_that_is_none_is_a_value_error(tmp_path, config):
+def test_an_invalid_model_config_is_a_value_error(tmp_path, config):
     path = raw_file(tmp_path / "x.safetensors",
                     {"__metadata__": {**META, "model_config": json.dumps(config)}})
     with pytest.raises(ValueError) as caught:
@@ -267,7 +267,7 @@ def test_a_model_config_that_is_none_is_a_value_error(tmp_path, config):
     assert "\n" not in str(caught.value)
 
 
-def test_no_safetensors_file_is_refused(tmp_path, rng):
+def test_other_files_are_refused(tmp_path, rng):
     contents = {"empty": b"", "short": b"1234567", "text": b"To be, or not to be\n" * 50,
                 "pickle": pickle.dumps({"model": [1.0]}, protocol=2),
                 "zeros": b"\0" * 4096,
@@ -290,7 +290,7 @@ def test_nothing_is_ever_unpickled(tmp_path, monkeypatch):
 
 
 def test_a_truncated_file_is_refused_at_every_length(tmp_path, tensors):
-    whole = checkpoint.save(tmp_path / "x.safetensors", tensors, FACTS).read_bytes()
+    whole = checkpoint.save(tmp_path / "x.safetensors", tensors, METADATA).read_bytes()
     path = tmp_path / "cut.safetensors"
     n = len(whole)
     for length in [*range(0, 20), *range(20, n - 8, 37), *range(n - 8, n)]:
@@ -299,8 +299,8 @@ def test_a_truncated_file_is_refused_at_every_length(tmp_path, tensors):
             checkpoint.load(path)
 
 
-def test_damaged_headers_never_do_worse_than_a_checkpoint_error(tmp_path, tensors, rng):
-    whole = checkpoint.save(tmp_path / "x.safetensors", tensors, FACTS).read_bytes()
+def test_damaged_headers_are_read_or_refused(tmp_path, tensors, rng):
+    whole = checkpoint.save(tmp_path / "x.safetensors", tensors, METADATA).read_bytes()
     path = tmp_path / "bad.safetensors"
     for _ in range(300):
         raw = bytearray(whole)
@@ -316,7 +316,7 @@ def test_damaged_headers_never_do_worse_than_a_checkpoint_error(tmp_path, tensor
 @pytest.mark.parametrize("metadata", [None, {}, {"format": "pt"}, {"format": "np", "a": "b"},
                                       {"format": '"tinygpt-0"', "model_config": "{}"},
                                       {"format": '"tinygpt-1"'}], ids=str)
-def test_another_projects_file_is_told_apart(tmp_path, metadata):
+def test_another_projects_file_is_refused(tmp_path, metadata):
     path = tmp_path / "model.safetensors"
     save_file({"wte.weight": np.ones((2, 2), np.float32)}, path, metadata)
     assert "was not saved by this project" in refused(path)
@@ -327,7 +327,7 @@ def test_a_missing_checkpoint_is_named(tmp_path, name):
     assert "there is no checkpoint" in refused(tmp_path / name)
 
 
-# ---- which files are kept, found and moved
+# ---- files that are kept, found and moved
 
 def touch(folder: Path, *names: str, age: float = 0) -> None:
     folder.mkdir(parents=True, exist_ok=True)
@@ -373,20 +373,20 @@ def test_best_of_newest_run_looks_one_folder_down(tmp_path):
     assert checkpoint.best_of_newest_run(tmp_path) == tmp_path / "ckpt_1.safetensors"
 
 
-def test_what_is_the_best_already_can_be_marked_again(tmp_path, tensors):
-    """A rename between two names of one file does nothing, and leaves both."""
-    path = checkpoint.save(tmp_path / "ckpt_7.safetensors", tensors, FACTS)
+def test_the_best_checkpoint_can_be_marked_again(tmp_path, tensors):
+    """A rename between two names of one file does nothing and leaves both."""
+    path = checkpoint.save(tmp_path / "ckpt_7.safetensors", tensors, METADATA)
     for _ in range(2):
         checkpoint.mark_best(path)
         assert sorted(os.listdir(tmp_path)) == ["best.safetensors", "ckpt_7.safetensors"]
 
 
-def test_mark_best_replaces_the_best_and_keeps_it_apart(tmp_path, tensors, monkeypatch):
+def test_mark_best_replaces_the_best_file(tmp_path, tensors, monkeypatch):
     (tmp_path / ".best.safetensors.part").write_text("left by a killed run")
     for n, linked in ((1, True), (2, False)):  # with hard links, and without
         if not linked:
             monkeypatch.setattr(os, "link", lambda *args: (_ for _ in ()).throw(OSError(95, "no")))
-        path = checkpoint.save(tmp_path / checkpoint.name(n), tensors, FACTS | {"iter_num": n})
+        path = checkpoint.save(tmp_path / checkpoint.name(n), tensors, METADATA | {"iter_num": n})
         checkpoint.mark_best(path)
         best = tmp_path / checkpoint.BEST
         assert best.read_bytes() == path.read_bytes()
@@ -395,10 +395,10 @@ def test_mark_best_replaces_the_best_and_keeps_it_apart(tmp_path, tensors, monke
     assert os.listdir(tmp_path) == [checkpoint.BEST]
 
 
-def test_saving_again_under_a_name_leaves_the_best_alone(tmp_path, tensors):
-    path = checkpoint.save(tmp_path / checkpoint.name(5), tensors, FACTS | {"iter_num": 5})
+def test_saving_again_does_not_change_the_best_file(tmp_path, tensors):
+    path = checkpoint.save(tmp_path / checkpoint.name(5), tensors, METADATA | {"iter_num": 5})
     checkpoint.mark_best(path)
-    checkpoint.save(path, tensors, FACTS | {"iter_num": 6})
+    checkpoint.save(path, tensors, METADATA | {"iter_num": 6})
     assert checkpoint.load_metadata(tmp_path / checkpoint.BEST)["iter_num"] == 5
 
 

@@ -1,4 +1,4 @@
-"""The campaigns in bench/: a share of each runs, and finds what is broken on purpose."""
+"""The campaigns in bench/: a few cases of each pass, and a deliberate fault is found."""
 
 import os
 import subprocess
@@ -7,9 +7,9 @@ import sys
 import pytest
 from conftest import ROOT
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the faults are made for Linux")
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the faults need Linux")
 
-# A run that forgets its best loss when it is resumed; a command that says why in two lines.
+# A resumed run that forgets its best loss; a command whose error message has two lines.
 BREAK = {"faults": """
 take = light.RUN.Run._resume
 def forget(run, path):
@@ -44,7 +44,7 @@ def tallies(done: subprocess.CompletedProcess) -> dict[str, tuple[int, int]]:
     return {row[0]: (int(row[1]), int(row[2])) for row in rows}
 
 
-def test_kills_full_disks_and_damaged_files_do_no_harm():
+def test_kills_full_disks_and_damaged_files_are_survived():
     names = ("kill-at-a-file-call", "disk-full-or-read-only", "kill-while-tokenizing",
              "tokens-that-shrink", "damaged-checkpoint", "damaged-meta")
     done = run(ROOT / "bench" / "faults.py", "--most", 1, "--only", *names)
@@ -63,7 +63,7 @@ def test_bad_input_is_refused_in_one_line():
 
 @pytest.mark.parametrize(("script", "campaign", "cases"), [
     ("faults", "kill-at-a-file-call", 8), ("bad_input", "flags-of-train", 8)])
-def test_a_fault_in_the_product_is_found_and_can_be_repeated(tmp_path, script, campaign, cases):
+def test_a_fault_is_found_and_can_be_repeated(tmp_path, script, campaign, cases):
     broken = tmp_path / "broken.py"
     broken.write_text(BROKEN.format(root=str(ROOT), script=script, break_it=BREAK[script]))
     done = run(broken, "--most", cases, "--only", campaign)

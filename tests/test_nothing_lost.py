@@ -110,7 +110,7 @@ def test_a_second_run_in_the_folder_of_a_running_one_is_refused(config, text, tm
                                                                without_samples):
     (tmp_path / "out").mkdir()
     with (checkpoint.locked(tmp_path / "out"),
-          pytest.raises(CheckpointError, match=r"a run is writing into .*out: name another")):
+          pytest.raises(CheckpointError, match=r"a run is writing to .*out: name another")):
         train(GPT(TINY), config, text)
     assert not any((tmp_path / "out").iterdir())
     for _ in range(2):  # and neither an end nor an error leaves it locked

@@ -1,4 +1,4 @@
-"""safetensors files: one open file for one read, checksums, and headers that claim anything."""
+"""safetensors files: checksums, invalid headers, and files replaced while they are read."""
 
 import json
 import os
@@ -15,8 +15,7 @@ from safetensors.numpy import load_file, save_file
 from tiny import TINY
 
 from gpt import GPT
-from tinygpt import checkpoint
-from tinygpt import safetensors_file as tensorfile
+from tinygpt import checkpoint, safetensors_file
 from tinygpt.checkpoint import CheckpointError
 from tinygpt.huggingface import pretrained
 from tinygpt.model import lora
@@ -49,9 +48,9 @@ def put(path: Path, header: dict, body: bytes) -> Path:
 
 
 def without_sums(path: Path, change=lambda header: None) -> Path:
-    """The file as the code before checksums wrote it, with its header changed."""
+    """Removes the checksums, as in older files, and applies change to the header."""
     header, body = parts(path)
-    for key in (tensorfile.SUMS, tensorfile.HEADER_SUM):
+    for key in (safetensors_file.SUMS, safetensors_file.HEADER_SUM):
         del header["__metadata__"][key]
     change(header)
     return put(path, header, body)
@@ -62,7 +61,7 @@ def tiny(folder: Path, seed: int = 1) -> Path:
 
 
 def refused(read, path: Path, *says: str) -> None:
-    """Checks that read(path) raises one line that names the file and what else it has to."""
+    """Checks that read(path) raises one line with the file's name and the texts."""
     with pytest.raises(ValueError) as caught:
         read(path)
     for text in (str(path), *says):
@@ -70,9 +69,9 @@ def refused(read, path: Path, *says: str) -> None:
     assert "\n" not in str(caught.value) and str(caught.value).isascii()
 
 
-# ---- what is written is what others read
+# ---- other programs
 
-def test_files_are_read_by_the_safetensors_library_and_the_reverse(tmp_path, tensors):
+def test_files_are_exchanged_with_the_safetensors_library(tmp_path, tensors):
     path = checkpoint.save(tmp_path / "x.safetensors", tensors, HEADER)
     theirs = load_file(path)
     save_file(tensors, tmp_path / "y.safetensors", {"format": "pt"})
@@ -86,7 +85,7 @@ def test_files_are_read_by_the_safetensors_library_and_the_reverse(tmp_path, ten
 
 
 def test_the_checksums_are_xxh3_of_each_tensors_bytes(tmp_path, tensors, monkeypatch):
-    monkeypatch.setattr(tensorfile, "PIECE", 64)  # so that a tensor has several
+    monkeypatch.setattr(safetensors_file, "PIECE", 64)  # so that a tensor has several
     path = checkpoint.save(tmp_path / "x.safetensors", tensors, HEADER)
     sums = json.loads(parts(path)[0]["__metadata__"]["xxh3_64"])
     assert sums == {k: xxhash.xxh3_64_hexdigest(a.tobytes()) for k, a in tensors.items()}
@@ -97,7 +96,7 @@ def test_the_checksums_are_xxh3_of_each_tensors_bytes(tmp_path, tensors, monkeyp
 # ---- damage
 
 @pytest.mark.parametrize("name", ["model.a", "optimizer.codes", "model.scalar", "flags"])
-def test_a_flipped_bit_in_a_tensor_is_found_and_both_are_named(tmp_path, tensors, name, rng):
+def test_a_flipped_bit_is_found_with_its_file_and_tensor(tmp_path, tensors, name, rng):
     path = checkpoint.save(tmp_path / "x.safetensors", tensors, HEADER)
     header, body = parts(path)
     begin, end = header[name]["data_offsets"]
@@ -109,7 +108,7 @@ def test_a_flipped_bit_in_a_tensor_is_found_and_both_are_named(tmp_path, tensors
 
 
 def test_every_reader_finds_the_flipped_bit(tmp_path):
-    """Of a checkpoint, of adapters, and of a folder in Hugging Face's layout."""
+    """In a checkpoint, in adapters, and in a folder in Hugging Face's layout."""
     model = GPT(TINY)
     model.save_pretrained(tmp_path / "folder")
     lora.attach(model, 2, 4.0, "h.*", 0)
@@ -126,17 +125,17 @@ def test_every_reader_finds_the_flipped_bit(tmp_path):
             refused(read, path, "checksum")
 
 
-def test_a_changed_header_is_found_though_it_is_valid(tmp_path):
+def test_a_changed_but_valid_header_is_found(tmp_path):
     path = tiny(tmp_path)
     header, body = parts(path)
     config = json.loads(header["__metadata__"]["model_config"]) | {"norm_eps": 0.5}
     header["__metadata__"]["model_config"] = json.dumps(config)
     refused(GPT.from_checkpoint, put(path, header, body), "checksum of its header")
-    header["__metadata__"].pop(tensorfile.HEADER_SUM)
+    header["__metadata__"].pop(safetensors_file.HEADER_SUM)
     refused(GPT.from_checkpoint, put(path, header, body), "checksum of its header")
 
 
-def test_a_header_whose_keys_another_program_ordered_anew_is_read(tmp_path):
+def test_the_order_of_the_keys_in_a_header_does_not_matter(tmp_path):
     path = tiny(tmp_path)
     header, body = parts(path)
     metadata = dict(reversed(header.pop("__metadata__").items()))
@@ -152,9 +151,9 @@ def test_files_without_checksums_still_load(tmp_path):
     assert GPT.from_checkpoint(path).config == TINY
 
 
-# ---- one file for one read
+# ---- files that are replaced
 
-def test_a_file_that_is_replaced_is_read_as_it_was(tmp_path):
+def test_a_replaced_file_is_read_as_it_was(tmp_path):
     first, second = (GPT(TINY, seed).state_dict() for seed in (1, 2))
     path = tiny(tmp_path, 1)
     with checkpoint.Checkpoint(path) as file:
@@ -186,7 +185,7 @@ while True:
 """
 
 
-def test_reads_beside_a_run_that_saves_never_mix_two_saves(tmp_path):
+def test_reads_during_saves_never_mix_two_saves(tmp_path):
     path = tmp_path / "x.safetensors"
     process = subprocess.Popen([sys.executable, "-c", SAVES, path], stdout=subprocess.PIPE,
                                env=os.environ | {"PYTHONPATH": str(ROOT)})
@@ -213,7 +212,7 @@ def test_a_file_that_becomes_shorter_while_it_is_read_is_refused(tmp_path):
 
 
 def test_no_file_stays_open(tmp_path):
-    """Neither after a read nor after one that failed."""
+    """After a read and after one that failed."""
     folder = Path("/proc/self/fd")
     if not folder.is_dir():
         pytest.skip("no list of open files here")
@@ -224,7 +223,7 @@ def test_no_file_stays_open(tmp_path):
     def names() -> list[str]:
         return [os.readlink(f) for f in folder.iterdir() if f.is_symlink() and os.path.exists(f)]
 
-    errors = []  # which hold the objects that failed
+    errors = []  # they refer to the objects that failed
     for read in (GPT.from_checkpoint, GPT.from_pretrained, checkpoint.load_metadata):
         read(path)
         with pytest.raises(ValueError) as caught:
@@ -235,12 +234,12 @@ def test_no_file_stays_open(tmp_path):
     assert not [name for name in names() if name.startswith(str(tmp_path))]
 
 
-# ---- numbers that are none
+# ---- values that are not finite
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("dtype", [np.float64, np.float32, np.float16])
 def test_a_value_that_is_not_finite_is_refused_in_and_out(tmp_path, value, dtype, monkeypatch):
-    monkeypatch.setattr(tensorfile, "PIECE", 64)
+    monkeypatch.setattr(safetensors_file, "PIECE", 64)
     path, array = tmp_path / "x.safetensors", np.ones(1000, dtype)
     checkpoint.save(path, {"model.a": array}, HEADER)
     before = path.read_bytes()
@@ -282,10 +281,10 @@ def test_every_reader_refuses_nan_weights(tmp_path):
     assert not (tmp_path / "new").exists()
 
 
-# ---- headers that claim anything
+# ---- invalid headers
 
 def changed(tmp_path: Path, **values) -> Path:
-    """A checkpoint without checksums whose metadata has other values, JSON texts."""
+    """A checkpoint without checksums whose metadata has these values, JSON texts."""
     return without_sums(tiny(tmp_path), lambda header: header["__metadata__"].update(values))
 
 
@@ -295,11 +294,11 @@ DEEP = "[" * 900 + "]" * 900
 @pytest.mark.parametrize("key", checkpoint.VALUES)
 @pytest.mark.parametrize("value", ["NaN", "[[1]]", '["a"]', '"text"', '{"a": 1}', "-1", "1.5e999",
                                    "true", DEEP, "1" * 400])
-def test_metadata_of_the_wrong_type_are_refused_by_every_reader(tmp_path, key, value):
+def test_metadata_of_the_wrong_type_is_refused_by_every_reader(tmp_path, key, value):
     path = changed(tmp_path, **{key: value})
     try:
-        _, holds = checkpoint.VALUES[key]
-        good = holds(json.loads(value))
+        _, is_valid = checkpoint.VALUES[key]
+        good = is_valid(json.loads(value))
     except RecursionError:
         good = False
     for read in (checkpoint.load_metadata, checkpoint.load, GPT.from_checkpoint,
@@ -318,8 +317,8 @@ SIZES = ("n_layer", "n_head", "n_embd", "n_inner", "vocab_size", "block_size", "
 
 @pytest.mark.parametrize("name", SIZES)
 @pytest.mark.parametrize("value", [10**9, 10**15, 10**400, float("inf"), "7", [7], True, 0, -3])
-def test_sizes_that_the_tensors_do_not_have_end_at_once(tmp_path, name, value):
-    """Before memory is asked for, or names are made."""
+def test_sizes_that_do_not_match_the_tensors_are_refused_at_once(tmp_path, name, value):
+    """Before memory is allocated or names are made."""
     config = {"n_layer": 1, "n_head": 2, "n_embd": 16, "vocab_size": 256, "block_size": 8}
     path = changed(tmp_path, model_config=json.dumps(config | {name: value}))
     for read in (GPT.from_checkpoint, GPT.from_pretrained):
@@ -356,13 +355,13 @@ def test_tensors_relabelled_as_integers_are_refused(tmp_path):
     {"kind": "char", "chars": ["a"]}, {"kind": "char", "chars": 5}, {"kind": "char", "chars": ""},
     {"kind": "char", "chars": "aa"}, {"kind": "char", "chars": "\ud800"}, {"kind": "char"},
     {"kind": "char", "chars": "".join(map(chr, range(300)))}], ids=lambda t: str(t)[:40])
-def test_a_tokenizer_that_is_none_or_too_large_is_refused(tmp_path, tokenizer):
+def test_an_invalid_or_too_large_tokenizer_is_refused(tmp_path, tokenizer):
     path = changed(tmp_path, tokenizer=json.dumps(tokenizer))
     for read in (GPT.from_checkpoint, GPT.from_pretrained, GPT(TINY).load_checkpoint):
         refused(read, path, "tokenizer")
 
 
-def test_what_cannot_be_read_back_is_not_written(tmp_path):
+def test_metadata_that_cannot_be_read_back_is_not_written(tmp_path):
     model = GPT(TINY)
     for metadata in ({"best_val_loss": float("nan")}, {"iter_num": "7"}, {"x": object()},
                      {"stale_evaluations": -1}):
@@ -377,7 +376,7 @@ def test_what_cannot_be_read_back_is_not_written(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["folder", "fifo"])
-def test_what_is_no_file_is_refused_and_not_waited_for(tmp_path, kind):
+def test_a_path_that_is_not_a_file_is_refused_without_waiting(tmp_path, kind):
     path = tmp_path / "x.safetensors"
     path.mkdir() if kind == "folder" else os.mkfifo(path)
     refused(TensorFile, path)

@@ -19,7 +19,7 @@ def table() -> Bigram:
 
 
 def steps(model, optimizer, numbers) -> None:
-    """Steps along a gradient of each number."""
+    """One step for each number, with gradients drawn from it."""
     for n in numbers:
         for i, p in enumerate(optimizer.params):
             rng = np.random.default_rng([n, i])
@@ -34,7 +34,7 @@ def same(model, other) -> bool:
 
 
 def group(params):
-    """Muon for one matrix and AdamW for one vector; the other parameters stay."""
+    """Muon for one matrix and AdamW for one vector, without the other parameters."""
     matrix, vector = (next(p for p in params if p.ndim == n) for n in (2, 1))
     return optim.OptimizerGroup(optim.Muon([matrix], lr=0.02), optim.AdamW([vector], lr=0.01))
 
@@ -51,7 +51,7 @@ KINDS = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_loop_that_is_saved_and_loaded_equals_the_uninterrupted_one(kind, tmp_path):
+def test_a_resumed_loop_equals_the_uninterrupted_one(kind, tmp_path):
     make, optimizer_of = KINDS[kind]
     whole, first, rest = make(), make(), make()
     optimizers = [optimizer_of(get_parameters(model)) for model in (whole, first, rest)]
@@ -67,12 +67,12 @@ def test_a_loop_that_is_saved_and_loaded_equals_the_uninterrupted_one(kind, tmp_
     assert not same(fresh, whole)  # so that the state matters
     tensors, _ = checkpoint.load(path)
     state = {k: a for k, a in tensors.items() if k.startswith("optimizer.")}
-    for array in checkpoint.part(tensors, "model.").values():  # the parameters are there once
+    for array in checkpoint.part(tensors, "model.").values():  # the parameters are saved once
         assert not any(a.shape == array.shape and np.array_equal(a, array)
                        for a in state.values())
 
 
-def test_the_names_are_those_of_the_weights_and_the_learning_rate_is_kept(tmp_path):
+def test_names_are_those_of_the_weights_and_the_learning_rate_is_saved(tmp_path):
     model = GPT(TINY)
     optimizer = optim.AdamW(get_parameters(model)[::-1], lr=0.01)
     optimizer.lr.assign(Tensor([0.005])).realize()

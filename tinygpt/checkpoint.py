@@ -1,8 +1,8 @@
-"""Checkpoints: one safetensors file each, written whole or not at all, and never unpickled.
+"""Checkpoints: one safetensors file each, written atomically and never unpickled.
 
-`ckpt_<iter>.safetensors` is what a run resumes from, `best.safetensors` the one with the lowest
-validation loss. Tensors are named `model.*`, `optimizer.*`, `ema.*`; the values of the header's
-`__metadata__` are JSON.
+A run resumes from `ckpt_<iter>.safetensors`; `best.safetensors` has the lowest validation loss.
+Tensors are named `model.*`, `optimizer.*`, `ema.*`; the values of the header's `__metadata__` are
+JSON.
 """
 
 import fcntl
@@ -27,7 +27,7 @@ RUN_FILES = ("ckpt_*.safetensors", BEST, "lora.safetensors", "metrics.jsonl", "l
 
 
 class CheckpointError(TensorFileError):
-    """A checkpoint that is missing, damaged, does not fit, or cannot be written."""
+    """A checkpoint that is missing, damaged, does not match, or cannot be written."""
 
 
 def _is_count(value) -> bool:
@@ -35,7 +35,7 @@ def _is_count(value) -> bool:
 
 
 def _is_number(value) -> bool:
-    """Whether a JSON value is a number or infinite: the best loss is, before an evaluation."""
+    """Whether a JSON value is a number, or infinite as the best loss before any evaluation."""
     return (type(value) is float and value == value) or (
         type(value) is int and abs(value) < 2**53)
 
@@ -44,7 +44,7 @@ def _is_positive(value) -> bool:
     return _is_number(value) and 0 < value < float("inf")
 
 
-# What a header's values are; a script may add others of its own
+# The metadata and their types; a script may add others.
 VALUES = {
     "model": ("gpt or bigram", lambda v: v in ("gpt", "bigram")),
     "model_config": ("an object", lambda v: isinstance(v, dict)),
@@ -63,10 +63,10 @@ VALUES = {
 
 
 class Checkpoint(TensorFile):
-    """An open checkpoint: `header` has its metadata, checked. Raises CheckpointError."""
+    """An open checkpoint; `header` is its validated metadata. Raises CheckpointError."""
 
     error = CheckpointError
-    remedy = "use another one"
+    remedy = "use another checkpoint"
 
     def __init__(self, path: str | Path):
         if not os.path.isfile(path):
@@ -74,44 +74,44 @@ class Checkpoint(TensorFile):
                                   "or name another")
         super().__init__(path)
         try:
-            self.header = self._checked()
+            self.header = self._read_metadata()
         except CheckpointError:
             self.close()
             raise
 
     def part(self, prefix: str) -> dict[str, tuple[int, ...]]:
-        """The shapes of the tensors whose names begin with prefix, under what follows it."""
+        """The shapes of the tensors with prefix, by name without it."""
         return part(self.shapes, prefix)
 
     def read_part(self, prefix: str) -> dict[str, np.ndarray]:
-        """The tensors whose names begin with prefix, under what follows it."""
+        """The tensors with prefix, by name without it."""
         return {name: self.read(prefix + name) for name in self.part(prefix)}
 
-    def _checked(self) -> dict:
+    def _read_metadata(self) -> dict:
         if not is_ours(self) or "model_config" not in self.metadata:
             raise CheckpointError(f"{self.path} was not saved by this project")
         try:
             header = {k: json.loads(v) for k, v in self.metadata.items()}
         except (ValueError, RecursionError) as error:
             raise CheckpointError(f"{self.path} has damaged metadata ({one_line(error)}): "
-                                  "use another one") from error
+                                  f"{self.remedy}") from error
         _check_values(header, self.path)
         return header
 
 
 def _check_values(header: dict, path: Path) -> None:
-    for key, (kind, holds) in VALUES.items():
-        if key in header and not holds(header[key]):
+    for key, (kind, is_valid) in VALUES.items():
+        if key in header and not is_valid(header[key]):
             raise CheckpointError(f"{path} has {key}={one_line(header[key])}, which is not {kind}")
 
 
 def is_ours(file: TensorFile) -> bool:
-    """Whether an open safetensors file says that this project wrote it."""
+    """Whether an open safetensors file is a checkpoint of this project."""
     return file.metadata.get("format") == json.dumps(FORMAT)
 
 
 def name(iter_num: int) -> str:
-    """The file name of the checkpoint after that many steps."""
+    """The file name of the checkpoint of a step."""
     return f"ckpt_{iter_num}.safetensors"
 
 
@@ -123,36 +123,35 @@ def tokenizer_of(file: Checkpoint) -> Tokenizer | None:
         tokenizer = load_tokenizer(file.header["tokenizer"])
     except ValueError as error:
         raise CheckpointError(f"{file.path} has a tokenizer that cannot be used "
-                              f"({one_line(error)}): use another one") from error
+                              f"({one_line(error)}): {file.remedy}") from error
     size = file.header["model_config"].get("vocab_size")
     if not isinstance(size, int) or tokenizer.vocab_size > size:
         raise CheckpointError(f"{file.path} has a tokenizer of {tokenizer.vocab_size} ids, but "
-                              f"vocab_size={one_line(size)}: use another one")
+                              f"vocab_size={one_line(size)}: {file.remedy}")
     return tokenizer
 
 
 def save(path: Path, tensors: dict[str, np.ndarray], metadata: dict) -> Path:
     """Writes tensors and metadata (JSON values) to path, atomically, and returns path.
 
-    The file appears under its name only when it is whole and on the disk. Raises CheckpointError
-    where it cannot be written, metadata has a value that cannot be read back, or a tensor has NaN
-    or infinite values; what stood at path before stays.
+    The file gets its name only when it is complete and synced. Raises CheckpointError if it cannot
+    be written, or if metadata or tensors are invalid; an older file at path is unchanged then.
     """
     texts = _as_json(metadata | {"format": FORMAT, "tinygrad": version("tinygrad")}, path)
-    # the widest first, so that each tensor is aligned
+    # the widest dtype first, so that each tensor is aligned
     order = sorted(tensors, key=lambda name: -tensors[name].itemsize)
-    like = {name: (tensors[name].shape, NAMES[tensors[name].dtype]) for name in order}
+    layout = {name: (tensors[name].shape, NAMES[tensors[name].dtype]) for name in order}
     part = path.with_name(f".{path.name}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write(part, like, (tensors[name] for name in order), texts)
+        write(part, layout, (tensors[name] for name in order), texts)
         part.replace(path)
         _sync_folder(path.parent)
     except (OSError, TensorFileError) as error:
         with suppress(OSError):
             part.unlink()
         raise CheckpointError(f"{path} cannot be written ({error}): "
-                              "what was saved before is untouched") from error
+                              "what was saved before is unchanged") from error
     return path
 
 
@@ -167,7 +166,7 @@ def _as_json(metadata: dict, path: Path) -> dict[str, str]:
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Writes a small file so that it is whole or what it was before. Raises CheckpointError."""
+    """Writes a small file atomically. Raises CheckpointError."""
     part = path.with_name(f".{path.name}.part")
     try:
         with open(part, "wb") as file:
@@ -182,7 +181,7 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 
 def mark_best(path: Path) -> None:
-    """Makes best.safetensors, beside path, the same file as path."""
+    """Makes best.safetensors, in the folder of path, the same file as path."""
     part = path.with_name(f".{BEST}.part")
     try:
         part.unlink(missing_ok=True)
@@ -191,14 +190,14 @@ def mark_best(path: Path) -> None:
         except OSError:  # a file system without hard links
             shutil.copyfile(path, part)
         part.replace(path.with_name(BEST))
-        part.unlink(missing_ok=True)  # a rename does nothing where both are one file already
+        part.unlink(missing_ok=True)  # a rename does nothing if both are the same file
         _sync_folder(path.parent)
     except OSError as error:
         raise CheckpointError(f"{path.with_name(BEST)} cannot be written ({error})") from error
 
 
 def is_of_step(path: Path, iter_num: int) -> bool:
-    """Whether a readable checkpoint of that many steps is at path."""
+    """Whether path is a readable checkpoint of that step."""
     try:
         return load_metadata(path).get("iter_num") == iter_num
     except CheckpointError:
@@ -218,66 +217,64 @@ def load_metadata(path: str | Path) -> dict:
 
 
 def part(named: dict, prefix: str) -> dict:
-    """What has a name that begins with prefix, under what follows it."""
+    """The items whose names begin with prefix, by name without it."""
     return {k.removeprefix(prefix): v for k, v in named.items() if k.startswith(prefix)}
 
 
-def check_shapes(theirs: dict[str, tuple], ours: dict[str, tuple],
+def check_shapes(saved: dict[str, tuple], ours: dict[str, tuple],
                  path: str | Path = "the state") -> None:
-    """Raises CheckpointError unless theirs has exactly the names and shapes of ours."""
-    for key in sorted(set(ours) ^ set(theirs)):
+    """Raises CheckpointError unless saved has exactly the names and shapes of ours."""
+    for key in sorted(set(ours) ^ set(saved)):
         raise CheckpointError(f"{path} {'has no' if key in ours else 'has an unknown'} "
                               f"tensor {key}")
     for key, shape in ours.items():
-        if tuple(theirs[key]) != tuple(shape):
-            raise CheckpointError(f"{path} has {key} of shape {tuple(theirs[key])}, "
+        if tuple(saved[key]) != tuple(shape):
+            raise CheckpointError(f"{path} has {key} of shape {tuple(saved[key])}, "
                                   f"the model needs {tuple(shape)}")
 
 
 def check_arrays(arrays: dict[str, np.ndarray], state: dict[str, Tensor],
                  path: str | Path = "the state") -> None:
-    """Raises CheckpointError unless the arrays have the names, the shapes and the kinds of number
-    of a state's tensors."""
+    """Raises CheckpointError unless arrays match state in names, shapes, and whether they are
+    floating-point."""
     check_shapes({k: a.shape for k, a in arrays.items()}, {k: t.shape for k, t in state.items()},
                  path)
     for key, tensor in state.items():
         if (arrays[key].dtype.kind == "f") != dtypes.is_float(tensor.dtype):
             raise CheckpointError(f"{path} has {key} in {arrays[key].dtype}, where "
-                                  f"{tensor.dtype.name} is needed: use another one")
+                                  f"{tensor.dtype.name} is needed: use another checkpoint")
 
 
-def check_same(path: str | Path, theirs: dict, ours: dict, ignore: tuple[str, ...] = ()) -> None:
-    """Raises CheckpointError where a setting of the checkpoint differs from ours."""
+def check_same(path: str | Path, saved: dict, ours: dict, ignore: tuple[str, ...] = ()) -> None:
+    """Raises CheckpointError if a setting of the checkpoint differs from ours."""
     for key in ours:
-        if key not in ignore and theirs.get(key) != ours[key]:
-            raise CheckpointError(f"{path} has {key}={theirs.get(key)}, but {key}={ours[key]} was "
-                                  "asked for: use the same, or start a new run")
+        if key not in ignore and saved.get(key) != ours[key]:
+            raise CheckpointError(f"{path} has {key}={saved.get(key)}, but {key}={ours[key]} was "
+                                  "asked for: use the same value, or start a new run")
 
 
 def model_kind(header: dict) -> str:
-    """The model that a checkpoint's metadata names: "gpt" or "bigram"."""
+    """The kind of model in a checkpoint's metadata: "gpt" or "bigram"."""
     return header.get("model", "gpt")
 
 
 def check_kind(path: str | Path, header: dict, kind: str) -> None:
-    """Raises CheckpointError where a checkpoint is not of the model `kind`."""
-    if (theirs := model_kind(header)) not in ("gpt", "bigram"):
-        raise CheckpointError(f"{path} has a model {theirs!r}, which is none that there is here: "
-                              "use another one")
-    if theirs != kind:
-        raise CheckpointError(f"{path} has a {theirs} model, not a {kind} model: train with "
-                              f"--model {theirs}, or start a new run")
+    """Raises CheckpointError unless a checkpoint has a model of that kind. Its header was
+    validated."""
+    if (saved := model_kind(header)) != kind:
+        raise CheckpointError(f"{path} has a {saved} model, not a {kind} model: train with "
+                              f"--model {saved}, or start a new run")
 
 
 def newest(out_dir: Path) -> Path | None:
-    """The checkpoint of the most steps in out_dir."""
+    """The checkpoint of the highest step in out_dir."""
     return max(_numbered(out_dir), key=_iter_num, default=None)
 
 
 def best_of_newest_run(out_dir: Path) -> Path:
-    """The best checkpoint of the run in out_dir, or below it, that was saved last.
+    """The best checkpoint of the run that was saved last in out_dir or a folder in it.
 
-    Raises CheckpointError where there is none.
+    Raises CheckpointError if there is none.
     """
     found = [*out_dir.glob("*.safetensors"), *out_dir.glob("*/*.safetensors")]
     if not found:
@@ -289,79 +286,79 @@ def best_of_newest_run(out_dir: Path) -> Path:
 
 
 def rotate(out_dir: Path, keep: int) -> None:
-    """Deletes all but the `keep` newest checkpoints, and what an interrupted save left."""
+    """Deletes all but the `keep` newest checkpoints, and partial files."""
     for path in sorted(_numbered(out_dir), key=_iter_num)[:-keep]:
         path.unlink(missing_ok=True)
-    sweep(out_dir)
+    delete_partial_files(out_dir)
 
 
-def sweep(out_dir: Path) -> None:
-    """Deletes what a run that was killed has left half-written."""
+def delete_partial_files(out_dir: Path) -> None:
+    """Deletes the incomplete files of a killed run."""
     for pattern in RUN_FILES:
         for path in out_dir.glob(f".{pattern}.part"):
             path.unlink(missing_ok=True)
 
 
 def check_out_dir(out_dir: Path) -> None:
-    """Raises CheckpointError where out_dir cannot be the folder of a run, or has a config.json that
-    is no run's. Makes nothing."""
-    there = next((path for path in (out_dir, *out_dir.parents) if path.exists()), Path("."))
-    if not there.is_dir():
-        raise CheckpointError(f"out_dir {out_dir}: {there} is a file: name a folder")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise CheckpointError(f"out_dir {out_dir}: {there} cannot be written: name another")
+    """Raises CheckpointError if a run cannot be written to out_dir, or if its config.json is not
+    that of a run. Creates nothing."""
+    existing = next((path for path in (out_dir, *out_dir.parents) if path.exists()), Path("."))
+    if not existing.is_dir():
+        raise CheckpointError(f"out_dir {out_dir}: {existing} is a file: name a folder")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise CheckpointError(f"out_dir {out_dir}: {existing} is not writable: name another folder")
     if (settings := out_dir / "config.json").exists():
         try:
             is_ours = "out_dir" in json.loads(settings.read_bytes())
         except (OSError, ValueError, TypeError, RecursionError):
             is_ours = False
         if not is_ours:
-            raise CheckpointError(f"{settings} is not that of a run, which would write its own "
-                                  "there: name another --out_dir")
+            raise CheckpointError(f"{settings} is not that of a run and would be overwritten: name "
+                                  "another --out_dir")
 
 
 @contextmanager
 def locked(out_dir: Path):
-    """Makes the folder of a run where it is not there, and while a run writes into it no other one
-    does. A folder that was made and is left empty is removed. Raises CheckpointError."""
-    made, folder = _lock(out_dir)
+    """Creates out_dir if necessary and locks it, so that one run at a time writes to it. A new
+    folder that is empty at the end is removed. Raises CheckpointError."""
+    new_folders, folder = _lock(out_dir)
     try:
         yield
     finally:
-        with suppress(OSError):  # of one that is not empty
-            for path in made:
+        with suppress(OSError):  # not empty
+            for path in new_folders:
                 path.rmdir()
         os.close(folder)
 
 
 def _lock(out_dir: Path) -> tuple[list[Path], int]:
-    """The folders that were made for out_dir, and its locked descriptor. Raises CheckpointError."""
-    made = [path for path in (out_dir, *out_dir.parents) if not path.exists()]
+    """The folders created for out_dir, and its locked descriptor. Raises CheckpointError."""
+    new_folders = [path for path in (out_dir, *out_dir.parents) if not path.exists()]
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
         folder = os.open(out_dir, os.O_RDONLY)
     except OSError as error:
-        raise CheckpointError(f"out_dir {out_dir} cannot be made ({error.strerror}): name another"
-                              ) from error
+        raise CheckpointError(f"out_dir {out_dir} cannot be created ({error.strerror}): name "
+                              "another folder") from error
     try:
         fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         os.close(folder)
-        raise CheckpointError(f"a run is writing into {out_dir}: name another --out_dir, or "
-                              "wait for its end") from error
+        raise CheckpointError(f"a run is writing to {out_dir}: name another --out_dir, or wait "
+                              "for its end") from error
     except OSError:
-        pass  # not every file system can
+        pass  # a file system without locks
     with suppress(FileNotFoundError):
         if os.path.samestat(os.fstat(folder), os.stat(out_dir)):
-            return made, folder
-    os.close(folder)  # another run has removed the folder, which it left empty
+            return new_folders, folder
+    os.close(folder)  # another run has removed the empty folder
     return _lock(out_dir)
 
 
 def set_aside(out_dir: Path) -> Path | None:
-    """Moves the run that out_dir holds into a new folder below it, and returns that folder."""
+    """Moves the run in out_dir to a new folder in it, and returns that folder."""
     files = [path for pattern in RUN_FILES for path in out_dir.glob(pattern)]
-    if all(path.name == "config.json" for path in files):  # of a run that never took a step
+    if all(path.name == "config.json" for path in files):  # a run without a step
         return None
     number = 1
     while (folder := out_dir / f"run_{number}").exists():
@@ -377,7 +374,7 @@ def set_aside(out_dir: Path) -> Path | None:
 
 
 def _numbered(out_dir: Path) -> list[Path]:
-    """The checkpoints of a run; a file that only looks like one is the user's own."""
+    """The checkpoints of a run, without files that a user has named."""
     return [path for path in out_dir.glob("ckpt_*.safetensors") if _iter_num(path) >= 0]
 
 
@@ -387,7 +384,7 @@ def _iter_num(path: Path) -> int:
 
 
 def _sync_folder(folder: Path) -> None:
-    with suppress(OSError):  # not every file system can
+    with suppress(OSError):  # a file system that cannot sync folders
         descriptor = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(descriptor)

@@ -1,8 +1,8 @@
-"""safetensors files, read and written one tensor at a time, each with a checksum.
+"""Reads and writes safetensors files one tensor at a time, each with a checksum.
 
 The format: 8 bytes of header length, a JSON header, the tensors' bytes. Files written here have
 two more entries in the header's `__metadata__`: `xxh3_64`, the XXH3 hash of every tensor's bytes,
-and `xxh3_64_header`, that of everything else in the header. Files without them are read too.
+and `xxh3_64_header`, the hash of the rest of the header. Files without them are read too.
 """
 
 import json
@@ -21,22 +21,22 @@ DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "I64": "<i8",
           "BOOL": "|b1"}
 FLOATS = ("F64", "F32", "F16", "BF16")
 NAMES = {np.dtype(dtype): name for name, dtype in DTYPES.items() if name != "BF16"}
-LONGEST_HEADER = 100_000_000  # the format's own limit
+LONGEST_HEADER = 100_000_000  # the limit of the format
 MOST_AXES = 16
-PIECE = 1 << 19  # bytes that are hashed and checked at a time, while they are in the CPU's cache
+PIECE = 1 << 19  # bytes per read: hashed and checked while in the CPU's cache
 SUMS, HEADER_SUM = "xxh3_64", "xxh3_64_header"
 BAD_VALUES = "has NaN or infinite values"
 
 
 class TensorFileError(ValueError):
-    """A safetensors file that is missing, damaged, or of a kind that is not read here."""
+    """A safetensors file that is missing, damaged, or not supported."""
 
 
 class TensorFile:
     """An open safetensors file: `metadata`, `shapes` by name, and `read` for one of the tensors.
 
-    Header and tensors come from one open file, whatever is renamed to its path meanwhile. Raises
-    TensorFileError where the file is not whole. Use it in a `with` statement, or `close` it.
+    Header and tensors come from one open file, even if its path is replaced meanwhile. Raises
+    TensorFileError if the file is damaged. Use it in a `with` statement, or `close` it.
     """
 
     error: type[ValueError] = TensorFileError
@@ -59,9 +59,8 @@ class TensorFile:
             self.close()
             if isinstance(error, self.error):
                 raise
-            why = one_line(error)
-            raise self.error(f"{path} is no whole safetensors file ({why}): {self.remedy}"
-                             ) from error
+            raise self.error(f"{path} is not a complete safetensors file ({one_line(error)}): "
+                             f"{self.remedy}") from error
 
     def __enter__(self):
         return self
@@ -78,7 +77,7 @@ class TensorFile:
         return {name: tuple(entry["shape"]) for name, entry in self._entries.items()}
 
     def read_float(self, name: str) -> np.ndarray:
-        """As `read`; raises TensorFileError where a tensor has no floating-point numbers, too."""
+        """As `read`; also raises TensorFileError if the tensor is not floating-point."""
         if (dtype := self._entries[name]["dtype"]) not in FLOATS:
             raise self.error(f"{self.path} has {name} in {dtype}: convert it to F32, F16 or BF16")
         return self.read(name)
@@ -86,15 +85,15 @@ class TensorFile:
     def read(self, name: str) -> np.ndarray:
         """One tensor; bfloat16 is widened to float32.
 
-        Raises TensorFileError that names the file and the tensor where its dtype is none of
-        DTYPES, its checksum differs, or a floating-point number is not finite.
+        Raises TensorFileError that names the file and the tensor if its dtype is not in DTYPES, its
+        checksum differs, or a value is not finite.
         """
         entry, digest = self._entries[name], xxh3_64()
         dtype = entry["dtype"]
         if dtype not in DTYPES:
             raise self.error(f"{self.path} has {name} in {dtype}: convert it to F32, F16 or BF16")
         array = np.empty(math.prod(entry["shape"]), DTYPES[dtype])
-        checks = dtype in FLOATS and dtype != "BF16"
+        check_finite = dtype in FLOATS and dtype != "BF16"
         finite, size = True, PIECE // array.itemsize
         try:
             self._file.seek(self._start + entry["data_offsets"][0])
@@ -102,12 +101,12 @@ class TensorFile:
                 piece = array[i:i + size]
                 self._read_into(memoryview(piece).cast("B"))
                 digest.update(piece)
-                finite = finite and (not checks or bool(np.isfinite(piece).all()))
+                finite = finite and (not check_finite or bool(np.isfinite(piece).all()))
         except OSError as error:
             raise self.error(f"{self.path} cannot be read ({error.strerror})") from error
         if self._sums and digest.hexdigest() != self._sums.get(name):
-            raise self.error(f"{self.path} is damaged: the checksum of {name} differs from that "
-                             f"with which it was saved: {self.remedy}")
+            raise self.error(f"{self.path} is damaged: the checksum of {name} does not match: "
+                             f"{self.remedy}")
         if dtype == "BF16":
             array = array.astype("<u4")
             array <<= 16
@@ -124,7 +123,7 @@ class TensorFile:
             buffer = buffer[n:]
 
     def _read_header(self) -> None:
-        """Fills in what the header says. Raises ValueError where it cannot be what the file has."""
+        """Reads and checks the header. Raises ValueError."""
         size = os.fstat(self._file.fileno()).st_size
         length = int.from_bytes(self._file.read(8), "little")
         if not 2 <= length <= min(size - 8, LONGEST_HEADER):
@@ -133,7 +132,7 @@ class TensorFile:
         self._read_into(memoryview(text))
         header = json.loads(text)
         if not isinstance(header, dict):
-            raise ValueError("its header is no JSON object")
+            raise ValueError("its header is not a JSON object")
         metadata = header.pop("__metadata__", None)
         metadata = {} if metadata is None else metadata
         if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
@@ -150,10 +149,10 @@ class TensorFile:
 
 
 def _span(name: str, entry) -> tuple[int, int, str]:
-    """Where a tensor's bytes begin and end, and its name. Raises ValueError on another entry than
-    the format has, or where shape and dtype do not have so many bytes."""
+    """The begin and end of a tensor's bytes, and its name. Raises ValueError on an invalid entry or
+    if shape and dtype do not have that number of bytes."""
     if not isinstance(entry, dict):
-        raise ValueError(f"{name} has no entry of its own")
+        raise ValueError(f"the entry of {name} is not an object")
     dtype, shape, offsets = (entry.get(key) for key in ("dtype", "shape", "data_offsets"))
     if not (isinstance(dtype, str) and isinstance(shape, list) and isinstance(offsets, list)
             and len(offsets) == 2 and len(shape) <= MOST_AXES
@@ -162,14 +161,14 @@ def _span(name: str, entry) -> tuple[int, int, str]:
     begin, end = offsets
     if begin > end or (dtype in DTYPES and (
             end - begin != math.prod(shape) * np.dtype(DTYPES[dtype]).itemsize)):
-        raise ValueError(f"{name} does not have the bytes of its shape")
+        raise ValueError(f"the bytes of {name} do not match its shape")
     return begin, end, name
 
 
 def _take_sums(metadata: dict[str, str], entries: dict) -> dict[str, str]:
-    """The tensors' checksums, {} where a file has none; takes them out of metadata.
+    """Removes the checksums of the tensors, {} if there are none, from metadata and returns them.
 
-    Raises ValueError where the rest of the header is not what they were made for.
+    Raises ValueError if the checksum of the header does not match.
     """
     expected, text = metadata.pop(HEADER_SUM, None), metadata.pop(SUMS, None)
     if expected is None and text is None:
@@ -177,36 +176,36 @@ def _take_sums(metadata: dict[str, str], entries: dict) -> dict[str, str]:
     sums = json.loads(text or "null")
     if not isinstance(sums, dict) or sums.keys() != entries.keys() or (
             json.dumps(_header_sum(metadata, entries, sums)) != expected):
-        raise ValueError("the checksum of its header differs from that with which it was saved")
+        raise ValueError("the checksum of its header does not match")
     return sums
 
 
 def _header_sum(metadata: dict, entries: dict, sums: dict) -> str:
-    """The checksum of a header but for where the tensors lie, whatever the order of its keys."""
+    """The checksum of a header without offsets; the order of its keys does not matter."""
     kinds = {name: [entry["dtype"], entry["shape"]] for name, entry in entries.items()}
     text = json.dumps([metadata, kinds, sums], sort_keys=True)
     return xxh3_64(text.encode()).hexdigest()
 
 
-def write(path: Path, like: dict[str, tuple[tuple[int, ...], str]], arrays: Iterable[np.ndarray],
-          metadata: dict[str, str]) -> None:
+def write(path: Path, layout: dict[str, tuple[tuple[int, ...], str]],
+          arrays: Iterable[np.ndarray], metadata: dict[str, str]) -> None:
     """Writes arrays with their checksums, and syncs the file to the disk.
 
-    like has their shapes and dtypes (names of DTYPES) by name; arrays come in its order, one by
-    one. Raises TensorFileError that names a tensor with NaN or infinite values.
+    layout: shapes and dtypes (names of DTYPES) by name; arrays are in its order. Raises
+    TensorFileError that names a tensor with NaN or infinite values.
     """
     entries, end = {}, 0
-    for name, (shape, dtype) in like.items():
+    for name, (shape, dtype) in layout.items():
         begin, end = end, end + np.dtype(DTYPES[dtype]).itemsize * math.prod(shape)
         entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
-    sums = dict.fromkeys(like, "0" * 16)
+    sums = dict.fromkeys(layout, "0" * 16)
     with open(path, "wb") as file:
-        file.write(_header(entries, metadata, sums))  # as long as the one with the checksums
-        for name, array in zip(like, arrays, strict=True):
-            shape, dtype = like[name]
+        file.write(_header(entries, metadata, sums))  # of the final length; the checksums follow
+        for name, array in zip(layout, arrays, strict=True):
+            shape, dtype = layout[name]
             assert array.shape == tuple(shape), name
             sums[name] = _write_array(file, name, np.ascontiguousarray(array, DTYPES[dtype]))
-            del array  # before the next one is made
+            del array  # before the next one is created
         file.seek(0)
         file.write(_header(entries, metadata, sums))
         file.flush()
@@ -214,7 +213,7 @@ def write(path: Path, like: dict[str, tuple[tuple[int, ...], str]], arrays: Iter
 
 
 def _write_array(file, name: str, array: np.ndarray) -> str:
-    """Writes an array piece by piece, and returns its checksum."""
+    """Writes an array in pieces and returns its checksum."""
     flat, digest = array.reshape(-1), xxh3_64()
     size = PIECE // array.itemsize
     for i in range(0, len(flat), size):
@@ -235,6 +234,6 @@ def _header(entries: dict, metadata: dict[str, str], sums: dict[str, str]) -> by
 
 
 def one_line(value) -> str:
-    """An error, or a JSON value, of a damaged file: printable ASCII, at most 200 characters."""
+    """An error or a JSON value as printable ASCII of at most 200 characters."""
     text = str(value) if isinstance(value, Exception) else reprlib.repr(value)
     return re.sub(r"[^\x20-\x7e]+", "?", text[:200])

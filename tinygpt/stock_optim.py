@@ -1,4 +1,4 @@
-"""The state of tinygrad's own optimizers, `tinygrad.nn.optim`, for checkpoints."""
+"""Saves and loads the state of the optimizers in `tinygrad.nn.optim`."""
 
 import numpy as np
 from tinygrad import Tensor, nn
@@ -8,11 +8,11 @@ from tinygpt.checkpoint import CheckpointError, check_arrays, part
 PREFIX = "tinygrad."
 
 
-def adapted(optimizer, weights: dict[str, Tensor]):
-    """The optimizer itself where it is one of ours; one of tinygrad's, for parameters
-    that are among weights, with the same `state_dict` and `load_state_dict`.
+def with_state_dict(optimizer, weights: dict[str, Tensor]):
+    """The optimizer if it has a `state_dict`, as those of tinygpt; one of tinygrad wrapped in
+    StockOptimizer.
 
-    Raises ValueError where it is neither, or where it has a parameter that is not in weights.
+    Raises ValueError if it is neither, or has a parameter that is not among weights.
     """
     if not isinstance(optimizer, nn.optim.Optimizer):
         if hasattr(optimizer, "state_dict") and hasattr(optimizer, "load_state_dict"):
@@ -22,21 +22,21 @@ def adapted(optimizer, weights: dict[str, Tensor]):
     return StockOptimizer(optimizer, weights)
 
 
-def check_owner(state: dict[str, np.ndarray], optimizer, path) -> None:
-    """Raises CheckpointError where a saved state is not that of the kind of an adapted optimizer;
-    among themselves those of `tinygpt.training.optim` know."""
-    theirs, ours = _owner(state), _owner(optimizer.state_dict())
-    if theirs != ours:
-        raise CheckpointError(f"{path} has the state of {theirs}, not of {ours}: use the same "
+def check_optimizer(state: dict[str, np.ndarray], optimizer, path) -> None:
+    """Raises CheckpointError if a saved state is of another kind than `optimizer`. The optimizers
+    of `tinygpt.training.optim` count as one kind; they check their own states."""
+    saved, ours = _kind_of_state(state), _kind_of_state(optimizer.state_dict())
+    if saved != ours:
+        raise CheckpointError(f"{path} has the state of {saved}, not of {ours}: use the same "
                               "optimizer, or load without one")
 
 
 class StockOptimizer:
-    """An optimizer of `tinygrad.nn.optim` whose state has stable names.
+    """The state of an optimizer of `tinygrad.nn.optim` under stable names.
 
     They are `tinygrad.<kind>.<state>.<weight>`, such as `tinygrad.AdamW.m.wte.weight`, and
-    `tinygrad.<kind>.lr`; those of an OptimizerGroup's members begin with `tinygrad.<number>.`. The
-    parameters, which are the model's, are not part of it.
+    `tinygrad.<kind>.lr`; for the members of an OptimizerGroup, `tinygrad.<number>.<kind>...`. The
+    parameters are part of the model's state, not of this one.
     """
 
     def __init__(self, optimizer: nn.optim.Optimizer, weights: dict[str, Tensor]):
@@ -50,18 +50,18 @@ class StockOptimizer:
                            for name, tensor in _state(member, names).items()}
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The state besides the parameters, by name."""
+        """The state by name, without the parameters."""
         return self.state
 
     def load_state_dict(self, arrays: dict[str, np.ndarray], path="the state") -> None:
-        """Takes state of the same names and shapes; raises ValueError, changing nothing, else."""
+        """Loads a state. Raises ValueError, without a change, if names or shapes differ."""
         check_arrays(arrays, self.state, path)
         for name, tensor in self.state.items():
             tensor.assign(Tensor(arrays[name], device=tensor.device, dtype=tensor.dtype)).realize()
 
 
 def kind_of(optimizer: nn.optim.Optimizer) -> str:
-    """The name under which tinygrad's users know an optimizer: several share a class."""
+    """The name of the function that made an optimizer; several share a class."""
     kind = type(optimizer).__name__
     if kind == "LAMB" and optimizer.adam:
         return "AdamW" if optimizer.wd else "Adam"
@@ -71,7 +71,7 @@ def kind_of(optimizer: nn.optim.Optimizer) -> str:
 
 
 def _members(optimizer: nn.optim.Optimizer, prefix: str):
-    """Every optimizer of a group, or the one that is none, with a prefix of its own."""
+    """Yields an optimizer, or the members of a group, each with its prefix."""
     if not isinstance(optimizer, nn.optim.OptimizerGroup):
         yield prefix, optimizer
         return
@@ -80,7 +80,7 @@ def _members(optimizer: nn.optim.Optimizer, prefix: str):
 
 
 def _state(optimizer: nn.optim.Optimizer, names: dict[Tensor, str]) -> dict[str, Tensor]:
-    """An optimizer's tensors but for the parameters, each list of them by the weights' names."""
+    """The tensors of an optimizer without its parameters; lists are named by weight."""
     state = {}
     for key, value in vars(optimizer).items():
         if isinstance(value, Tensor):
@@ -94,8 +94,8 @@ def _state(optimizer: nn.optim.Optimizer, names: dict[Tensor, str]) -> dict[str,
     return state
 
 
-def _owner(state: dict) -> str:
-    """The optimizer that a state's names belong to, in words."""
+def _kind_of_state(state: dict) -> str:
+    """The kind of optimizer that a state belongs to, in words."""
     if not state:
         return "no optimizer"
     if not (names := part(state, PREFIX)):

@@ -15,7 +15,7 @@ from tinygpt.data.tokenizer import Tokenizer
 from tinygpt.inference.decoder import Decoders
 from tinygpt.kernels.jit import is_capturing
 from tinygpt.model import lora
-from tinygpt.stock_optim import adapted, check_owner
+from tinygpt.stock_optim import check_optimizer, with_state_dict
 
 MOST_TOKENS = 10**8  # that `generate` returns at once
 
@@ -191,7 +191,7 @@ class LanguageModel:
         if not isinstance(iter_num, Integral) or isinstance(iter_num, bool) or iter_num < 0:
             raise ValueError(f"iter_num={iter_num!r} is no number of steps")
         weights = self.state_dict()
-        optimizer = None if optimizer is None else adapted(optimizer, weights)
+        optimizer = None if optimizer is None else with_state_dict(optimizer, weights)
         tensors = {prefix + k: t.numpy() for prefix, part in (
             ("model.", self), ("optimizer.", optimizer), ("ema.", ema)) if part is not None
             for k, t in part.state_dict().items()}
@@ -228,8 +228,8 @@ class LanguageModel:
         if ema is not None:
             checkpoint.check_arrays(averages, mine, path)
         if optimizer is not None:
-            optimizer = adapted(optimizer, mine)
-            check_owner(state, optimizer, path)
+            optimizer = with_state_dict(optimizer, mine)
+            check_optimizer(state, optimizer, path)
             optimizer.load_state_dict(state, path)
         if ema is not None:
             ema.load_state_dict(averages, path)

@@ -354,7 +354,7 @@ class Run:
 
     def _make_room(self) -> None:
         """Moves a former run aside, unless this one resumes it, and writes this one's settings."""
-        checkpoint.sweep(self.out_dir)
+        checkpoint.delete_partial_files(self.out_dir)
         self._finish_marking()
         if not self.config.resume and (moved := checkpoint.set_aside(self.out_dir)):
             self.report.remark(f"the run in {self.out_dir} is now in {moved}")
