@@ -1,9 +1,10 @@
-"""What becomes of bad input: `python bench/bad_input.py --minutes 10`.
+"""Tests the commands with bad input:
 
-Every flag of every command gets values of the wrong type, range and kind, made from the settings'
-own declarations. A command ends with status 0, or with status 2 and one line on stderr; it prints
-no traceback, leaves no file behind where it refuses, and takes little time and memory. Training is
-done with the steps of bench/light.py.
+    python bench/bad_input.py --minutes 10
+
+Every flag of every command gets values of the wrong type, range and kind. A command has to end with
+status 0, or with status 2 and one line on stderr: no traceback, no files after an error, within a
+limit of time and memory. Training uses the steps of bench/light.py.
 """
 
 import functools
@@ -38,14 +39,14 @@ WORDS = ("", " ", "-1", "0", "1", "2", "0.5", "1.5", "-0.5", *BIG, str(-10**30),
 LOOSE = (["stray"], ["-x"], ["--"], ["-"], ["--=3"], ["--config"], ["--config", "fifo"],
          ["--config", "/dev/zero"], ["--config", "folder"], ["--preset"], ["--preset", "gtp2"],
          ["--resume", "--eval_only"], ["--eval_only"], ["\udcff"], [""], ["--\ud800", "1"])
-# Settings for which a large number is right, and takes its time.
+# Settings for which a large number is valid and takes long.
 PATIENT = ("max_iters", "max_new_tokens", "eval_iters", "gradient_accumulation_steps")
 
 
 @dataclass(frozen=True)
 class Command:
-    """A command: its main(argv), the dataclasses that its flags are made of, and flags with which
-    it works, positional ones first."""
+    """A command: its main(argv), the dataclasses of its settings, and valid flags, positional ones
+    first."""
 
     name: str
     main: Callable[[list[str]], int]
@@ -71,14 +72,14 @@ def commands() -> list[Command]:
 
 
 def short_check(argv: list[str]) -> int:
-    """tinygpt.check without its checks of kernels and models, which take a minute."""
+    """tinygpt.check without the checks of kernels and models, which take a minute."""
     check_command.code_checks = lambda *_: []
     return check_command.main(argv)
 
 
 @functools.cache
 def flags_of(command: Command) -> list[tuple[str, int | None]]:
-    """The flags of a command; of a positional one its place too."""
+    """The flags of a command, each with its position if it is positional."""
     place, found = 0, []
     for field in (f for cls in command.settings for f in fields(cls)):
         positional = command.name == "evaluate" and field.name in ("checkpoint", "text")
@@ -88,7 +89,7 @@ def flags_of(command: Command) -> list[tuple[str, int | None]]:
 
 
 def make_files(folder: Path) -> None:
-    """What the words name, besides the files of bench/damage.py."""
+    """Creates the files of bench/damage.py and the others in WORDS."""
     damage.make_files(folder)
     place = folder / "files"
     (place / "folder").mkdir()
@@ -100,7 +101,7 @@ def make_files(folder: Path) -> None:
 
 
 class Words(Campaign):
-    """Each flag of a command with each of the words, written in several ways."""
+    """Each flag of a command with each of the words, in several notations."""
 
     def __init__(self, command: Command):
         self.command, self.name = command, f"flags-of-{command.name.removesuffix('.py')}"
@@ -147,7 +148,7 @@ class Words(Campaign):
 
 
 class Configs(Campaign):
-    """--config with JSON whose values are of any kind."""
+    """--config with JSON values of any kind."""
 
     name, weight = "values-in-a-config", 1.0
     prepare = Words.prepare
@@ -169,8 +170,7 @@ class Configs(Campaign):
 
 
 class Surroundings(Campaign):
-    """Environment variables, streams that are closed and devices that are not there, in processes
-    of their own."""
+    """Environment variables, closed streams and missing devices, in separate processes."""
 
     name, weight = "environment-and-streams", 1.0
     prepare = Words.prepare
@@ -212,13 +212,13 @@ class Surroundings(Campaign):
         if done.returncode == 2 and "2>" not in stream and "|" not in stream:
             own = [text for text in done.stderr.splitlines() if text.startswith(f"{name}: ")]
             check(len(own) == 1 and done.stderr.endswith(f"{own[0]}\n"), f"not one line: {what}")
-            # a stdout that is full is met after lines of status, such as the checkpoint's name
+            # a full stdout fails after status lines, such as the name of the checkpoint
             check(stream == ">/dev/full" or done.stderr == f"{own[0]}\n", f"not one line: {what}")
         return 1
 
 
 def run(command: Command, argv: list[str], folder: Path) -> Outcome:
-    """A command in a child, over the files that the words name."""
+    """Runs a command in a child, in a folder with the files in WORDS."""
     damage.link(folder.parent / "files", folder)
     if not (folder / "fifo").exists():
         os.mkfifo(folder / "fifo")
@@ -232,17 +232,17 @@ def run(command: Command, argv: list[str], folder: Path) -> Outcome:
     before = set(folder.rglob("*"))
     done = child(call, folder, SECONDS)
     left = sorted(str(p.relative_to(folder)) for p in set(folder.rglob("*")) - before)
-    if done.status == 2 and "out of memory" not in done.err:  # which no check could foresee
+    if done.status == 2 and "out of memory" not in done.err:  # not predictable
         check(not left, f"{argv[len(command.flags):]} was refused and left {left}: {done}")
     return done
 
 
 def judge(command: Command, done: Outcome, what: str, patient: bool) -> None:
-    """Raises Failed unless the command ended as it should."""
+    """Raises Failed unless the command ended as required."""
     if patient and done.timed_out:
         return
     what = f"{what}: {done}"
-    fine = (0, 1, 2) if command.name == "check" else (0, 2)  # 1: it has found something
+    fine = (0, 1, 2) if command.name == "check" else (0, 2)  # 1: a check failed
     check(done.status in fine and not done.timed_out, what)
     check(done.megabytes < MEGABYTES, what)
     check("Traceback" not in done.err, what)

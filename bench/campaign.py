@@ -1,5 +1,5 @@
-"""What the fault campaigns share: children that run the product's code under a time limit and with
-faults in their file calls, and a table of tries and failures."""
+"""Shared by the fault campaigns: child processes with a time limit and faults in their file calls,
+and a table of tries and failures."""
 
 import argparse
 import csv
@@ -30,17 +30,17 @@ RECORD = Path(__file__).parent / "faults.csv"
 FIELDS = ["date", "script", "campaign", "tries", "failures", "seconds", "seed", "versions"]
 
 COUNT, KILL, TEAR, FULL, READONLY, FAIL_ONCE = range(6)  # as bench/faults.c has them
-MEGABYTES = 1500  # that a child may use, Python and what the parent has imported included
-ADDRESSES = 16 << 30  # a limit of address space, which ends what would fill the machine
+MEGABYTES = 1500  # limit of a child, including the imports of its parent
+ADDRESSES = 16 << 30  # bytes of address space of a child, to protect the machine
 
 
 class Failed(Exception):
-    """A case that did not end as it has to; its first line says how."""
+    """A case that failed; the first line of the message is the reason."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a child ended: its exit status, or minus the signal's number, and what it wrote."""
+    """How a child ended: its exit status, or minus the number of its signal, and its output."""
 
     status: int
     out: str
@@ -51,20 +51,20 @@ class Outcome:
 
     def __str__(self) -> str:
         how = "timed out" if self.timed_out else f"status {self.status}"
-        err = re.sub(r"(.)\1{30,}", r"\1\1\1...", self.err)  # long words that were given
+        err = re.sub(r"(.)\1{30,}", r"\1\1\1...", self.err)  # long arguments
         return f"{how}, {self.seconds:.1f} s, {self.megabytes:.0f} MB: {err[-600:]!r}"
 
     def refusal(self, name: str = "") -> str:
-        """The line with which a command, or what calls itself `name`, refused."""
-        check(self.status == 2 and "Traceback" not in self.err, f"no refusal in one line: {self}")
+        """The error line of a command, which has to begin with name."""
+        check(self.status == 2 and "Traceback" not in self.err, f"not refused in one line: {self}")
         lines = self.err.splitlines()
         own = [line for line in lines if line.startswith(name)]
-        check(len(own) == 1 and own[0] == lines[-1], f"not one line that says why: {self}")
+        check(len(own) == 1 and own[0] == lines[-1], f"not one line with the error: {self}")
         return lines[-1]
 
 
 def check(holds: bool, message: object) -> None:
-    """Raises Failed with the message unless it holds."""
+    """Raises Failed with the message unless holds is true."""
     if not holds:
         raise Failed(str(message))
 
@@ -73,7 +73,7 @@ def child(function: Callable[[], int | None], folder: Path, seconds: float = 30,
           kill_after: float | None = None) -> Outcome:
     """Runs function in a forked process whose working directory is folder.
 
-    What it returns is the exit status. It is killed after kill_after seconds, where given, and
+    Its result is the exit status. The process is killed after kill_after seconds, if given, and
     timed out after `seconds`.
     """
     out, err = os.memfd_create("out"), os.memfd_create("err")
@@ -128,11 +128,11 @@ def _whole(descriptor: int) -> str:
 # ---- faults in file calls
 
 def load_shim() -> None:
-    """Starts this script again with bench/faults.c loaded, which makes file calls go wrong."""
+    """Restarts this script with bench/faults.c preloaded, which makes file calls fail."""
     if os.environ.get("FAULT_SHIM"):
         return
     if sys.platform != "linux":
-        sys.exit("the faults in file calls are for Linux: run this campaign there")
+        sys.exit("faults in file calls need Linux: run this campaign there")
     compiler = ["cc"] if shutil.which("cc") else [sys.executable, "-m", "ziglang", "cc"]
     shim = Path(tempfile.mkdtemp(prefix="faults-")) / "faults.so"
     subprocess.run([*compiler, "-shared", "-fPIC", "-O1", "-o", shim,
@@ -142,9 +142,9 @@ def load_shim() -> None:
 
 
 def armed(folder: Path, kind: int, at: int, function: Callable[[], int | None]):
-    """A function for `child` in which the file call number `at` in folder goes wrong as kind says.
+    """A function for `child` in which file call number `at` in folder has a fault of that kind.
 
-    With COUNT none does, and the last line on stdout is the number of calls.
+    With COUNT there is no fault, and the last line on stdout is the number of calls.
     """
     def run() -> int | None:
         shim = ctypes.CDLL(os.environ["FAULT_SHIM"])
@@ -160,17 +160,16 @@ def armed(folder: Path, kind: int, at: int, function: Callable[[], int | None]):
 # ---- campaigns
 
 class Campaign:
-    """One kind of fault. `case` makes one fault, or a few, and raises Failed where what follows is
-    not as it has to be; it returns how many it made. Everything in a case is a function of its
-    number and of rng, which is drawn from the seed and that number."""
+    """One kind of fault. `case` injects one or more faults, raises Failed if the result is wrong,
+    and returns their number. A case depends only on its number and on rng, seeded with it."""
 
     name = ""
-    weight = 1.0  # share of the time, relative to the others
-    most: int | None = None  # cases after which there is nothing new to try
+    weight = 1.0  # relative share of the time
+    most: int | None = None  # number of different cases, if it is limited
 
     def prepare(self, folder: Path) -> None:
-        """Makes what the cases start from, in folder; runs once, in the campaigns' own process,
-        which must not compute with tinygrad: `child` does."""
+        """Creates the files that the cases start from, in folder. Runs once, in the parent process,
+        which must not compute with tinygrad; use `child` for that."""
 
     def case(self, number: int, rng: np.random.Generator, folder: Path) -> int:
         raise NotImplementedError
@@ -178,7 +177,7 @@ class Campaign:
 
 @dataclass
 class Tally:
-    """What came of a campaign."""
+    """The results of a campaign."""
 
     campaign: str
     tries: int = 0
@@ -190,21 +189,21 @@ def main(script: str, description: str, make: Callable[[], Sequence[Campaign]],
          minutes: float) -> int:
     """The command line of a script of campaigns. Returns the exit status."""
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
-    parser.add_argument("--minutes", type=float, default=minutes, help="for all campaigns together")
+    parser.add_argument("--minutes", type=float, default=minutes, help="of all campaigns in total")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--only", metavar="NAME", nargs="+", help="these campaigns alone")
-    parser.add_argument("--case", type=int, help="this case of the campaign alone")
-    parser.add_argument("--most", type=int, help="so many cases of each campaign at most")
+    parser.add_argument("--only", metavar="NAME", nargs="+", help="run only these campaigns")
+    parser.add_argument("--case", type=int, help="run only this case")
+    parser.add_argument("--most", type=int, help="maximum number of cases of each campaign")
     parser.add_argument("--processes", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--record", action="store_true", help=f"append to {RECORD.name}")
     args = parser.parse_args()
     campaigns = make()
     names = [c.name for c in campaigns]
     if unknown := set(args.only or names) - set(names):
-        parser.error(f"there is no campaign {', '.join(unknown)}: choose of {', '.join(names)}")
+        parser.error(f"there is no campaign {', '.join(unknown)}: choose from {', '.join(names)}")
     campaigns = [c for c in campaigns if c.name in (args.only or names)]
     gc.collect()
-    gc.freeze()  # so that children do not copy the pages of what is imported
+    gc.freeze()  # so that children do not copy the memory of imported modules
     tallies, left = [], args.minutes * 60
     weights = [c.weight for c in campaigns]
     for i, campaign in enumerate(campaigns):
@@ -219,7 +218,7 @@ def main(script: str, description: str, make: Callable[[], Sequence[Campaign]],
 
 
 def _run(campaign: Campaign, args, seconds: float) -> Tally:
-    """Cases in parallel processes until the time is over."""
+    """Runs cases in parallel processes until the time is over."""
     start = time.perf_counter()
     folder = Path(os.path.realpath(tempfile.mkdtemp(prefix=f"faults-{campaign.name}-")))
     tally = Tally(campaign.name, failures=[])
@@ -241,7 +240,7 @@ def _run(campaign: Campaign, args, seconds: float) -> Tally:
             tally.failures += map(tuple, found["failures"])
         tally.failures.sort()
     except Failed as failure:
-        tally.failures.append((-1, f"cannot begin: {failure}"))
+        tally.failures.append((-1, f"cannot start: {failure}"))
     finally:
         tally.seconds = time.perf_counter() - start
         shutil.rmtree(folder, ignore_errors=True)
@@ -249,7 +248,7 @@ def _run(campaign: Campaign, args, seconds: float) -> Tally:
 
 
 def _work(campaign: Campaign, args, first: int, end: float, folder: Path) -> None:
-    """One of the processes: every so manieth case, and a file of what came of them."""
+    """One of the processes: every n-th case, and a file of their results."""
     tally = Tally(campaign.name, failures=[])
     most = min(args.most or sys.maxsize, campaign.most or sys.maxsize)
     try:

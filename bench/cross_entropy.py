@@ -1,5 +1,7 @@
-"""Cross-entropy over GPT-2's vocabulary, forward and backward, ours and PyTorch's in turn:
-python bench/cross_entropy.py"""
+"""Time of cross-entropy over GPT-2's vocabulary, forward and backward, against PyTorch:
+
+    python bench/cross_entropy.py
+"""
 
 import sys
 from pathlib import Path

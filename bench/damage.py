@@ -1,5 +1,6 @@
-"""Damaged files for bench/faults.py: cut off, bits flipped, blocks swapped, values in headers and
-JSON replaced, NaN among the weights. Each is refused in one line that names it, or has no effect.
+"""Campaigns of bench/faults.py with damaged files: truncated, bits flipped, blocks swapped, values
+in headers and JSON replaced, NaN in weights. Each is refused in one line that names the file, or
+has no effect.
 """
 
 import json
@@ -23,14 +24,14 @@ from tinygpt import checkpoint, evaluate
 from tinygpt.data.tokenizer import BPETokenizer
 from tinygpt.model import lora
 
-SECONDS, MEGABYTES = 10, 1000  # what reading a damaged file may take
+SECONDS, MEGABYTES = 10, 1000  # limits for reading a damaged file
 CKPT = "out/ckpt_10.safetensors"
 HOSTILE = (None, True, False, -1, 0, 1, 2, 7, 10**9, 10**30, -10**30, 10**400, 1e-300, 1e308,
            float("nan"), float("inf"), -float("inf"), "", "x", "1", "\ud800", "\0", [], [1],
            [[[[]]]], {}, {"a": 1}, [10**9], ["x"], "a" * 100_000)
 
 
-# ---- readers, for `child`: what a file holds as lines on stdout, or one line and status 2
+# ---- readers, for `child`: the content of a file on stdout, or an error line and status 2
 
 def reader(read: Callable[[], tuple[dict, object]]) -> Callable[[], int]:
     def run() -> int:
@@ -45,7 +46,7 @@ def reader(read: Callable[[], tuple[dict, object]]) -> Callable[[], int]:
 
 
 def tokens(folder: Path, source: str, in_shards: bool = False) -> Callable[[], int]:
-    """The tokens of a text, by way of the cache in folder."""
+    """The tokens of a text, through the cache in folder."""
     def read():
         light.cache_in(folder)
         if in_shards:
@@ -77,7 +78,7 @@ def adapted(name: str) -> Callable[[], int]:
 
 
 def resumed(name: str) -> Callable[[], int]:
-    """A run that goes on from its files for two steps."""
+    """A run that is resumed for two steps."""
     def run() -> int:
         status = light.run(Path.cwd(), "--resume", "--max_iters", 12, *LORA_FLAGS)()
         if status == 0:
@@ -91,7 +92,7 @@ def _of(model) -> tuple[dict, object]:
     return arrays, [asdict(model.config), model.tokenizer and model.tokenizer.to_json()]
 
 
-# ---- what is done to a file
+# ---- kinds of damage
 
 def truncated(raw: bytes, rng) -> bytes:
     return raw[:int(rng.integers(len(raw)))]
@@ -105,7 +106,7 @@ def flipped(raw: bytes, rng) -> bytes:
 
 
 def swapped(raw: bytes, rng) -> bytes:
-    """Two blocks in each other's place."""
+    """Two blocks swapped."""
     size = max(1, min(512, len(raw) // 4))
     a, b = sorted(int(n) for n in rng.integers(0, max(1, len(raw) - size), 2))
     b = max(b, a + size)
@@ -113,7 +114,7 @@ def swapped(raw: bytes, rng) -> bytes:
 
 
 def zeroed(raw: bytes, rng) -> bytes:
-    """A hole, as a file system leaves one that has lost a block."""
+    """A block of zeros, as after a crash of the file system."""
     a = int(rng.integers(len(raw)))
     return raw[:a] + bytes(len(raw[a:a + 512])) + raw[a + 512:]
 
@@ -123,7 +124,7 @@ def longer(raw: bytes, rng) -> bytes:
 
 
 def patched(raw: bytes, rng) -> bytes:
-    """A value of the JSON replaced: of a file, of a safetensors header, of a line, of metadata."""
+    """A value replaced in JSON: a file, a safetensors header, a line, or metadata."""
     length = int.from_bytes(raw[:8], "little")
     if length < len(raw) and raw[8:9] == b"{":
         header = json.loads(raw[8:8 + length])
@@ -142,7 +143,7 @@ def _dump(value) -> bytes:
 
 
 def _replace(value, rng):
-    """JSON with one value in it replaced, removed or given another name."""
+    """JSON with one value replaced, removed or renamed."""
     if isinstance(value, str) and value[:1] in ("{", "[") and rng.random() < 0.9:
         return json.dumps(_replace(json.loads(value), rng))  # metadata is JSON in strings
     if isinstance(value, dict | list) and value and rng.random() < 0.95:
@@ -166,11 +167,11 @@ LORA_FLAGS = ("--lora_rank", 2, "--ema")
 # ---- campaigns
 
 class Damage(Campaign):
-    """One kind of file, damaged, and read in one of several ways.
+    """One kind of file, damaged and read by one of several readers.
 
-    checked: whether an accident has to be noticed, since a checksum covers the file; else it may
-    give other numbers, but nothing worse than a refusal. strict: whether a patched value has to
-    leave the arrays as they are.
+    checked: a checksum covers the file, so damage must be found; otherwise it may change values,
+    but must not crash. strict: a patched value must not change the arrays. patches: whether values
+    are patched.
     """
 
     def __init__(self, name: str, files: dict[str, tuple], checked: bool = True,
@@ -185,7 +186,7 @@ class Damage(Campaign):
         self.wanted: dict[tuple, list[str]] = {}
 
     def undamaged(self, file: str, read, folder: Path) -> list[str]:
-        """What is read where nothing is wrong; of a text, whose tokens are cached then."""
+        """The content of the undamaged file; for a text this also caches its tokens."""
         if (file, read) not in self.wanted or read is tokens:
             place = folder if read is tokens else folder / "undamaged"
             link(folder.parent / "files", place)
@@ -219,14 +220,14 @@ class Damage(Campaign):
             return 1
         line = done.refusal("train.py:" if read is resumed else "")
         names = [path.name, path.parent.name]
-        if file == "out/config.json":  # whose settings may be named instead
+        if file == "out/config.json":  # its settings may be named instead
             names += [f.name for f in fields(TrainConfig) + fields(GPTConfig)]
         check(any(n in line for n in names), f"does not name {path.name}: {what}")
         return 1
 
 
 class NotFinite(Campaign):
-    """NaN or infinity in one weight of a file that is whole: each command refuses in one line that
+    """NaN or infinity in one weight of an undamaged file: each command refuses it in one line that
     names the file."""
 
     name, weight = "weights-not-finite", 1.0
@@ -239,7 +240,7 @@ class NotFinite(Campaign):
         link(folder.parent / "files", folder)
         name = ("base.safetensors", "gpt2/model.safetensors")[number % 2]
         path = folder / name
-        with safe_open(path, framework="numpy") as file:  # whatever checksums it has are left out
+        with safe_open(path, framework="numpy") as file:  # without checksums
             tensors = {k: file.get_tensor(k) for k in list(file.keys())}
             metadata = {k: v for k, v in file.metadata().items() if not k.startswith("xxh3")}
         key = sorted(tensors)[int(rng.integers(len(tensors)))]
@@ -259,19 +260,19 @@ class NotFinite(Campaign):
         done = child(commands[command], folder, 60)
         line = done.refusal(f"{command}:")
         check(Path(name).name in line or source in line, f"{command} does not name {name}: {done}")
-        check(not (folder / "new").exists(), f"{command} leaves its folder")
+        check(not (folder / "new").exists(), f"{command} left its folder")
         return 1
 
 
 def link(source: Path, target: Path) -> None:
-    """A copy of a folder that costs nothing; its files are replaced, never written into."""
+    """Copies a folder with hard links; its files are replaced, never modified."""
     if not (target / "text.txt").exists():
         shutil.copytree(source, target, symlinks=True, copy_function=os.link,
                         dirs_exist_ok=True)
 
 
 def make_files(folder: Path) -> None:
-    """Files of every kind that is read: a run and its adapters, token files, exported models."""
+    """Creates files of every kind: a run and its adapters, token files, exported models."""
     place = folder / "files"
     place.mkdir()
     os.chdir(place)
@@ -297,7 +298,7 @@ def make_files(folder: Path) -> None:
 
 
 def _in_shards(whole: Path, folder: Path) -> None:
-    """The same model with its tensors in two files and an index of them."""
+    """Copies a model, with its tensors in two files and an index."""
     shutil.copytree(whole, folder)
     tensors = load_file(whole / "model.safetensors")
     (folder / "model.safetensors").unlink()

@@ -1,6 +1,8 @@
-"""Drawing token after token through the KV cache, batch 1: ours with matrices in float32, fp16
-and int8, and PyTorch's in float32, all in turn:
-python bench/decode.py [small] [124M]"""
+"""Time per token of decoding with a KV cache, batch size 1, with float32, fp16 and int8 matrices
+against PyTorch in float32:
+
+    python bench/decode.py [small] [124M]
+"""
 
 import sys
 from pathlib import Path

@@ -1,5 +1,8 @@
-"""GPT-2's size, 124M weights drawn at random, out to transformers and back, each step in a process
-of its own: seconds and peak memory, and that the logits agree: python bench/export.py"""
+"""Time and peak memory of exporting a random GPT-2 124M and reading it back, each step in its own
+process, against transformers reading it; the logits have to agree:
+
+    python bench/export.py
+"""
 
 import json
 import subprocess
@@ -19,8 +22,8 @@ STEPS = ("build", "export", "transformers", "read")
 
 
 def measure(step: str, folder: Path) -> dict[str, float]:
-    """Seconds of one step, imports not included, and peak MB of it and of the forward pass after
-    it, which touches weights that were only mapped; the logits of IDS are left in folder."""
+    """Seconds of one step without imports, and peak MB with the forward pass after it, which reads
+    memory-mapped weights. Saves the logits of IDS in folder."""
     from tinygrad import Tensor
 
     from gpt import GPT, GPTConfig

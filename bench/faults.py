@@ -1,8 +1,9 @@
-"""What becomes of runs that are killed, of full disks, of processes that are in each other's way,
-and of damaged files: `python bench/faults.py --minutes 20`.
+"""Tests the commands with killed runs, full disks, concurrent processes and damaged files:
+
+    python bench/faults.py --minutes 20
 
 Prints tries and failures of each campaign, and how to repeat the first failure; the exit status is
-1 where something failed. The campaigns are in kills.py, beside.py and damage.py.
+1 if something failed. The campaigns are in kills.py, concurrency.py and damage.py.
 """
 
 import os
@@ -11,11 +12,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 os.environ.setdefault("DEV", "CPU")
-from bench import beside, campaign, damage, kills, light
+from bench import campaign, concurrency, damage, kills, light
 
 
 def campaigns() -> list[campaign.Campaign]:
-    return [*kills.campaigns(), *beside.campaigns(), *damage.campaigns()]
+    return [*kills.campaigns(), *concurrency.campaigns(), *damage.campaigns()]
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""Checks and measures on a GPU all that depends on one, in at most 25 minutes:
+"""Tests on a GPU, and measures attention, the GPT-2 124M train step, decoding, startup and BEAM
+against PyTorch, in at most 25 minutes:
 
     DEV=CUDA python bench/gpu.py [tests] [attention] [train] [decode] [startup] [beam]
 
-Without names, all parts run, the most important ones first, each in a process of its own for at
-most 8 minutes, so that a part that fails leaves the others alone. Every figure is appended to
-bench/gpu.csv as soon as it is measured. PyTorch is the peer where it is installed with support for
-the same GPU. The exit status is 1 if a part failed.
+Runs all parts by default, the most important first, each in its own process for at most 8 minutes,
+so that a failure does not affect the others. Results are appended to bench/gpu.csv at once. PyTorch
+is measured if it is installed with support for the GPU. The exit status is 1 if a part failed.
 """
 
 import argparse
@@ -29,9 +29,9 @@ from bench import measure
 from tinygpt import device
 
 ROOT = Path(__file__).parent.parent
-TABLE = Path(__file__).with_name("gpu.csv")
+CSV = Path(__file__).with_name("gpu.csv")
 HAS_TORCH = importlib.util.find_spec("torch") is not None
-# what runs on the device, and not only on the CPU
+# tests that run on the device
 TESTS = ("kernels/test_flash.py", "kernels/test_kernels.py", "kernels/test_attention.py",
          "kernels/test_cached_attention.py", "kernels/test_draw.py", "kernels/test_updates.py",
          "test_gpt.py", "test_own_loop.py", "training/test_optim.py", "model/test_recompute.py")
@@ -40,14 +40,14 @@ ATTENTION = [(dtype, backward, D, T) for dtype, backward, D in (  # with gradien
     ("bfloat16", False, 64), ("bfloat16", True, 64), ("bfloat16", False, 128),
     ("bfloat16", True, 128), ("float32", True, 64)) for T in LENGTHS]
 TOKENS, WIDTH = 16384, 768  # of attention: rows x length, heads x head size
-ERROR = 0.02  # largest error of attention, as a share of the largest number
+ERROR = 0.02  # largest error of attention, relative to the largest value
 BEAMS = (0, 2, 4)
 MINUTES = 8
 
 
 def record(part: str, case: str, unit: str, ours: float, peer: str = "",
            theirs: float | None = None) -> None:
-    measure.record(part, case, ours, peer, theirs, unit, TABLE, device.describe())
+    measure.Table(CSV, device.describe()).record(part, case, ours, peer, theirs, unit)
 
 
 def tests() -> None:
@@ -65,7 +65,7 @@ def tests() -> None:
 
 
 def attention() -> None:
-    """Flash attention beside the portable form and PyTorch's."""
+    """Flash attention against the portable implementation and PyTorch."""
     from bench.attention import ours, theirs
 
     for dtype, backward, D, T in ATTENTION:
@@ -79,7 +79,7 @@ def attention() -> None:
 
 
 def compare(case: str, make: dict) -> None:
-    """Times attention's implementations in turn, and compares what they return with flash's."""
+    """Times implementations of attention in turn and compares their results with flash."""
     peers, results = {}, {}
     for name, build in make.items():
         try:
@@ -102,7 +102,7 @@ def as_array(x) -> np.ndarray:
 
 
 def train(kernels: tuple[str, ...] = ("portable", "flash")) -> None:
-    """GPT-2 124M as nanoGPT trains it: a step of 12 x 1024 tokens."""
+    """A train step of GPT-2 124M with 12 x 1024 tokens against PyTorch, eager and compiled."""
     from bench.train_step import CASES, flops, ours, theirs
 
     *_, T, B, V = CASES["GPU"]
@@ -135,7 +135,7 @@ def train(kernels: tuple[str, ...] = ("portable", "flash")) -> None:
 
 
 def decode() -> None:
-    """Tokens of GPT-2 124M, one after another."""
+    """Decoding with GPT-2 124M against PyTorch, per token."""
     from bench.decode import KINDS, TOKENS, ours, theirs
 
     peers = {kind: ours("124M", kind) for kind in KINDS}
@@ -148,13 +148,13 @@ def decode() -> None:
 
 
 def startup() -> None:
-    """The commands as a user runs them: train, resume, sample."""
+    """Seconds of the commands: train, resume, sample."""
     with tempfile.TemporaryDirectory() as folder:
         out = ["--out_dir", folder, "--eval_interval", "20", "--eval_iters", "2"]
         commands = {
             "train.py, 20 steps": ["train.py", "--data", "data/lantern_and_tide.txt", "--max_iters",
                                    "20", *out],
-            "train.py, 20 steps more": ["train.py", "--resume", "--max_iters", "40", *out],
+            "train.py, 20 more steps": ["train.py", "--resume", "--max_iters", "40", *out],
             "generate.py, 100 tokens": ["generate.py", "--prompt", "ROMEO:", "--max_new_tokens",
                                         "100", "--checkpoint", f"{folder}/best.safetensors"],
         }
@@ -165,7 +165,7 @@ def startup() -> None:
 
 
 def beam() -> None:
-    """The train step again where tinygrad searches for the fastest kernels (BEAM)."""
+    """The train step of the portable kernels with tinygrad's kernel search (BEAM)."""
     for width in BEAMS:
         code = "from bench import gpu; gpu.HAS_TORCH = False; gpu.train(('portable',))"
         print(f"BEAM={width}:", flush=True)
@@ -176,8 +176,8 @@ def beam() -> None:
 PARTS = {f.__name__: f for f in (tests, attention, train, decode, startup, beam)}
 
 
-def run_apart(part: str) -> str:
-    """Runs a part in a process of its own: "" or what went wrong."""
+def run_in_process(part: str) -> str:
+    """Runs a part in its own process; returns its error, or ""."""
     command = [sys.executable, __file__, part, "--here"]
     try:
         code = subprocess.run(command, timeout=60 * MINUTES).returncode
@@ -187,24 +187,24 @@ def run_apart(part: str) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.partition(":\n\n")[0])
     parser.add_argument("parts", nargs="*", default=list(PARTS), metavar="|".join(PARTS))
-    parser.add_argument("--here", action="store_true", help="in this process, without a limit")
+    parser.add_argument("--here", action="store_true", help="in this process, without a time limit")
     args = parser.parse_args()
     if unknown := [part for part in args.parts if part not in PARTS]:
-        parser.error(f"there is no part {unknown[0]}: choose among {', '.join(PARTS)}")
+        parser.error(f"there is no part {unknown[0]}: choose from {', '.join(PARTS)}")
     if args.here:
         for part in args.parts:
             PARTS[part]()
         return
-    first = sum(1 for _ in TABLE.open()) if TABLE.exists() else 0
-    wrong = {part: run_apart(part) for part in args.parts}
-    if TABLE.exists():
-        for row in list(csv.reader(TABLE.open()))[first:]:
+    first = sum(1 for _ in CSV.open()) if CSV.exists() else 0
+    errors = {part: run_in_process(part) for part in args.parts}
+    if CSV.exists():
+        for row in list(csv.reader(CSV.open()))[first:]:
             print("  ".join(row[1:8]))
-    for part, what in wrong.items():
-        print(f"{part}: {what or 'ok'}")
-    sys.exit(any(wrong.values()))
+    for part, error in errors.items():
+        print(f"{part}: {error or 'ok'}")
+    sys.exit(any(errors.values()))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
-"""Memory and time of a train step with and without --grad_checkpoint, each in its own process.
+"""Memory and time of a train step with --grad_checkpoint against the step without it, each in its
+own process:
 
     python bench/grad_checkpoint.py [layers width block batch]
 
-Memory is what tinygrad holds on the device at most after a step, weights, optimizer and the
-compiled step's buffers included.
+Memory is the largest amount that tinygrad has allocated after a step, including weights, optimizer
+state and the buffers of the compiled step.
 """
 
 import subprocess

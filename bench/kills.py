@@ -1,5 +1,5 @@
-"""Runs that are killed, or whose disk fails them, for bench/faults.py: what was saved is whole, and
-a resumed run ends as one that nobody disturbed, to the bit."""
+"""Campaigns of bench/faults.py with killed runs and failing disks: saved files are complete, and a
+resumed run ends like an uninterrupted one, to the bit."""
 
 import json
 import math
@@ -32,15 +32,15 @@ from bench.campaign import (
 from gpt import GPT, GPTConfig
 from tinygpt import checkpoint
 
-# What a run begins with: its flags, and whether the folder holds another run.
+# The flags of runs; those with an odd index start in the folder of another run.
 STARTS = ((), ("--keep", 1), ("--ema", "--seed", 4), ("--optimizer", "lion", "--schedule", "wsd"),
           ("--lora_rank", 2), ("--skip_spikes", 5, "--patience", 30))
 FORMER_SEED = 99
 
 
 class Kills(Campaign):
-    """SIGKILL at each file call of a run, with half of the data written or none, and at more of
-    them while it is resumed. The end is that of a run that nobody killed."""
+    """SIGKILL at each file call of a run, with half of the data written or none, and at further
+    calls while it is resumed. The run ends like an uninterrupted one."""
 
     name, weight, fault = "kill-at-a-file-call", 7, (KILL, TEAR)
 
@@ -48,8 +48,8 @@ class Kills(Campaign):
         self.references: dict[int, tuple] = {}
 
     def reference(self, start: int, folder: Path) -> tuple:
-        """How a run with that start ends which nobody disturbs, and with how many file calls; the
-        other run that it finds in its folder is left in former_<start>, if it finds one."""
+        """The number of file calls of an uninterrupted run with these flags, how it ends, and a
+        copy of the other run in its folder, if there is one."""
         if start not in self.references:
             place = folder / f"start_{start}_{os.getpid()}"
             place.mkdir()
@@ -70,7 +70,7 @@ class Kills(Campaign):
         if former.exists():
             shutil.copytree(former, folder, dirs_exist_ok=True)
         former_files = contents(folder / "out")
-        # each call once, in an order that a few cases already spread over the run
+        # each call once, in an order that soon covers the whole run
         at = 1 + (nth + 1) * coprime(calls) % calls
         tries, kind = 0, self.fault[nth // calls % len(self.fault)]
         while True:
@@ -85,21 +85,21 @@ class Kills(Campaign):
             kind = self.fault[int(rng.integers(len(self.fault)))] if at < sys.maxsize else COUNT
         check(done.status == 0, f"does not end: {done}")
         check_end(folder / "out", wanted)
-        there = contents(folder / "out")
+        kept = contents(folder / "out")
         for name, data in former_files.items():
-            check(data in there.values(), f"{name} of the former run is lost")
+            check(data in kept.values(), f"{name} of the former run is lost")
         return tries - 1
 
     def after(self, done: Outcome, folder: Path, flags, step: int) -> None:
-        """Raises Failed where the fault has left anything that it should not have."""
+        """Raises Failed if the fault had other effects than allowed."""
         check(done.status in (0, -signal.SIGKILL) and not done.timed_out, done)
         check_whole(folder / "out")
         check(light.newest_step(folder / "out", seed_of(flags)) >= step, "a checkpoint is lost")
 
 
 class DiskFaults(Kills):
-    """A disk that is full, a folder that is read-only or a call that fails once, from each file
-    call of a run on: one line, and what was saved is there. Then all is well again."""
+    """A full disk or a read-only folder from each file call of a run on, or one failing call: an
+    error line, nothing saved is lost, and the run can be resumed afterwards."""
 
     name, weight, fault = "disk-full-or-read-only", 2, (FULL, READONLY, FAIL_ONCE)
 
@@ -112,7 +112,7 @@ class DiskFaults(Kills):
 
 
 class LimitedFiles(Campaign):
-    """Files that cannot grow beyond some size, as with `ulimit -f`."""
+    """Files with a size limit, as with `ulimit -f`."""
 
     name, weight, most = "files-of-limited-size", 0.4, 400
 
@@ -126,7 +126,7 @@ class LimitedFiles(Campaign):
         import resource
 
         light.write_text(folder)
-        size = 1500 + int(self.largest * rng.random() * 1.2)  # what is printed has room
+        size = 1500 + int(self.largest * rng.random() * 1.2)  # large enough for the log
 
         def limited() -> int:
             resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
@@ -142,8 +142,8 @@ class LimitedFiles(Campaign):
         return 1
 
 
-class KillsAnyTime(Campaign):
-    """SIGKILL at a random time of a run with its true, compiled steps, up to three times."""
+class KillsAtRandomTimes(Campaign):
+    """SIGKILL at a random time, up to three times, of a run with its real, compiled steps."""
 
     name, weight = "kill-at-a-random-time", 1.5
     flags = ("--max_iters", 60, "--eval_interval", 10, "--learning_rate", 0.01)
@@ -169,8 +169,8 @@ class KillsAnyTime(Campaign):
 
 
 class KillsOfCaches(Campaign):
-    """SIGKILL, and a full disk, while text becomes token files, whole and in shards: the next time
-    the tokens are those of an undisturbed build."""
+    """SIGKILL and full disks during tokenization, in memory and in shards: the next run has the
+    same tokens as without them."""
 
     name, weight = "kill-while-tokenizing", 1
 
@@ -201,7 +201,7 @@ class KillsOfCaches(Campaign):
 
 
 class KillsOfExports(Campaign):
-    """SIGKILL while a model is exported: the folder is whole or not there."""
+    """SIGKILL during an export: the folder is complete or does not exist."""
 
     name, weight = "kill-while-exporting", 0.6
 
@@ -239,11 +239,11 @@ class KillsOfExports(Campaign):
 
 
 class KilledRanks(Campaign):
-    """One of two processes under mpirun is killed: the other ends too, and a resumed run equals
-    one that nobody killed."""
+    """SIGKILL of one of two processes under mpirun: the other ends too, and a resumed run equals an
+    uninterrupted one."""
 
     name, weight = "kill-a-rank", 1
-    flags = (*KillsAnyTime.flags, "--gradient_accumulation_steps", 2, "--batch_size", 2)
+    flags = (*KillsAtRandomTimes.flags, "--gradient_accumulation_steps", 2, "--batch_size", 2)
 
     def start(self, folder: Path, *flags) -> subprocess.Popen:
         command = ["mpirun", "-n", "2", sys.executable, ROOT / "train.py", *light.FLAGS,
@@ -284,7 +284,7 @@ class KilledRanks(Campaign):
         return 1
 
 
-# ---- what is checked
+# ---- checks
 
 def seed_of(flags) -> int:
     return flags[flags.index("--seed") + 1] if "--seed" in flags else 1337
@@ -296,13 +296,13 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def ends(out_dir: Path) -> dict:
-    """What a run that has ended leaves, for comparison."""
+    """The results of a finished run, for comparison."""
     return {"losses": light.losses(out_dir), "best": light.saved(out_dir / checkpoint.BEST),
             "last": light.saved(checkpoint.newest(out_dir))}
 
 
 def check_end(out_dir: Path, wanted: dict) -> None:
-    """Raises Failed unless a run has left just what another did, and nothing half-made."""
+    """Raises Failed unless a run has these results and left no partial files."""
     found = ends(out_dir)
     for what in ("best", "last"):
         check(found[what] == wanted[what], f"{what} is {found[what]}, not {wanted[what]}")
@@ -313,28 +313,28 @@ def check_end(out_dir: Path, wanted: dict) -> None:
 
 
 def check_whole(out_dir: Path) -> None:
-    """Raises Failed unless every file under its final name is whole."""
+    """Raises Failed unless every file with its final name is complete."""
     for path in out_dir.rglob("[!.]*.safetensors"):
         try:
             checkpoint.load(path)
         except ValueError as error:
-            raise Failed(f"not whole: {error}") from error
+            raise Failed(f"not complete: {error}") from error
     for path in out_dir.rglob("config.json"):
         try:
             json.loads(path.read_text())
         except ValueError as error:
-            raise Failed(f"{path} is not whole: {error}") from error
+            raise Failed(f"{path} is not complete: {error}") from error
     for path in out_dir.rglob("loss.png"):
         check(path.stat().st_size > 0, f"{path} is empty")
 
 
 def coprime(count: int) -> int:
-    """A number near 0.6 count that has no divisor with it in common."""
+    """A number above 0.6 count that is coprime to it."""
     return next(n for n in range(int(0.6 * count) + 1, 2 * count) if math.gcd(n, count) == 1)
 
 
 def rank_of(folder: Path, rank: int) -> list[int]:
-    """The process of that rank which was started in folder."""
+    """The processes of that rank that were started in folder."""
     found = []
     for path in Path("/proc").glob("[0-9]*/environ"):
         with suppress(OSError):
@@ -345,5 +345,5 @@ def rank_of(folder: Path, rank: int) -> list[int]:
 
 
 def campaigns() -> list[Campaign]:
-    return [Kills(), KillsAnyTime(), KilledRanks(), KillsOfCaches(), KillsOfExports(), DiskFaults(),
-            LimitedFiles()]
+    return [Kills(), KillsAtRandomTimes(), KilledRanks(), KillsOfCaches(), KillsOfExports(),
+            DiskFaults(), LimitedFiles()]

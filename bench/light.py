@@ -1,5 +1,5 @@
-"""Runs of train.py for the fault campaigns: a tiny model, and steps that are arithmetic in numpy
-instead of compiled, so that a run whose files are those of any other takes a fifth of a second."""
+"""Runs of train.py for the fault campaigns, with a tiny model and steps in numpy instead of
+compiled ones: a run writes all its files in a fifth of a second."""
 
 import hashlib
 import importlib
@@ -26,7 +26,7 @@ FLAGS = ("--data", "text.txt", "--tokenizer", "byte", "--block_size", "8", "--n_
 
 
 class LightSteps(RUN.Steps):
-    """Every weight and every number of the optimizer decays and takes a little of the batch."""
+    """Weights and optimizer state decay, and a little of the batch is added."""
 
     def train(self, number, batch, *_):
         drawn = float(batch(number)[0].mean()) / 256
@@ -44,7 +44,7 @@ class LightSteps(RUN.Steps):
         return self._value(self.model.state_dict().values())
 
     def _value(self, tensors) -> float:
-        """Between 1 and 2, and any other where a bit of the tensors is."""
+        """A hash of the tensors, between 1 and 2."""
         code = 0
         for tensor in tensors:
             code = zlib.crc32(device.read(tensor).tobytes(), code)
@@ -52,7 +52,7 @@ class LightSteps(RUN.Steps):
 
 
 def use_light_steps() -> None:
-    """Runs of this process are light from now on: without compiled steps, samples, pictures."""
+    """Replaces compiled steps, samples and pictures in this process."""
     RUN.Steps = LightSteps
     train.Run._sample = lambda run: None
     Figure.subplots = lambda figure, *_, **__: (_Nothing(), _Nothing())
@@ -60,15 +60,15 @@ def use_light_steps() -> None:
 
 
 class _Nothing:
-    """Takes every call of a picture's axes."""
+    """Axes that ignore every call."""
 
     def __getattr__(self, name):
         return lambda *_, **__: None
 
 
 def warm_up() -> None:
-    """Does in this process, before it forks, what each child would do anew; no device is opened,
-    whose threads a child would not have."""
+    """Imports and initializes what each child would need, before the fork. Opens no device, because
+    a child would not have its threads."""
     importlib.import_module("tinygrad.runtime.support.compiler_cpu")
     target = Tensor.empty(4)
     for tensor in (Tensor(np.ones(4, np.float32)), target.assign(target + 1), Tensor.zeros(4)):
@@ -76,41 +76,41 @@ def warm_up() -> None:
 
 
 def cache_in(folder: Path) -> None:
-    """Tokens are cached below folder from now on."""
+    """Sets the cache of tokens to folder/data."""
     if not (folder / "data").exists():
         (folder / "data").mkdir()
     DATA.DATA_DIR = folder / "data"
 
 
 def run(folder: Path, *flags, light: bool = True):
-    """A function for `child`: train.py with the flags, and with its cache in folder."""
+    """A function for `child`: train.py with these flags and its cache in folder."""
     def call() -> int:
         cache_in(folder)
         if light:
             use_light_steps()
-        sys.argv[0] = "train.py"  # which its messages begin with
+        sys.argv[0] = "train.py"  # the prefix of its messages
         return train.main([*FLAGS, *map(str, flags)])
     return call
 
 
 def write_text(folder: Path) -> None:
-    """What a run in folder is trained on."""
+    """Writes the training text of a run in folder."""
     (folder / "data").mkdir(exist_ok=True)
     (folder / "text.txt").write_text(TEXT * 20, encoding="utf-8")
 
 
 def finished(folder: Path, *flags, light: bool = True) -> Outcome:
-    """What a whole run in folder has printed. Raises RuntimeError where it does not end well."""
+    """The outcome of a run in folder. Raises RuntimeError if it fails."""
     done = child(run(folder, *flags, light=light), folder, 120)
     if done.status:
         raise RuntimeError(f"the run that others are compared with failed: {done}")
     return done
 
 
-# ---- what a run leaves
+# ---- the results of a run
 
 def losses(out_dir: Path) -> list[list]:
-    """What metrics.jsonl says of each step and each evaluation, in its order."""
+    """The step and losses in each line of metrics.jsonl."""
     found = []
     for line in (out_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
         record = json.loads(line)
@@ -119,7 +119,7 @@ def losses(out_dir: Path) -> list[list]:
 
 
 def digest(tensors: dict) -> str:
-    """Of the names, shapes and bits of arrays."""
+    """A hash of the names, shapes and bits of arrays."""
     total = hashlib.sha256()
     for name, array in sorted(tensors.items()):
         array = np.ascontiguousarray(array)
@@ -129,15 +129,15 @@ def digest(tensors: dict) -> str:
 
 def saved(path: Path) -> list:
     """The step of a checkpoint and a digest of its tensors. Raises ValueError."""
-    tensors, facts = checkpoint.load(path)
-    return [facts.get("iter_num"), digest(tensors)]
+    tensors, metadata = checkpoint.load(path)
+    return [metadata.get("iter_num"), digest(tensors)]
 
 
 def newest_step(out_dir: Path, seed: int) -> int:
-    """The step of the newest checkpoint of the run with that seed; -1 where there is none."""
+    """The step of the newest checkpoint of the run with that seed, or -1."""
     with suppress(checkpoint.CheckpointError):
         if (path := checkpoint.newest(out_dir)) is not None:
-            facts = checkpoint.load_metadata(path)
-            if facts["train_config"]["seed"] == seed:
-                return facts["iter_num"]
+            metadata = checkpoint.load_metadata(path)
+            if metadata["train_config"]["seed"] == seed:
+                return metadata["iter_num"]
     return -1

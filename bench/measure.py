@@ -1,4 +1,4 @@
-"""Timing of peers in turn, and the file that keeps what was measured."""
+"""Times peers in turn and appends the results to a CSV file."""
 
 import contextlib
 import csv
@@ -6,6 +6,7 @@ import datetime
 import platform
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -20,9 +21,9 @@ FIELDS = ["date", "script", "case", "unit", "ours", "peer", "theirs", "ratio", "
 
 def in_turn(peers: dict[str, Callable[[], object]], seconds: float = 4.0,
             rounds: int = 5) -> dict[str, float]:
-    """Median milliseconds of a call of each peer, measured A B A B ... after two calls to warm up.
+    """Median milliseconds per call of each peer, measured in turn after two warm-up calls.
 
-    A round gives each peer seconds / rounds.
+    Each peer runs for seconds / rounds in a round.
     """
     for call in peers.values():
         call()
@@ -41,21 +42,34 @@ def in_turn(peers: dict[str, Callable[[], object]], seconds: float = 4.0,
     return {name: float(np.median(t)) * 1e3 for name, t in times.items()}
 
 
-def record(script: str, case: str, ours: float, peer: str = "", theirs: float | None = None,
-           unit: str = "ms", path: Path = RESULTS, machine: str = "") -> None:
-    """Prints one figure, beside a peer's where there is one, and appends it to the table `path`."""
-    beside = "" if theirs is None else f"   {peer} {theirs:9.2f} {unit}   ratio {ours / theirs:.2f}"
-    print(f"{case:32} ours {ours:9.2f} {unit}{beside}", flush=True)
-    new = not path.exists()
-    with path.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, FIELDS)
-        if new:
-            writer.writeheader()
-        writer.writerow(dict(
-            date=datetime.date.today().isoformat(), script=script, case=case, unit=unit,
-            ours=f"{ours:.3f}", peer=peer, theirs="" if theirs is None else f"{theirs:.3f}",
-            ratio="" if theirs is None else f"{ours / theirs:.3f}",
-            machine=machine or f"{_processor()}, {cpu_count()} cpus", versions=_versions()))
+@dataclass(frozen=True)
+class Table:
+    """A CSV file of results of one machine."""
+
+    path: Path
+    machine: str
+
+    def record(self, script: str, case: str, ours: float, peer: str = "",
+               theirs: float | None = None, unit: str = "ms") -> None:
+        """Prints and appends a result, with that of the peer if there is one."""
+        compared = ("" if theirs is None else
+                    f"   {peer} {theirs:9.2f} {unit}   ratio {ours / theirs:.2f}")
+        print(f"{case:32} ours {ours:9.2f} {unit}{compared}", flush=True)
+        new = not self.path.exists()
+        with self.path.open("a", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, FIELDS)
+            if new:
+                writer.writeheader()
+            writer.writerow(dict(
+                date=datetime.date.today().isoformat(), script=script, case=case, unit=unit,
+                ours=f"{ours:.3f}", peer=peer, theirs="" if theirs is None else f"{theirs:.3f}",
+                ratio="" if theirs is None else f"{ours / theirs:.3f}", machine=self.machine,
+                versions=_versions()))
+
+
+def record(*result) -> None:
+    """`Table.record` for results.csv and this machine's processor."""
+    Table(RESULTS, f"{_processor()}, {cpu_count()} cpus").record(*result)
 
 
 def _versions() -> str:

@@ -1,5 +1,8 @@
-"""Peak memory of attention, forward and backward, over 4096 positions, ours and PyTorch's, each in
-a process of its own: python bench/memory.py"""
+"""Peak memory of attention over 4096 positions, forward and backward, against PyTorch, each in its
+own process:
+
+    python bench/memory.py
+"""
 
 import resource
 import subprocess
@@ -15,13 +18,13 @@ SHAPE = (1, 4096, 12, 64)  # B, T, H, D
 
 
 def peak() -> float:
-    """The most memory that this process has had so far, in MB."""
+    """Peak memory of this process, in MB."""
     size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS, elsewhere KiB
     return size / 1e6 if sys.platform == "darwin" else size * 1024 / 1e6
 
 
-def grown(peer: str) -> float:
-    """How many MB a step adds to what the inputs and the imported library take."""
+def added(peer: str) -> float:
+    """MB that a step adds to the memory of its inputs and of the imported library."""
     import bench.attention as attention
 
     arrays = [np.random.default_rng(0).normal(size=SHAPE).astype(np.float32) for _ in range(4)]
@@ -35,7 +38,7 @@ def grown(peer: str) -> float:
 
 def main() -> None:
     if len(sys.argv) > 1:
-        print(grown(sys.argv[1]))
+        print(added(sys.argv[1]))
         return
     ours, theirs = (float(subprocess.run([sys.executable, __file__, peer], check=True, text=True,
                                          stdout=subprocess.PIPE).stdout)

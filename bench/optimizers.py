@@ -1,5 +1,5 @@
-"""The default model with each optimizer, at several learning rates, and with each schedule, all for
-as many steps of 16 rows: bits per byte of the validation split, to optimizers.csv and .png.
+"""Validation bits per byte of the default model with each optimizer at several learning rates, and
+with each schedule, after the same number of steps of 16 rows; writes optimizers.csv and .png:
 
     python bench/optimizers.py mytext.txt [--steps 1000]
 """
@@ -50,13 +50,13 @@ def draw(curves: dict[tuple[str, str, str], list]) -> None:
         axes.grid(alpha=0.3)
         axes.legend()
     left.set_ylabel("validation, bits per byte")
-    left.set_title("optimizers, with the cosine")
-    right.set_title(f"schedules, with {winner[0]} at {winner[1]}")
+    left.set_title("optimizers, cosine schedule")
+    right.set_title(f"schedules, {winner[0]} at {winner[1]}")
     figure.savefig(BENCH / "optimizers.png", dpi=110)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.partition(":\n\n")[0])
     parser.add_argument("data")
     parser.add_argument("--steps", type=int, default=1000)
     args = parser.parse_args()

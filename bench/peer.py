@@ -1,4 +1,4 @@
-"""The same GPT in PyTorch, written as nanoGPT writes it: the peer of our measurements."""
+"""The same GPT in PyTorch, written as in nanoGPT: the peer of the measurements."""
 
 import ctypes
 import functools
@@ -11,27 +11,27 @@ from torch.nn import functional as F  # noqa: N812
 
 
 def torch_device() -> str:
-    """PyTorch's name of tinygrad's default device."""
+    """PyTorch's name for tinygrad's default device."""
     kinds = {"CUDA": "cuda", "NV": "cuda", "METAL": "mps"}
     return kinds.get(Device.DEFAULT.partition(":")[0], "cpu")
 
 
 def synchronize() -> None:
-    """Waits for what PyTorch computes."""
+    """Waits for PyTorch's device."""
     if (device := torch_device()) != "cpu":
         getattr(torch, device).synchronize()
 
 
 def enter_torch() -> None:
-    """Has to come before PyTorch computes on a GPU: tinygrad has made its own CUDA context the
-    current one, and PyTorch takes the current one for its own."""
+    """Makes PyTorch's CUDA context current; call it before PyTorch uses a GPU. tinygrad makes its
+    own context current, and PyTorch would use that one."""
     if torch_device() == "cuda":
         _cuda.cuCtxSetCurrent(_context())
 
 
 @functools.cache
 def _context():
-    """PyTorch's context, which is the device's primary one."""
+    """PyTorch's context: the primary context of the device."""
     context = _cuda.CUcontext()
     _cuda.cuDevicePrimaryCtxRetain(ctypes.byref(context), 0)
     return context
@@ -57,7 +57,7 @@ class Block(nn.Module):
 
 
 class Cache:
-    """Keys and values (1, H, S, D) of what was seen; the next position is `length`."""
+    """Keys and values (1, H, S, D) of earlier tokens; `length` is the next position."""
 
     def __init__(self, H: int, S: int, D: int, dtype):
         self.k, self.v = (torch.zeros(1, H, S, D, dtype=dtype, device=torch_device()) for _ in "kv")

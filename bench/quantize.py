@@ -1,6 +1,8 @@
-"""What float16 and int8 matrices cost in perplexity, over the last tenth of a text, and the memory
-they leave, all of which lands in quantize.csv:
-python bench/quantize.py CHECKPOINT TEXT"""
+"""Perplexity and size of a model with fp16 and int8 matrices against float32, over the last tenth
+of a text; appends to quantize.csv:
+
+    python bench/quantize.py CHECKPOINT TEXT
+"""
 
 import csv
 import datetime
@@ -21,7 +23,7 @@ BATCH = 8
 
 
 def loss_over(model: GPT, ids: np.ndarray) -> tuple[float, int]:
-    """Mean loss in nats per token over windows side by side, and how many tokens that are."""
+    """Mean loss in nats per token over adjacent windows, and the number of tokens."""
     T = model.config.block_size
     count = (len(ids) - 1) // T // BATCH * BATCH
     x = ids[:count * T].reshape(count, T).astype(np.int32)
@@ -34,7 +36,7 @@ def loss_over(model: GPT, ids: np.ndarray) -> tuple[float, int]:
 
 def main() -> None:
     path, text = sys.argv[1], Path(sys.argv[2]).read_text(encoding="utf-8")
-    held_out = text[int(len(text) * 0.9):]  # what train.py validates on
+    held_out = text[int(len(text) * 0.9):]  # the validation split of train.py
     for kind in ("float32", "fp16", "int8"):
         model = GPT.from_checkpoint(path)
         ids = np.array(model.tokenizer.encode(held_out))

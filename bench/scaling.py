@@ -1,6 +1,5 @@
-"""Step time against the number of processes of one thread each: projected from what one process and
-an all-reduce take, and measured on this machine. Then the projection for machines that are joined
-by a network of so many GB/s.
+"""Step time with several processes of one thread each, against a projection from the times of one
+process and of an all-reduce. Then the projection for machines on a network of some GB/s:
 
     python bench/scaling.py [--ranks 1 2 4] [--project 2 4] [--network 10]
 """
@@ -26,7 +25,7 @@ from tinygpt.training.ranks import Ranks, world
 from train import Run
 
 SHAPE = GPTConfig(n_layer=4, n_head=4, n_embd=192, block_size=64, vocab_size=1024)
-MICRO = 4  # micro-batches of 2 sequences in a step, whatever the number of processes
+MICRO = 4  # micro-batches of 2 sequences in a step, for any number of processes
 STEPS = 150
 
 
@@ -35,13 +34,13 @@ def make_run(ranks: Ranks) -> Run:
     config = TrainConfig(batch_size=2, gradient_accumulation_steps=MICRO,
                          out_dir=ranks.from_first(tempfile.mkdtemp()))
     run = Run(GPT(SHAPE), config, TokenData(data, data, None, "random"), ranks)
-    for _ in range(2):  # compiled by the first
+    for _ in range(2):  # the first one compiles
         run._step(1e-3)
     return run
 
 
 def milliseconds(call, times: int = STEPS) -> float:
-    """The least of so many calls, when nothing else ran here."""
+    """The fastest of several calls, which other processes delayed least."""
     taken = []
     for _ in range(times):
         start = time.perf_counter()
@@ -51,7 +50,7 @@ def milliseconds(call, times: int = STEPS) -> float:
 
 
 def pieces() -> list[float]:
-    """Milliseconds that a micro-batch and an update take in one process."""
+    """Milliseconds of a micro-batch and of an update in one process."""
     run = make_run(Ranks())
     steps = run.steps
 
@@ -62,7 +61,7 @@ def pieces() -> list[float]:
 
 
 def together(all_reduce: bool) -> list[float]:
-    """Milliseconds that a step takes in this many processes, or only its sum of gradients."""
+    """Milliseconds of a step, or of its all-reduce only, under mpirun."""
     ranks = world()
     run = make_run(ranks)
 
@@ -73,7 +72,7 @@ def together(all_reduce: bool) -> list[float]:
 
 
 def measured(ranks: int, mode: str) -> list[float]:
-    """What this script finds in so many processes."""
+    """The result of this script with --mode in that number of processes."""
     launcher = [str(Path(sys.executable).with_name("mpirun")), "-n", str(ranks)]
     out = subprocess.run([*(launcher if ranks > 1 else []), sys.executable, __file__, "--mode",
                           mode], check=True, text=True, stdout=subprocess.PIPE).stdout
@@ -81,13 +80,13 @@ def measured(ranks: int, mode: str) -> list[float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.partition(":\n\n")[0])
     parser.add_argument("--ranks", type=int, nargs="*", default=[1, 2, 4])
     parser.add_argument("--project", type=int, nargs="*", default=[2, 4],
-                        help="numbers that divide the micro-batches of a step")
+                        help="numbers of machines; they divide the micro-batches of a step")
     parser.add_argument("--network", type=float, default=1.25, help="GB/s; 1.25 is 10 Gb/s")
     parser.add_argument("--mode", choices=["pieces", "sums", "step"],
-                        help="what one of the processes measures")
+                        help="what a process measures")
     args = parser.parse_args()
     if args.mode:
         kernels.set_threads(1)
@@ -100,7 +99,7 @@ def main() -> None:
     print(f"a micro-batch {micro_batch:.1f} ms, an update {update:.1f} ms, gradients of "
           f"{gradient / 1e6:.1f} MB")
     for n in args.ranks:
-        turns = max(1, n / cpus)  # more processes than CPUs take turns
+        turns = max(1, n / cpus)  # processes beyond the CPUs wait
         sums = measured(n, "sums")[0] if n > 1 else 0.0
         projected = (MICRO / n * micro_batch + update) * turns + sums
         print(f"{n} processes: all-reduce {sums:.1f} ms")

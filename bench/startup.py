@@ -1,5 +1,7 @@
-"""Seconds from `python train.py` to its third step, with empty caches and with warm ones:
-python bench/startup.py"""
+"""Time from `python train.py` to its third step with warm caches, against empty caches:
+
+    python bench/startup.py
+"""
 
 import os
 import subprocess

@@ -1,5 +1,5 @@
-"""Processes that are in each other's way, for bench/faults.py: reads beside saves, runs in one
-folder, texts that are tokenized at once, token files that shrink."""
+"""Campaigns of bench/faults.py with concurrent processes: reads during saves, runs in one folder,
+simultaneous tokenization, token files that are truncated."""
 
 import json
 import os
@@ -17,10 +17,10 @@ from gpt import GPT, GPTConfig
 from tinygpt import checkpoint
 
 
-class ReadsBesideSaves(Campaign):
-    """What is read while a run saves is of one save: its tensors all hold one number."""
+class ReadsDuringSaves(Campaign):
+    """A read while a run saves belongs to one save: all its tensors hold the same number."""
 
-    name, weight = "reads-beside-saves", 0.4
+    name, weight = "reads-during-saves", 0.4
     config = GPTConfig(block_size=8, vocab_size=256, n_layer=2, n_head=2, n_embd=16)
     readers = ("load", "from_checkpoint", "from_pretrained")
 
@@ -41,7 +41,7 @@ class ReadsBesideSaves(Campaign):
             else:
                 arrays = {k: t.numpy() for k, t in getattr(GPT, reader)(path).state_dict().items()}
             numbers = {float(n) for array in arrays.values() for n in np.unique(array)}
-            check(len(numbers) == 1, f"{reader} mixes the saves {numbers}, read {count}")
+            check(len(numbers) == 1, f"{reader} mixes the saves {numbers} in read {count}")
             count += 1
         print(count)
 
@@ -65,8 +65,8 @@ class ReadsBesideSaves(Campaign):
 
 
 class RunsAtOnce(Campaign):
-    """Two or three runs begin in one folder at the same time: one has it, the others are refused
-    or come later, and nothing is lost."""
+    """Two or three runs start in one folder at the same time: one locks it, the others are refused
+    or start later, and nothing is lost."""
 
     name, weight = "runs-at-once", 0.5
 
@@ -84,17 +84,17 @@ class RunsAtOnce(Campaign):
             if done.status:
                 check("is writing to" in done.refusal("train.py:"), done)
         good = sum(done.status == 0 for done in ended)
-        check(good >= 1, f"none got through: {ended[0]}")
+        check(good >= 1, f"all were refused: {ended[0]}")
         places = [folder / "out", *(folder / "out").glob("run_*")]
-        check(len(places) == good, f"{good} runs, {len(places)} of them kept")
+        check(len(places) == good, f"{good} runs, {len(places)} of them saved")
         for place in places:
             check_end(place, self.wanted)
         return len(ended)
 
 
 class TokenizersAtOnce(Campaign):
-    """Two to four processes tokenize the same new text, some while it is replaced by another: all
-    get through, and each has the tokens of one of the texts."""
+    """Two to four processes tokenize the same new text, some while another text replaces it: all
+    succeed, and each has the tokens of one of the texts."""
 
     name, weight = "tokenizing-at-once", 0.6
 
@@ -126,7 +126,7 @@ class TokenizersAtOnce(Campaign):
 
 
 class ShrinkingTokens(Campaign):
-    """A token file is truncated, or replaced, while a run reads it: one line, or no effect."""
+    """A token file is truncated while a run reads it: one error line, or no effect."""
 
     name, weight = "tokens-that-shrink", 0.2
 
@@ -136,13 +136,13 @@ class ShrinkingTokens(Campaign):
         name = ("train.bin", "val.bin")[number % 2]
 
         def run() -> int:
-            take = light.LightSteps.train
+            train = light.LightSteps.train
 
             def step_and_shrink(steps, n, *rest):
                 if n == step:
                     (path,) = folder.glob(f"data/cache/*/{name}")
                     os.truncate(path, keep)
-                return take(steps, n, *rest)
+                return train(steps, n, *rest)
             light.LightSteps.train = step_and_shrink
             return light.run(folder)()
         done = child(run, folder)
@@ -161,7 +161,7 @@ def wait_for(path: Path) -> None:
 
 
 def at_once(folder: Path, functions: list) -> list[Outcome]:
-    """What becomes of children that run at the same time, each started by a thread's fork."""
+    """Runs functions in children at the same time, and returns how each ended."""
     pipes = []
     for function in functions:
         read, write = os.pipe()
@@ -182,4 +182,4 @@ def at_once(folder: Path, functions: list) -> list[Outcome]:
 
 
 def campaigns() -> list[Campaign]:
-    return [ReadsBesideSaves(), RunsAtOnce(), TokenizersAtOnce(), ShrinkingTokens()]
+    return [ReadsDuringSaves(), RunsAtOnce(), TokenizersAtOnce(), ShrinkingTokens()]
