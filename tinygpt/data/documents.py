@@ -43,7 +43,7 @@ def open_file(path: Path, folder: int | None = None) -> BinaryIO:
 
 
 def unreadable(path: Path, error: Exception) -> DataError:
-    """The error to raise where a file cannot be read."""
+    """The error for a file that cannot be read."""
     return DataError(f"{path} cannot be read ({special_kind(path) or reason(error)}): choose a "
                      "readable file")
 

@@ -393,7 +393,7 @@ def _tokenize_in_shards(folder: Path, text: TextFiles, kind: str, vocab_size: in
 
 def _meta(text: TextFiles, kind: str, vocab_size: int, tokenizer: Tokenizer,
           dtype: np.dtype) -> dict:
-    """The content of meta.json but for sizes and checksums."""
+    """The content of meta.json without sizes and checksums."""
     return text.describe() | {"made_with": _made_with(kind, vocab_size),
                               "dtype": dtype.newbyteorder("<").str,
                               "tokenizer": tokenizer.to_json()}
