@@ -22,9 +22,10 @@ from tinygpt.model import lora
 from tinygpt.model.bigram import Bigram, BigramConfig
 from tinygpt.streams import print_error
 from tinygpt.training.batch_size import ADVICE, available_memory, largest_micro_batch
+from tinygpt.training.checks import MOMENTS
 from tinygpt.training.loggers import check_loggers
 from tinygpt.training.ranks import Ranks, world
-from tinygpt.training.run import MOMENTS, Interrupted, Run, TrainResult
+from tinygpt.training.run import Interrupted, Run, TrainResult, prepare
 from tinygpt.training.schedule import context_length
 
 SETTINGS = {f.name: f for cls in (GPTConfig, TrainConfig) for f in fields(cls)}
@@ -69,7 +70,7 @@ def train(model: GPT, train_config: TrainConfig, train_data, tokenizer=None) -> 
                 raise ValueError("--batch_size auto is for one process: say a number under mpirun")
             train_config = fit_batch_size(model, train_config, train_data)
         try:
-            run = Run(model, train_config, train_data, ranks)
+            run = prepare(model, train_config, train_data, ranks)
         except ValueError:
             train_data.forget()
             raise
@@ -102,7 +103,7 @@ def fit_batch_size(model: GPT, config: TrainConfig, data: TokenData) -> TrainCon
 
     def trial(n: int) -> Run:
         with tempfile.TemporaryDirectory() as folder:
-            run = Run(model, split(n, out_dir=folder, resume=False, curriculum=False), data)
+            run = prepare(model, split(n, out_dir=folder, resume=False, curriculum=False), data)
         run.steps.evaluate(run.batches.batch, 1)
         for _ in range(2):  # compiled by the first
             run._step(0.0)  # which leaves the weights as they are

@@ -20,7 +20,7 @@ from tinygrad import GlobalCounters
 from gpt import GPT, GPTConfig
 from tinygpt.config import TrainConfig
 from tinygpt.data.load import TokenData
-from train import Run
+from tinygpt.training.run import prepare
 
 STEPS = 6
 
@@ -31,7 +31,7 @@ def measure(L: int, C: int, T: int, B: int, grad_checkpoint: bool) -> str:
                           vocab_size=512))
     with tempfile.TemporaryDirectory() as folder:
         config = TrainConfig(batch_size=B, grad_checkpoint=grad_checkpoint, out_dir=folder)
-        run = Run(model, config, TokenData(ids, ids, None, "random"))
+        run = prepare(model, config, TokenData(ids, ids, None, "random"))
         seconds, peak = [], 0
         for run.iter_num in range(STEPS):
             start = time.perf_counter()

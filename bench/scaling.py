@@ -23,7 +23,7 @@ from tinygpt.config import TrainConfig
 from tinygpt.data.load import TokenData
 from tinygpt.kernels.cpu.launch import cpu_count
 from tinygpt.training.ranks import Ranks, world
-from train import Run
+from tinygpt.training.run import Run, prepare
 
 SHAPE = GPTConfig(n_layer=4, n_head=4, n_embd=192, block_size=64, vocab_size=1024)
 MICRO = 4  # micro-batches of 2 sequences in a step, whatever the number of processes
@@ -34,7 +34,7 @@ def make_run(ranks: Ranks) -> Run:
     data = np.random.default_rng(0).integers(0, SHAPE.vocab_size, 100_000).astype(np.uint16)
     config = TrainConfig(batch_size=2, gradient_accumulation_steps=MICRO,
                          out_dir=ranks.from_first(tempfile.mkdtemp()))
-    run = Run(GPT(SHAPE), config, TokenData(data, data, None, "random"), ranks)
+    run = prepare(GPT(SHAPE), config, TokenData(data, data, None, "random"), ranks)
     for _ in range(2):  # compiled by the first
         run._step(1e-3)
     return run

@@ -24,9 +24,10 @@ from tinygpt.model import lora
 from tinygpt.model.bigram import Bigram, BigramConfig
 from tinygpt.training.optim import EMA
 from tinygpt.training.report import Report
+from tinygpt.training.run import Run, prepare
 from tinygpt.training.schedule import learning_rate
 from tinygpt.training.steps import Steps
-from train import Run, train
+from train import train
 
 # For every flag a test that fails where the flag does nothing.
 EXERCISED = {
@@ -199,7 +200,7 @@ def test_the_intervals_of_a_run(config, data, no_steps, tmp_path):
 
 
 def test_an_evaluation_is_of_so_many_batches(config, data, monkeypatch):
-    run = Run(GPT(TINY), replace(config, eval_iters=7, batch_size=3), data)
+    run = prepare(GPT(TINY), replace(config, eval_iters=7, batch_size=3), data)
     shapes = []
     monkeypatch.setattr(run.steps, "evaluate", lambda batch, count: (
         shapes.extend(batch(n)[0].shape for n in range(count)), 1.0)[1])
@@ -210,7 +211,7 @@ def test_an_evaluation_is_of_so_many_batches(config, data, monkeypatch):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_the_loss_of_a_step(config, data, dtype):
-    run = Run(GPT(TINY), replace(config, label_smoothing=0.3, z_loss=0.01, dtype=dtype), data)
+    run = prepare(GPT(TINY), replace(config, label_smoothing=0.3, z_loss=0.01, dtype=dtype), data)
     x, y = run.batches.batch(0)
     logits = GPT(TINY)(Tensor(x)).numpy().astype(np.float64)
     log_z = np.log(np.exp(logits).sum(-1))
@@ -223,7 +224,7 @@ def test_the_loss_of_a_step(config, data, dtype):
 
 
 def test_the_average_after_a_step(config, data):
-    run = Run(GPT(TINY), replace(config, ema=True, ema_decay=0.1), data)
+    run = prepare(GPT(TINY), replace(config, ema=True, ema_decay=0.1), data)
     before = weights(run.model)
     run._step(0.1)
     for name, after in weights(run.model).items():
@@ -232,8 +233,8 @@ def test_the_average_after_a_step(config, data):
 
 
 def test_adapters_are_as_they_were_asked_for(config, data):
-    run = Run(GPT(TINY), replace(config, lora_rank=3, lora_alpha=7.0, lora_targets="h.0.mlp.*"),
-              data)
+    run = prepare(GPT(TINY), replace(config, lora_rank=3, lora_alpha=7.0, lora_targets="h.0.mlp.*"),
+                  data)
     assert {name: p.shape for name, p in run.params.items()} == {
         "h.0.mlp.c_fc.lora.a": (3, 16), "h.0.mlp.c_fc.lora.b": (64, 3),
         "h.0.mlp.c_proj.lora.a": (3, 64), "h.0.mlp.c_proj.lora.b": (16, 3)}

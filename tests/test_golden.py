@@ -23,8 +23,8 @@ from tinygpt.config import PRESETS
 from tinygpt.data.load import SHIPPED, TokenData, load_data
 from tinygpt.flags import parse_flags
 from tinygpt.kernels.cases import can_run
+from tinygpt.training.run import prepare
 from tinygpt.training.schedule import learning_rate
-from train import Run
 
 FILE = ROOT / "tests" / "golden.json"
 CHARACTERS = 30_000
@@ -53,8 +53,8 @@ def losses(kind: str, preset: str, dtype: str, out_dir: Path) -> list[float]:
     tokens = data(config.tokenizer, shape.vocab_size)
     kernels.use(kind)
     try:
-        run = Run(GPT(replace(shape, vocab_size=tokens.tokenizer.vocab_size), config.seed), config,
-                  tokens)
+        model = GPT(replace(shape, vocab_size=tokens.tokenizer.vocab_size), config.seed)
+        run = prepare(model, config, tokens)
         found = []
         for step in range(last + 1):
             found.append(round(run._step(learning_rate(step, config))[0], 6))

@@ -20,7 +20,7 @@ from tinygpt import kernels
 from tinygpt.data.load import TokenData
 from tinygpt.data.tokenizer import ByteTokenizer
 from tinygpt.kernels.training import training
-from train import Run
+from tinygpt.training.run import prepare
 
 OPERATIONS = ("linear", "embedding", "layer_norm", "rms_norm", "gelu", "swiglu", "rope",
               "attention", "cross_entropy")
@@ -171,7 +171,7 @@ def test_a_loop_with_tinygrads_adamw_equals_train(tmp_path):
                          warmup_iters=0, schedule="constant", grad_clip=0, weight_decay=0.1,
                          out_dir=str(tmp_path))
     data = TokenData(np.zeros(99, np.uint16), np.zeros(99, np.uint16), ByteTokenizer(), "zeros")
-    run = Run(GPT(TINY), config, data)
+    run = prepare(GPT(TINY), config, data)
     theirs = [run.steps.train(number, batch_of, 1e-2, np.inf)[0] for number in range(30)]
     assert theirs[-1] < theirs[0] - 0.2
     np.testing.assert_allclose(ours, theirs, atol=2e-4)
@@ -248,12 +248,12 @@ def test_an_evaluation_inside_a_training_loop_has_no_dropout(tmp_path, text_file
 
     data = load_data(text_file, "byte", 256)
     model, *_ = model_and_batch(dropout=0.5)
-    run = Run(model, TrainConfig(batch_size=4, out_dir=str(tmp_path)), data)
+    run = prepare(model, TrainConfig(batch_size=4, out_dir=str(tmp_path)), data)
     batch = partial(run.val_batches.spread, count=2)
     right = run.steps.evaluate(batch, 2)
     with training():
         assert run.steps.evaluate(batch, 2) == right
-        fresh = Run(model, TrainConfig(batch_size=4, out_dir=str(tmp_path)), data)
+        fresh = prepare(model, TrainConfig(batch_size=4, out_dir=str(tmp_path)), data)
         assert fresh.steps.evaluate(batch, 2) == right
 
 

@@ -10,8 +10,9 @@ from gpt import GPT, GPTConfig
 from tinygpt import checkpoint
 from tinygpt.config import TrainConfig
 from tinygpt.data.load import load_data
+from tinygpt.training.run import Run, prepare
 from tinygpt.training.steps import Steps
-from train import Run, train
+from train import train
 
 TINY = GPTConfig(block_size=16, vocab_size=256, n_layer=1, n_head=2, n_embd=16)
 
@@ -40,7 +41,7 @@ def test_the_tokens_are_those_of_a_run_without_in_shorter_pieces(config, text, m
         train_one(steps, *what), seen.append([t.numpy() for t in steps.inputs]))[0])
     data = load_data(text, "byte", 256)
     train(GPT(TINY), config, data)
-    run = Run(GPT(TINY), replace(config, curriculum=False), data)
+    run = prepare(GPT(TINY), replace(config, curriculum=False), data)
     shapes = [(8, 4)] * 3 + [(4, 8)] * 3 + [(2, 16)] * 6
     for n, (found, shape) in enumerate(zip(seen, shapes, strict=True)):
         for ids, whole in zip(found, run.batches.batch(n), strict=True):
@@ -51,7 +52,7 @@ def test_the_tokens_are_those_of_a_run_without_in_shorter_pieces(config, text, m
 @pytest.mark.parametrize("settings", [{}, {"gradient_accumulation_steps": 2}], ids=str)
 def test_a_step_is_the_one_that_the_pieces_alone_give(config, text, settings):
     """The mean loss over the pieces, each read from position 0."""
-    run = Run(GPT(TINY), replace(config, **settings), load_data(text, "byte", 256))
+    run = prepare(GPT(TINY), replace(config, **settings), load_data(text, "byte", 256))
     micro = run.config.gradient_accumulation_steps
     pieces = [[t.reshape(8, 4) for t in run.batches.batch(n)] for n in range(micro)]
     expected = [run.model(Tensor(x[i:i + 1]), Tensor(y[i:i + 1]))[1].item()

@@ -13,7 +13,8 @@ from tinygpt.data.load import load_data
 from tinygpt.device import DeviceError
 from tinygpt.training.devices import Devices
 from tinygpt.training.optim import make_optimizer
-from train import Run, train
+from tinygpt.training.run import prepare
+from train import train
 
 SHAPE = GPTConfig(block_size=8, vocab_size=256, n_layer=1, n_head=2, n_embd=16, dropout=0.1,
                   bias=False)
@@ -98,7 +99,7 @@ def test_what_each_device_keeps(config, text):
     """All weights; of the optimizer's state all, or with shard_optimizer its rows."""
     data = load_data(text, "byte", 256)
     for sharded in (False, True):
-        run = Run(GPT(SHAPE), replace(config, devices=2, shard_optimizer=sharded), data)
+        run = prepare(GPT(SHAPE), replace(config, devices=2, shard_optimizer=sharded), data)
         for tensor in (*run.model.state_dict().values(), *run.optimizer.state_dict().values()):
             assert tensor.device == TWO
         state = run.optimizer.state_dict()
@@ -110,8 +111,8 @@ def test_what_each_device_keeps(config, text):
 
 def test_a_run_on_two_devices_writes_text_on_the_way(config, text):
     """On the first; what is compiled for that does not outlive the weights that it is for."""
-    run = Run(GPT(replace(SHAPE, dropout=0.0)), replace(config, devices=2),
-              load_data(text, "byte", 256))
+    run = prepare(GPT(replace(SHAPE, dropout=0.0)), replace(config, devices=2),
+                  load_data(text, "byte", 256))
     written = []
     for _ in range(2):
         with run.devices.on_the_first(run.model):

@@ -13,8 +13,9 @@ from tinygpt.data.load import load_data
 from tinygpt.training import loss_scale
 from tinygpt.training.loss_scale import LossScale
 from tinygpt.training.ranks import Ranks
+from tinygpt.training.run import Run, prepare
 from tinygpt.training.steps import Steps
-from train import Run, train
+from train import train
 
 
 @pytest.fixture
@@ -81,7 +82,7 @@ def test_the_scale_stays_within_its_bounds(monkeypatch):
     dict(devices=2)], ids=["plain", "accumulated", "devices"])
 def test_20_steps_are_those_of_float32(config, data, options):
     def trained(**changes) -> np.ndarray:
-        run = Run(GPT(TINY), replace(config, **options | changes), data)
+        run = prepare(GPT(TINY), replace(config, **options | changes), data)
         try:
             return np.array([run._step(3e-3) for run.iter_num in range(20)]).T
         finally:
@@ -97,8 +98,8 @@ def test_the_scale_saves_what_float16_would_lose(config, data):
     """The gradient of a block's matrix; with 2^14 times as many tokens it would be as much smaller.
     """
     def gradient(dtype: str, scale: float) -> np.ndarray:
-        run = Run(GPT(TINY), replace(config, dtype=dtype, freeze="w*,ln_f*", grad_clip=0.0,
-                                     optimizer="lion", beta2=0.0), data)
+        run = prepare(GPT(TINY), replace(config, dtype=dtype, freeze="w*,ln_f*", grad_clip=0.0,
+                                         optimizer="lion", beta2=0.0), data)
         run.steps.train(0, run.batches.batch, 0.0, np.inf, scale)
         return run.optimizer.m["h.0.attn.c_attn.weight"].numpy()
 
@@ -114,7 +115,7 @@ def test_an_overflow_changes_nothing_and_the_run_recovers(config, data, monkeypa
     monkeypatch.setattr(LossScale, "__init__", lambda self: setattr(self, "__dict__", dict(
         scale=2.0**40, good_steps=0)))
     config = replace(config, ema=True, gradient_accumulation_steps=accumulation, max_iters=40)
-    run = Run(GPT(TINY), config, data)
+    run = prepare(GPT(TINY), config, data)
     before = state(run)
     loss, norm = run._step(1e-2)
     assert np.isfinite(loss) and not np.isfinite(norm) and equal(state(run), before)
@@ -135,7 +136,7 @@ def test_an_overflow_changes_nothing_and_the_run_recovers(config, data, monkeypa
 def test_an_overflow_in_one_process_is_one_in_all(config, data, monkeypatch):
     config = replace(config, gradient_accumulation_steps=2)
     ranks = Ranks()
-    run = Run(GPT(TINY), config, data, ranks)
+    run = prepare(GPT(TINY), config, data, ranks)
     ranks.size, before = 2, state(run)
     for added, finite in ((np.inf, False), (0.0, True)):  # to what the other process has as well
         monkeypatch.setattr(ranks, "sum", lambda array, added=added: np.add(

@@ -22,7 +22,8 @@ from tinygpt.data.load import load_data
 from tinygpt.kernels.cpu.launch import cpu_count
 from tinygpt.training import ranks
 from tinygpt.training.ranks import Buckets, Ranks, RanksError
-from train import Run, main, train
+from tinygpt.training.run import prepare
+from train import main, train
 
 SHAPE = GPTConfig(block_size=16, vocab_size=256, n_layer=1, n_head=2, n_embd=32, dropout=0.1,
                   bias=False)
@@ -207,7 +208,7 @@ def test_processes_that_differ_are_told_where():
 def test_micro_batches_that_cannot_be_shared_are_refused(text, tmp_path):
     config = replace(CONFIG, out_dir=str(tmp_path / "out"), gradient_accumulation_steps=3)
     with pytest.raises(ValueError, match=r"gradient_accumulation_steps=3 .* 2 processes"):
-        Run(GPT(SHAPE), config, load_data(text, "byte", 256), Ranks(Comm()))
+        prepare(GPT(SHAPE), config, load_data(text, "byte", 256), Ranks(Comm()))
     assert not (tmp_path / "out").exists()
 
 

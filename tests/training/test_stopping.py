@@ -11,8 +11,9 @@ from tiny import TINY
 from gpt import GPT
 from tinygpt import checkpoint
 from tinygpt.data.load import load_data
+from tinygpt.training.run import Run, prepare
 from tinygpt.training.spikes import ENOUGH, HISTORY, SpikeGuard
-from train import Run, train
+from train import train
 
 
 @pytest.fixture
@@ -84,7 +85,7 @@ def test_a_spike_is_above_a_multiple_of_the_median_of_the_last_norms(rng):
 
 def test_a_spike_changes_nothing_and_is_told(config, text, tmp_path, capsys):
     config = replace(config, skip_spikes=2.0, eval_interval=100, ema=True)
-    run = Run(GPT(TINY), config, load_data(text, "byte", 256))
+    run = prepare(GPT(TINY), config, load_data(text, "byte", 256))
     usual = [run._step(0.0)[1] for _ in range(2)]  # the second one compiles
     run.spikes = SpikeGuard(2.0, [max(usual) / 1.9] * ENOUGH)
     run._step(1e-2)

@@ -18,7 +18,13 @@ from tinygpt.flags import to_json
 from tinygpt.kernels.cpu.launch import cpu_count
 from tinygpt.model import lora
 from tinygpt.model.language_model import LanguageModel
-from tinygpt.safetensors_file import BAD_VALUES
+from tinygpt.training.checks import (
+    check_finite,
+    check_memory,
+    check_ranks,
+    check_resumable,
+    check_vocabulary,
+)
 from tinygpt.training.devices import Devices
 from tinygpt.training.loggers import check_loggers, make_loggers
 from tinygpt.training.loss_scale import LossScale
@@ -30,7 +36,6 @@ from tinygpt.training.signals import pending_signals
 from tinygpt.training.spikes import SpikeGuard
 from tinygpt.training.steps import Steps
 
-MOMENTS = {"adamw": 2, "muon": 1, "lion": 1, "adamw8bit": 0.5}  # numbers of state for a weight
 NOT_FINITE = 10  # steps in a row without a finite loss after which training stops
 
 
@@ -67,43 +72,31 @@ class Run:
                  ranks: Ranks | None = None):
         self.model, self.config, self.data = model, config, data
         self.ranks = ranks or Ranks()
-        self._check_ranks()
         self.out_dir = Path(config.out_dir)
+        self.bytes_per_token: float | None = None  # of the validation tokens
         self.iter_num, self.best_val_loss = 0, float("inf")
         self.was_best = False  # whether the checkpoint that was resumed was the best
         self.stale = 0  # evaluations in a row without a new best
         self.not_finite = 0  # steps in a row
+        self.fresh = 0  # steps since the last was compiled anew
         self.spikes = SpikeGuard(config.skip_spikes)
         self.loss_scale = LossScale() if config.dtype == "float16" else None
-        model.compute_dtype = config.dtype
-        self._check_vocabulary()
-        self.bytes_per_token = data.bytes_per_token()
-        check_loggers(config.tensorboard, config.wandb)
-        context_length(0, config, model.config.block_size)  # refuses a curriculum that cannot be
         block, rows = model.config.block_size, config.batch_size
         self.batches = Batches(data.train, block, rows, config.seed)
         self.val_batches = Batches(data.val, block, rows, config.seed)
-        if config.lora_rank:
-            lora.attach(model, config.lora_rank, config.lora_alpha, config.lora_targets,
-                        config.seed)
         self.params = lora.trainable(model.state_dict(), config.freeze)
-        self._check_memory()
         self.devices = Devices(config)
-        owned = self.devices.owned(self.params)
-        self.optimizer = make_optimizer(owned, config)
+        self.owned = self.devices.owned(self.params)
+        self.optimizer = make_optimizer(self.owned, config)
         self.ema = EMA(model.state_dict(), config.ema_decay) if config.ema else None
-        self._open_out_dir()
-        if self.ranks.size > 1:
-            self.ranks.check_same(step=self.iter_num, weights=checksum(model.state_dict()))
-        model.tokenizer = data.tokenizer
+        self.steps = Steps(model, config, self.params, self.optimizer, self.owned, self.ema,
+                           self.ranks, self.devices)
 
+    def place(self) -> None:
+        """Puts the weights, and what belongs to them, on the devices of the run."""
         averages = self.ema.state_dict() if self.ema else {}
-        self.devices.spread(model.state_dict() | {f"ema.{k}": t for k, t in averages.items()},
-                            self.params, owned, self.optimizer.state_dict())
-        self.steps = Steps(model, config, self.params, self.optimizer, owned, self.ema, self.ranks,
-                           self.devices)
-        self._check_kernels()
-        self.fresh = 0  # how many steps were taken since the last was compiled anew
+        weights = self.model.state_dict() | {f"ema.{k}": t for k, t in averages.items()}
+        self.devices.spread(weights, self.params, self.owned, self.optimizer.state_dict())
 
     # ---- the run
 
@@ -129,19 +122,10 @@ class Run:
         """Keeps other runs out of out_dir."""
         return checkpoint.locked(self.out_dir) if self.ranks.first else nullcontext()
 
-    def _check_kernels(self) -> None:
-        """Raises ValueError where the kernels that are asked for lack an operation of the model."""
-        self.model(self.steps.x, self.steps.y)  # which is not realized
-
     def _try_out(self) -> None:
         """Finds out what cannot be run before any file is touched."""
-        if np.isfinite(self.steps.evaluate(partial(self.val_batches.spread, count=1), 1)):
-            return
-        for name, weight in self.model.state_dict().items():
-            if not np.isfinite(weight.numpy()).all():
-                raise ValueError(f"the model's {name} {BAD_VALUES} before the first step: "
-                                 "start from other weights; a run that made these needs a lower "
-                                 "--learning_rate")
+        if not np.isfinite(self.steps.evaluate(partial(self.val_batches.spread, count=1), 1)):
+            check_finite(self.model)
 
     def evaluate_only(self) -> TrainResult:
         """Tells how good the checkpoint is that the run stands at; writes nothing."""
@@ -343,14 +327,13 @@ class Run:
                                      for name in files):
             self._mark_best(self._checkpoint_path())
 
-    def _open_out_dir(self) -> None:
-        """Goes on where the run in out_dir was, if that is asked for."""
+    def resume(self) -> None:
+        """Continues from the checkpoint in out_dir that config asks for, where it asks for one."""
         if self.config.eval_only:
             best = self._best_path()
-            return self._resume(best if best.exists() else checkpoint.newest(self.out_dir))
-        checkpoint.check_out_dir(self.out_dir)
-        if self.config.resume:
-            self._resume(self.ranks.from_first(checkpoint.newest(self.out_dir)))
+            self._load(best if best.exists() else checkpoint.newest(self.out_dir))
+        elif self.config.resume:
+            self._load(self.ranks.from_first(checkpoint.newest(self.out_dir)))
 
     def _make_room(self) -> None:
         """Moves a former run aside, unless this one resumes it, and writes this one's settings."""
@@ -363,20 +346,12 @@ class Run:
         settings = to_json(self.model.config, replace(self.config, resume=False))
         checkpoint.write_atomically(self.out_dir / "config.json", settings.encode())
 
-    def _resume(self, path: Path | None) -> None:
+    def _load(self, path: Path | None) -> None:
         if path is None:
             flag = "eval_only" if self.config.eval_only else "resume"
             raise ValueError(f"there is no checkpoint in {self.out_dir} to go on from: "
                              f"leave out --{flag}, or name another --out_dir")
-        header = checkpoint.load_metadata(path)
-        theirs = header.get("tokenizer")
-        ours = self.data.tokenizer and self.data.tokenizer.to_json()
-        if theirs != ours:
-            raise ValueError(f"{path} was trained with another tokenizer than the data has now: "
-                             "use the same --data and --tokenizer, or start a new run")
-        self._check_trained(path, header)
-        if not self.config.eval_only:
-            self.data.check_same(path, header.get("data"))
+        check_resumable(path, checkpoint.load_metadata(path), self.config, self.data)
         optimizer = None if self.config.eval_only else self.optimizer
         header = self.model.load_checkpoint(path, optimizer, self.ema)
         if "iter_num" not in header:
@@ -393,57 +368,11 @@ class Run:
                 raise checkpoint.CheckpointError(f"{path} has a loss_scale that cannot be used "
                                                  f"({error}): use another one") from error
 
-    def _check_trained(self, path: Path, header: dict) -> None:
-        """Raises CheckpointError where a run trained other weights than this one would: its
-        adapters, and the state of its optimizer, belong to those."""
-        theirs, ours = header.get("train_config"), asdict(self.config)
-        if theirs is None:  # of a script's own save
-            return
-        names = ["lora_rank"]
-        if self.config.lora_rank:
-            names += ["lora_alpha", "lora_targets"]
-        if not self.config.eval_only:
-            names += ["freeze"]
-        checkpoint.check_same(path, theirs, {name: ours[name] for name in names if name in theirs})
-
     def _checkpoint_path(self) -> Path:
         return self.out_dir / checkpoint.name(self.iter_num)
 
     def _best_path(self) -> Path:
         return self.out_dir / checkpoint.BEST
-
-    def _check_ranks(self) -> None:
-        config, size = self.config, self.ranks.size
-        if config.gradient_accumulation_steps % size:
-            raise ValueError(f"gradient_accumulation_steps={config.gradient_accumulation_steps} "
-                             f"micro-batches cannot be shared by {size} processes: choose a "
-                             f"multiple of {size}, or another number of processes")
-        self.ranks.check_same(**asdict(self.model.config), **{
-            k: v for k, v in asdict(config).items() if k not in ("device", "threads")},
-            training_data=self.data.fingerprint)
-
-    def _check_memory(self) -> None:
-        """Raises ValueError where training does not fit whatever the batch size is, or a
-        micro-batch does not fit whatever the model computes with it."""
-        config, shape = self.config, self.model.config
-        trained = sum(p.numel() for p in self.params.values()) / config.devices
-        needed = 4 * (self.model.num_params() * (2 if config.ema else 1)
-                      + trained * (1 + MOMENTS[config.optimizer]))
-        device.check_memory(int(needed), "the weights, their gradients and the optimizer's state",
-                            "make the model smaller (--n_layer, --n_embd, --vocab_size), or take "
-                            "--optimizer adamw8bit or --lora_rank")
-        width = getattr(shape, "n_embd", shape.vocab_size)  # of a layer's output
-        device.check_memory(4 * config.batch_size * shape.block_size * width // config.devices,
-                            "the activations of one layer",
-                            "choose a smaller --batch_size or --block_size")
-        device.check_memory(8 * config.eval_iters, f"the losses of eval_iters={config.eval_iters} "
-                            "batches", "choose a smaller --eval_iters")
-
-    def _check_vocabulary(self) -> None:
-        tokenizer, size = self.data.tokenizer, self.model.config.vocab_size
-        if tokenizer is not None and tokenizer.vocab_size > size:
-            raise ValueError(f"the tokenizer has {tokenizer.vocab_size} ids, the model "
-                             f"vocab_size={size}: give it at least as many")
 
     def _greet(self) -> None:
         data, say = self.data, self.report.remark
@@ -466,3 +395,33 @@ class Run:
         if not self.config.eval_only:
             say("compiling: the first evaluation and the first step are slow, the first time "
                 "most of all")
+
+
+def prepare(model: LanguageModel, config: TrainConfig, data: TokenData,
+            ranks: Ranks | None = None) -> Run:
+    """A run that is ready to train or to evaluate; writes no file.
+
+    Attaches adapters to the model, resumes where config asks for it, and places the weights on the
+    devices. Raises ValueError where model, config, data and what is in out_dir do not fit.
+    """
+    ranks = ranks or Ranks()
+    check_ranks(model, config, data, ranks)
+    check_vocabulary(model, data)
+    check_loggers(config.tensorboard, config.wandb)
+    context_length(0, config, model.config.block_size)  # refuses a curriculum that cannot be
+    if not config.eval_only:
+        checkpoint.check_out_dir(Path(config.out_dir))
+    bytes_per_token = data.bytes_per_token()
+    model.compute_dtype = config.dtype
+    if config.lora_rank:
+        lora.attach(model, config.lora_rank, config.lora_alpha, config.lora_targets, config.seed)
+    check_memory(model, config)
+    run = Run(model, config, data, ranks)
+    run.bytes_per_token = bytes_per_token
+    run.resume()
+    if ranks.size > 1:
+        ranks.check_same(step=run.iter_num, weights=checksum(model.state_dict()))
+    model.tokenizer = data.tokenizer
+    run.place()
+    model(run.steps.x, run.steps.y)  # not realized: raises where the kernels lack an operation
+    return run
