@@ -58,7 +58,7 @@ def train(model: GPT, train_config: TrainConfig, train_data, tokenizer=None) -> 
         kind = train_config.tokenizer
         if kind == "bpe" and model.config.vocab_size == 50257:
             kind = "gpt2"
-        with ranks.one_first():
+        with ranks.local_main_first():
             train_data = load_data(train_data, tokenizer or kind, model.config.vocab_size,
                                    model.config.block_size, train_config.text_field)
         # what --resume would train on; of text and ids that a script holds it knows nothing
@@ -77,7 +77,7 @@ def train(model: GPT, train_config: TrainConfig, train_data, tokenizer=None) -> 
         try:
             return run.evaluate_only() if train_config.eval_only else run.train()
         finally:
-            run.devices.collect(model)
+            run.devices.to_first(model)
     except (MemoryError, OSError) as error:
         if device.is_out_of_memory(error):
             raise command.out_of_memory(error, ADVICE) from error
@@ -121,15 +121,15 @@ def main(argv: list[str] | None = None) -> int:
     ranks = Ranks()
     try:
         ranks = world()
-        with ranks.one_first():
+        with ranks.local_main_first():
             flags = _settings(argv)
         config = flags["train"]
         device.choose(config.device, ranks.local_rank * config.devices)
-        with ranks.one_first():
+        with ranks.local_main_first():
             model, data = _model_and_data(flags)
         train(model, config, data)
     except Interrupted as stop:
-        if ranks.first:
+        if ranks.is_main:
             print_error(str(stop))
         return 128 + stop.signum
     except SystemExit as end:  # of the parser, which has said why

@@ -33,7 +33,7 @@ STEPS = 150
 def make_run(ranks: Ranks) -> Run:
     data = np.random.default_rng(0).integers(0, SHAPE.vocab_size, 100_000).astype(np.uint16)
     config = TrainConfig(batch_size=2, gradient_accumulation_steps=MICRO,
-                         out_dir=ranks.from_first(tempfile.mkdtemp()))
+                         out_dir=ranks.broadcast(tempfile.mkdtemp()))
     run = prepare(GPT(SHAPE), config, TokenData(data, data, None, "random"), ranks)
     for _ in range(2):  # compiled by the first
         run._step(1e-3)
@@ -67,8 +67,8 @@ def together(all_reduce: bool) -> list[float]:
     run = make_run(ranks)
 
     def sums():
-        ranks.wait()
-        run.steps.buckets.sum()
+        ranks.barrier()
+        run.steps.buckets.all_sum()
     return [milliseconds(sums if all_reduce else lambda: run._step(1e-3))]
 
 
@@ -92,7 +92,7 @@ def main() -> None:
     if args.mode:
         kernels.set_threads(1)
         found = pieces() if args.mode == "pieces" else together(args.mode == "sums")
-        if world().first:
+        if world().is_main:
             print(*found)
         return
     cpus, (micro_batch, update) = cpu_count(), measured(1, "pieces")

@@ -79,16 +79,14 @@ def test_optimizers_on_two_devices_do_what_they_do_on_one(rng, kind, partition):
     ends = []
     for count in (1, 2):
         config = TrainConfig(optimizer=kind, devices=count, batch_size=2, shard_optimizer=partition)
-        devices = Devices(config)
         params = {k: Tensor(a.copy()).realize() for k, a in arrays.items()}
-        grads = [devices.copies(Tensor(a + 1).realize()) for a in arrays.values()]
-        owned = devices.owned(params)
-        optimizer = make_optimizer(owned, config)
-        devices.spread(params, params, owned, optimizer.state_dict())
-        lr, scale, sound = (devices.copies(Tensor(v).realize()) for v in ([0.1], 0.5, True))
+        devices = Devices(config, params)
+        grads = [devices.replicate(Tensor(a + 1).realize()) for a in arrays.values()]
+        optimizer = make_optimizer(devices.owned, config)
+        devices.distribute(params.values(), optimizer.state_dict().values())
+        lr, scale, sound = (devices.replicate(Tensor(v).realize()) for v in ([0.1], 0.5, True))
         for _ in range(2):
-            Tensor.realize(*optimizer.update(grads, lr, scale, sound),
-                           *devices.gather(owned, params))
+            Tensor.realize(*optimizer.update(grads, lr, scale, sound), *devices.all_gather())
         ends.append({k: t.numpy() for k, t in (params | optimizer.state_dict()).items()})
     assert abs(ends[0]["wte"] - arrays["wte"]).max() > 0.05
     for name, array in ends[0].items():
@@ -115,7 +113,7 @@ def test_a_run_on_two_devices_writes_text_on_the_way(config, text):
                   load_data(text, "byte", 256))
     written = []
     for _ in range(2):
-        with run.devices.on_the_first(run.model):
+        with run.devices.on_first(run.model):
             written.append(run.model.generate([[1]], 6, temperature=0.0).tolist())
             alone = GPT(run.model.config)
             alone.load_state_dict({k: w.numpy() for k, w in run.model.state_dict().items()})
@@ -149,4 +147,4 @@ def test_what_cannot_be_split_is_refused(wrong, names):
 def test_devices_that_are_not_there_are_refused(monkeypatch):
     monkeypatch.setattr(device, "default", lambda: "CUDA")
     with pytest.raises(DeviceError, match=r"devices=2: CUDA cannot be used here .* choose"):
-        Devices(TrainConfig(devices=2, batch_size=2))
+        Devices(TrainConfig(devices=2, batch_size=2), {})

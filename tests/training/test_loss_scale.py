@@ -86,7 +86,7 @@ def test_20_steps_are_those_of_float32(config, data, options):
         try:
             return np.array([run._step(3e-3) for run.iter_num in range(20)]).T
         finally:
-            run.devices.collect(run.model)
+            run.devices.to_first(run.model)
 
     (loss, norm), (right, norm32) = trained(), trained(dtype="float32", devices=1)
     np.testing.assert_allclose(loss, right, atol=1e-2)
@@ -139,7 +139,7 @@ def test_an_overflow_in_one_process_is_one_in_all(config, data, monkeypatch):
     run = prepare(GPT(TINY), config, data, ranks)
     ranks.size, before = 2, state(run)
     for added, finite in ((np.inf, False), (0.0, True)):  # to what the other process has as well
-        monkeypatch.setattr(ranks, "sum", lambda array, added=added: np.add(
+        monkeypatch.setattr(ranks, "all_sum", lambda array, added=added: np.add(
             array, array + added, out=array))
         assert np.isfinite(run._step(1e-2)[1]) == finite != equal(state(run), before)
 

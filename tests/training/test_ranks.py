@@ -159,12 +159,12 @@ def test_a_signal_to_one_process_stops_all_at_the_same_step(together, tmp_path):
 
 def test_alone_everything_is_ones_own(monkeypatch):
     alone = Ranks()
-    assert alone.first and list(alone.share(range(3, 9))) == [3, 4, 5, 6, 7, 8]
+    assert alone.is_main and list(alone.shard(range(3, 9))) == [3, 4, 5, 6, 7, 8]
     array = np.arange(3.0)
-    assert alone.sum(array) is array and array.tolist() == [0, 1, 2]
-    assert alone.largest(3, 1.5) == [3, 1.5] and alone.from_first("x") == "x"
+    assert alone.all_sum(array) is array and array.tolist() == [0, 1, 2]
+    assert alone.all_max(3, 1.5) == [3, 1.5] and alone.broadcast("x") == "x"
     assert alone.threads() == cpu_count()
-    with alone.one_first():
+    with alone.local_main_first():
         alone.check_same(a=1)
     alone.abort(2)
     for name in ("PMI", "OMPI_COMM_WORLD", "MV2_COMM_WORLD"):
@@ -179,7 +179,7 @@ def test_the_shares_of_all_are_everything_once():
     parts = []
     for rank in range(3):
         Third.rank = rank
-        parts.append(list(Ranks(Third()).share(range(12, 24))))
+        parts.append(list(Ranks(Third()).shard(range(12, 24))))
     assert [n for batches in zip(*parts, strict=True) for n in batches] == list(range(12, 24))
 
 
@@ -190,7 +190,7 @@ def test_tensors_are_summed_in_few_buckets(monkeypatch, rng, bucket, calls):
     arrays = [rng.standard_normal(shape, dtype=np.float32) for shape in shapes]
     tensors = [Tensor(a.copy()).contiguous().realize() for a in arrays]
     comm = Comm(added=1.0)
-    Buckets(Ranks(comm), tensors).sum()
+    Buckets(Ranks(comm), tensors).all_sum()
     assert comm.calls == calls
     for tensor, array in zip(tensors, arrays, strict=True):
         assert np.array_equal(tensor.numpy(), array + (array + 1))

@@ -100,11 +100,11 @@ class AdamW(Optimizer):
 
     def options(self, learning_rate: Tensor, scale: Tensor, apply: Tensor) -> dict[bool, Tensor]:
         """What `kernels.adamw` is told, (9,) float32, of vectors (False) and matrices (True)."""
-        def debias(beta: float) -> Tensor:
+        def bias_correction(beta: float) -> Tensor:
             return 1 / (1 - (self.step * math.log(beta)).exp()) if beta else self.step.ones_like()
         return {is_matrix: _packed(
             learning_rate, self.beta1, self.beta2, self.eps, self.weight_decay * is_matrix,
-            debias(self.beta1), debias(self.beta2), scale, apply.where(1.0, 0.0))
+            bias_correction(self.beta1), bias_correction(self.beta2), scale, apply.where(1.0, 0.0))
             for is_matrix in (False, True)}
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -243,9 +243,9 @@ class AdamW8bit(Optimizer):
                            beta2, weight_decay, eps)
         self.step = self.exact.step
         blocks = {name: -(-params[name].numel() // BLOCK) for name in large}
-        self.codes = {name: [_zeros((n, BLOCK), np.uint8) for _ in "mv"]
+        self.quantized = {name: [_zeros((n, BLOCK), np.uint8) for _ in "mv"]
                       for name, n in blocks.items()}
-        self.tops = {name: [_zeros((n, 1)) for _ in "mv"] for name, n in blocks.items()}
+        self.absmax = {name: [_zeros((n, 1)) for _ in "mv"] for name, n in blocks.items()}
 
     def update(self, grads: list[Tensor], learning_rate: Tensor, scale: Tensor,
                apply: Tensor) -> list[Tensor]:
@@ -253,18 +253,21 @@ class AdamW8bit(Optimizer):
         updated = self.exact.update([named[name] for name in self.exact.params], learning_rate,
                                     scale, apply)
         options = self.exact.options(learning_rate, scale, apply)
-        for name in self.codes:
-            p, (m, v), (m_tops, v_tops) = self.params[name], self.codes[name], self.tops[name]
-            updated += kernels.adamw8bit(p, m, m_tops, v, v_tops, named[name],
+        for name in self.quantized:
+            p, (m, v) = self.params[name], self.quantized[name]
+            m_absmax, v_absmax = self.absmax[name]
+            updated += kernels.adamw8bit(p, m, m_absmax, v, v_absmax, named[name],
                                          options[p.ndim >= 2])
         return updated
 
     def state_dict(self) -> dict[str, Tensor]:
         """AdamW's state of the small; adamw8bit.m.<name>, .v. and .m_max., .v_max. of the large."""
         state = self.exact.state_dict()
-        for name in self.codes:
-            for kind, codes, tops in zip("mv", self.codes[name], self.tops[name], strict=True):
-                state |= {f"adamw8bit.{kind}.{name}": codes, f"adamw8bit.{kind}_max.{name}": tops}
+        for name in self.quantized:
+            for kind, moment, absmax in zip("mv", self.quantized[name], self.absmax[name],
+                                            strict=True):
+                state |= {f"adamw8bit.{kind}.{name}": moment,
+                          f"adamw8bit.{kind}_max.{name}": absmax}
         return state
 
 

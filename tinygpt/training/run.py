@@ -85,18 +85,16 @@ class Run:
         self.batches = Batches(data.train, block, rows, config.seed)
         self.val_batches = Batches(data.val, block, rows, config.seed)
         self.params = lora.trainable(model.state_dict(), config.freeze)
-        self.devices = Devices(config)
-        self.owned = self.devices.owned(self.params)
-        self.optimizer = make_optimizer(self.owned, config)
+        self.devices = Devices(config, self.params)
+        self.optimizer = make_optimizer(self.devices.owned, config)
         self.ema = EMA(model.state_dict(), config.ema_decay) if config.ema else None
-        self.steps = Steps(model, config, self.params, self.optimizer, self.owned, self.ema,
-                           self.ranks, self.devices)
+        self.steps = Steps(model, config, self.optimizer, self.ema, self.ranks, self.devices)
 
-    def place(self) -> None:
-        """Puts the weights, and what belongs to them, on the devices of the run."""
+    def distribute(self) -> None:
+        """Places the weights, their moving average and the optimizer's state on the devices."""
         averages = self.ema.state_dict() if self.ema else {}
-        weights = self.model.state_dict() | {f"ema.{k}": t for k, t in averages.items()}
-        self.devices.spread(weights, self.params, self.owned, self.optimizer.state_dict())
+        self.devices.distribute([*self.model.state_dict().values(), *averages.values()],
+                                self.optimizer.state_dict().values())
 
     # ---- the run
 
@@ -106,9 +104,9 @@ class Run:
             self._greet()
             self._try_out()
             out_dir, loggers = None, ()
-            if self.ranks.first:
+            if self.ranks.is_main:
                 self._make_room()
-            if self.ranks.first and not self._ended():
+            if self.ranks.is_main and not self._ended():
                 config, out_dir = self.config, self.out_dir
                 loggers = make_loggers(config.tensorboard, config.wandb, out_dir,
                                        asdict(self.model.config) | asdict(config))
@@ -120,7 +118,7 @@ class Run:
 
     def _only_run(self):
         """Keeps other runs out of out_dir."""
-        return checkpoint.locked(self.out_dir) if self.ranks.first else nullcontext()
+        return checkpoint.locked(self.out_dir) if self.ranks.is_main else nullcontext()
 
     def _try_out(self) -> None:
         """Finds out what cannot be run before any file is touched."""
@@ -138,7 +136,7 @@ class Run:
     def _make_report(self, out_dir: Path | None, loggers=()) -> Report:
         return Report(out_dir, self.iter_num, self.config.max_iters, self.config.log_interval,
                       self._tokens_per_step(), self._flops_per_step(),
-                      self._peak_flops(), loggers, silent=not self.ranks.first)
+                      self._peak_flops(), loggers, silent=not self.ranks.is_main)
 
     def _peak_flops(self) -> float | None:
         """Of all ranks together; those of a machine share its CPU. None where it is unknown."""
@@ -177,7 +175,7 @@ class Run:
             if self.iter_num - first == 1:
                 self.report.remark(f"compiled in {time.perf_counter() - began:.1f} s; "
                                    "the steps from here on are fast")
-            signum, seconds = self.ranks.largest(self._signal(pending),
+            signum, seconds = self.ranks.all_max(self._signal(pending),
                                                  time.perf_counter() - began)
             ended = self._ended(seconds)
             if ended or self.iter_num % config.eval_interval == 0:
@@ -275,7 +273,7 @@ class Run:
 
     def _sample(self) -> None:
         """A piece of text that the model writes now, on stdout."""
-        if self.model.tokenizer is None or not self.ranks.first:
+        if self.model.tokenizer is None or not self.ranks.is_main:
             return
         tokenizer = self.model.tokenizer
         try:
@@ -283,7 +281,7 @@ class Run:
         except ValueError:  # a tokenizer of characters that knows no line break
             prompt = [int(self.data.val[0])]
         ids = self.model.stream([prompt], SampleConfig(max_new_tokens=200, seed=self.config.seed))
-        with self._averaged(), self.devices.on_the_first(self.model):
+        with self._averaged(), self.devices.on_first(self.model):
             text = tokenizer.decode(list(up_to_end(tokenizer, ids)))
         self.report.line(f"sample {self.iter_num}:\n{text}\n")
 
@@ -296,7 +294,7 @@ class Run:
             self.best_val_loss = val_loss
         if val_loss is not None:
             self.stale = 0 if best else self.stale + 1
-        if not self.ranks.first:
+        if not self.ranks.is_main:
             return self._checkpoint_path()
         config = self.config
         path = self.model.save_checkpoint(self.iter_num, self.optimizer, self.out_dir, {
@@ -333,7 +331,7 @@ class Run:
             best = self._best_path()
             self._load(best if best.exists() else checkpoint.newest(self.out_dir))
         elif self.config.resume:
-            self._load(self.ranks.from_first(checkpoint.newest(self.out_dir)))
+            self._load(self.ranks.broadcast(checkpoint.newest(self.out_dir)))
 
     def _make_room(self) -> None:
         """Moves a former run aside, unless this one resumes it, and writes this one's settings."""
@@ -422,6 +420,6 @@ def prepare(model: LanguageModel, config: TrainConfig, data: TokenData,
     if ranks.size > 1:
         ranks.check_same(step=run.iter_num, weights=checksum(model.state_dict()))
     model.tokenizer = data.tokenizer
-    run.place()
+    run.distribute()
     model(run.steps.x, run.steps.y)  # not realized: raises where the kernels lack an operation
     return run

@@ -9,22 +9,21 @@ from tinygpt.kernels.jit import compiled
 from tinygpt.kernels.random import make_key
 from tinygpt.kernels.training import training
 from tinygpt.training.devices import Devices
-from tinygpt.training.optim import EMA, clip_scale, global_norm
+from tinygpt.training.optim import EMA, Optimizer, clip_scale, global_norm
 from tinygpt.training.ranks import Buckets, Ranks
 
 
 class Steps:
-    """Trains the weights `params` of a model with an optimizer, and keeps the EMA where there is
-    one. Whatever changes from step to step is written into tensors, so that each step is compiled
-    once. Of several ranks each takes its own share of a step's micro-batches; of several devices
-    each its own rows of a micro-batch. owned is what the optimizer updates of params.
+    """Trains the weights `params` of a model with an optimizer, and updates their moving average.
+
+    Whatever changes from step to step is written into tensors, so that each step is compiled once.
+    Each rank takes its share of a step's micro-batches, each device its rows of a micro-batch.
     """
 
-    def __init__(self, model, config: TrainConfig, params: dict[str, Tensor], optimizer,
-                 owned: dict[str, Tensor], ema: EMA | None, ranks: Ranks, devices: Devices):
-        self.model, self.config, self.params, self.owned = model, config, params, owned
-        self.devices = devices
-        self.optimizer, self.ema, self.ranks = optimizer, ema, ranks
+    def __init__(self, model, config: TrainConfig, optimizer: Optimizer, ema: EMA | None,
+                 ranks: Ranks, devices: Devices):
+        self.model, self.config, self.params = model, config, devices.params
+        self.optimizer, self.ema, self.ranks, self.devices = optimizer, ema, ranks, devices
         shape = config.batch_size, model.config.block_size
         self.x, self.y = self._rows(*shape), self._rows(*shape)
         self.lr, self.norm_limit = self._buffer(1), self._buffer(1)
@@ -33,7 +32,7 @@ class Steps:
         self._evaluate = compiled(self._eval_step)
         if config.gradient_accumulation_steps > 1:
             self.share = self._buffer(1)  # of a micro-batch in the step
-            self.sums = [self._buffer(*p.shape) for p in params.values()]
+            self.sums = [self._buffer(*p.shape) for p in self.params.values()]
             self.loss_sum = self._buffer(1)
             self.buckets = Buckets(ranks, [self.loss_sum, *self.sums])
             self._apply = compiled(self._apply_step)
@@ -68,7 +67,7 @@ class Steps:
         device.write(self.norm_limit, [norm_limit])
         if self.loss_scale is not None:
             device.write(self.loss_scale, [loss_scale])
-        for n in self.ranks.share(range(number * micro, (number + 1) * micro)):
+        for n in self.ranks.shard(range(number * micro, (number + 1) * micro)):
             self._load(*batch(n), *self.inputs)
             device.write(self.key, make_key(self.config.seed, n))
             if micro == 1:
@@ -78,7 +77,7 @@ class Steps:
                 self._accumulate(*self.inputs, self.key, self.share)
         if micro > 1:
             if self.ranks.size > 1:
-                self.buckets.sum()
+                self.buckets.all_sum()
             stats = self._apply(self.lr)
         loss, norm = stats.tolist()
         return loss, norm
@@ -89,10 +88,10 @@ class Steps:
         batch(n) gives micro-batch n, ids and targets (B, T) int32.
         """
         losses = np.zeros(count)
-        for n in self.ranks.share(range(count)):
+        for n in self.ranks.shard(range(count)):
             self._load(*batch(n), self.x, self.y)
             losses[n] = self._evaluate(self.x, self.y).item()
-        return float(np.mean(self.ranks.sum(losses)))
+        return float(np.mean(self.ranks.all_sum(losses)))
 
     def _load(self, x: np.ndarray, y: np.ndarray, to_x: Tensor, to_y: Tensor) -> None:
         if (largest := max(x.max(), y.max())) >= self.model.config.vocab_size:
@@ -131,7 +130,7 @@ class Steps:
             sound = sound & (norm <= self.norm_limit.reshape(()))
         sound = sound.contiguous()
         updates = self.optimizer.update(grads, lr, scale, sound)
-        updates += self.devices.gather(self.owned, self.params)
+        updates += self.devices.all_gather()
         if self.ema:
             updates += self.ema.update(self.optimizer.step, sound)
         return Tensor.stack(loss.reshape(()), norm).realize(*updates)
@@ -159,8 +158,8 @@ class Steps:
 
     def _buffer(self, *shape: int, dtype=dtypes.float32) -> Tensor:
         """Zeros, on every device."""
-        return self.devices.copies(Tensor.zeros(*shape, dtype=dtype).contiguous().realize())
+        return self.devices.replicate(Tensor.zeros(*shape, dtype=dtype).contiguous().realize())
 
     def _rows(self, *shape: int) -> Tensor:
         """Tokens, some rows on each device."""
-        return self.devices.rows(Tensor.zeros(*shape, dtype=dtypes.int32).contiguous().realize())
+        return self.devices.shard(Tensor.zeros(*shape, dtype=dtypes.int32).contiguous().realize())
