@@ -6,8 +6,9 @@ from types import SimpleNamespace
 
 import pytest
 
+from tinygpt.config import TrainConfig
 from tinygpt.training.loggers import check_loggers, make_loggers
-from tinygpt.training.report import Report
+from tinygpt.training.report import Report, Work
 
 
 @pytest.fixture
@@ -42,7 +43,8 @@ def run(tmp_path, **which) -> dict:
     """A step and an evaluation of a run; what metrics.jsonl has of them."""
     loggers = make_loggers(**{"tensorboard": False, "wandb": False} | which, out_dir=tmp_path,
                            settings={"n_layer": 2})
-    report = Report(tmp_path, 0, 10, 1, 100, 1e9, 1e11, loggers)
+    report = Report(tmp_path, 0, TrainConfig(max_iters=10, log_interval=1), Work(100, 1e9, 1e11),
+                    loggers)
     report.step(1, 3.5, 0.75, 2e-5, 0.25, compiled=False)
     report.evaluation(1, 4.0, 4.5, 1e-5, None)
     report.close()

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from tinygpt.checkpoint import CheckpointError
+from tinygpt.config import TrainConfig
 from tinygpt.data.tokenizer import ByteTokenizer
-from tinygpt.training.report import SPIKE, Report, bits_per_byte
+from tinygpt.training.report import SPIKE, Report, Work, bits_per_byte
 
 ITER = re.compile(r"iter (\d+): loss (\d+\.\d{4}), time (\d+\.\d{2})ms, mfu (\d+\.\d{2})%(.*)")
 STEP = re.compile(r"step (\d+): train loss (\d+\.\d{4}), val loss (\d+\.\d{4})(.*)")
@@ -22,10 +23,9 @@ def make(tmp_path):
     """Reports in tmp_path, closed afterwards."""
     made = []
 
-    def report(start: int = 0, **changes) -> Report:
-        made.append(Report(tmp_path, start, **{
-            "max_iters": 1000, "log_interval": 1, "tokens_per_iter": 100,
-            "flops_per_iter": 1e9, "peak_flops": 1e11} | changes))
+    def report(start=0, max_iters=1000, log_interval=1, peak_flops=1e11, loggers=()) -> Report:
+        config = TrainConfig(max_iters=max_iters, log_interval=log_interval)
+        made.append(Report(tmp_path, start, config, Work(100, 1e9, peak_flops), loggers))
         return made[-1]
 
     yield report

@@ -6,41 +6,48 @@ import math
 import sys
 import time
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from tqdm import tqdm
 
 from tinygpt.checkpoint import CheckpointError, write_atomically
+from tinygpt.config import TrainConfig
 from tinygpt.streams import silence
 
 SPIKE = 1.5  # a loss this many times the running average is reported
 
 
-class Report:
-    """Tells of one run, on stdout in nanoGPT's words and in files in out_dir, unless that is None.
+@dataclass(frozen=True)
+class Work:
+    """The work of a training step, and what it is done with."""
 
-    flops_per_iter and tokens_per_iter are those of a training step, peak_flops the device's, None
-    where that is unknown, which leaves out model FLOPs utilization.
+    tokens: int
+    flops: float
+    peak_flops: float | None  # FLOP/s of the devices; None where that is unknown
+
+
+class Report:
+    """Logs a run: on stdout in nanoGPT's words, and in out_dir unless that is None.
+
     Records of steps after `start`, which a resumed run takes again, are dropped. The figures of
-    every record go to the loggers too (see loggers.py). A silent one says and keeps nothing.
-    `unheard` tells that stdout or stderr could not be written, after which nothing more is said.
+    every record go to the loggers too (see loggers.py). A silent report prints and writes nothing.
+    `closed` is set once stdout or stderr cannot be written; nothing is printed from then on.
     """
 
-    def __init__(self, out_dir: Path | None, start: int, max_iters: int, log_interval: int,
-                 tokens_per_iter: int, flops_per_iter: float, peak_flops: float | None, loggers=(),
-                 silent: bool = False):
-        self.out_dir, self.max_iters, self.log_interval = out_dir, max_iters, log_interval
-        self.tokens_per_iter, self.flops_per_iter = tokens_per_iter, flops_per_iter
-        self.peak_flops, self.silent = peak_flops, silent
+    def __init__(self, out_dir: Path | None, start: int, config: TrainConfig, work: Work,
+                 loggers=(), silent: bool = False):
+        self.out_dir, self.work, self.silent = out_dir, work, silent
+        self.max_iters, self.log_interval = config.max_iters, config.log_interval
         self.records, self.file, self.loggers = [], None, list(loggers)
-        self.unheard = self.undrawn = False
+        self.closed = self.undrawn = False
         if out_dir is not None:
             former = _read_records(out_dir / "metrics.jsonl") if start else []
             self.records = [r for r in former if r["iter"] <= start]
             write_atomically(out_dir / "metrics.jsonl",
                              "".join(json.dumps(r) + "\n" for r in self.records).encode())
             self.file = (out_dir / "metrics.jsonl").open("a", encoding="utf-8")
-        self.bar = tqdm(total=max_iters, initial=start, unit="it", dynamic_ncols=True,
+        self.bar = tqdm(total=self.max_iters, initial=start, unit="it", dynamic_ncols=True,
                         bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}, {rate_fmt}"
                                    "{postfix}]",  # the ETA is ours, without steps that compile
                         disable=out_dir is None or not sys.stderr.isatty())
@@ -66,13 +73,13 @@ class Report:
         self._say(text, sys.stderr)
 
     def _say(self, text: str, file) -> None:
-        if self.silent or self.unheard:
+        if self.silent or self.closed:
             return
         try:
             tqdm.write(text, file=file)
             file.flush()
         except OSError:
-            self.unheard = True
+            self.closed = True
             silence(file)
 
     def step(self, iter_num: int, loss: float, norm: float, lr: float, seconds: float,
@@ -86,13 +93,14 @@ class Report:
                       f"{self.average:.4f}")
         self.average = loss if self.average is None else 0.95 * self.average + 0.05 * loss
         mean = self.seconds or seconds
-        rate = self.tokens_per_iter / mean
+        rate = self.work.tokens / mean
         eta = (self.max_iters - iter_num) * mean
         self.bar.set_postfix_str(f"loss {loss:.4f}, {rate:,.0f} tok/s, ETA {_clock(eta)}",
                                  refresh=False)
         self.bar.update(1)
         if iter_num % self.log_interval == 0:
-            mfu = self.flops_per_iter / mean / self.peak_flops if self.peak_flops else None
+            peak = self.work.peak_flops
+            mfu = self.work.flops / mean / peak if peak else None
             if not self.bar_tells:
                 used = "" if mfu is None else f"mfu {mfu:.2%}, "
                 self.line(f"iter {iter_num}: loss {loss:.4f}, time {seconds * 1e3:.2f}ms, "

@@ -30,7 +30,7 @@ from tinygpt.training.loggers import check_loggers, make_loggers
 from tinygpt.training.loss_scale import LossScale
 from tinygpt.training.optim import EMA, make_optimizer
 from tinygpt.training.ranks import Ranks, checksum
-from tinygpt.training.report import Report, bits_per_byte
+from tinygpt.training.report import Report, Work, bits_per_byte
 from tinygpt.training.schedule import context_length, learning_rate
 from tinygpt.training.signals import pending_signals
 from tinygpt.training.spikes import SpikeGuard
@@ -134,24 +134,19 @@ class Run:
                            checkpoint.newest(self.out_dir), self._best_path())
 
     def _make_report(self, out_dir: Path | None, loggers=()) -> Report:
-        return Report(out_dir, self.iter_num, self.config.max_iters, self.config.log_interval,
-                      self._tokens_per_step(), self._flops_per_step(),
-                      self._peak_flops(), loggers, silent=not self.ranks.is_main)
+        return Report(out_dir, self.iter_num, self.config, self._work(), loggers,
+                      silent=not self.ranks.is_main)
 
-    def _peak_flops(self) -> float | None:
-        """Of all ranks together; those of a machine share its CPU. None where it is unknown."""
-        on_cpu = device.default().startswith("CPU")
-        each = self.ranks.threads() / cpu_count() if on_cpu else self.config.devices
-        peak = device.peak_flops(self.config.dtype)
-        return peak and peak * each * self.ranks.size
-
-    def _flops_per_step(self) -> int:
-        return self.model.estimate_flops(self.steps.length) * self._tokens_per_step()
-
-    def _tokens_per_step(self) -> int:
+    def _work(self) -> Work:
+        """The work of a step on sequences of the current length, of all ranks together."""
         config = self.config
-        return (config.gradient_accumulation_steps * config.batch_size
-                * self.model.config.block_size)
+        tokens = (config.gradient_accumulation_steps * config.batch_size
+                  * self.model.config.block_size)
+        on_cpu = device.default().startswith("CPU")  # which the ranks of a machine share
+        each = self.ranks.threads() / cpu_count() if on_cpu else config.devices
+        peak = device.peak_flops(config.dtype)
+        return Work(tokens, self.model.estimate_flops(self.steps.length) * tokens,
+                    peak and peak * each * self.ranks.size)
 
     def _loop(self, pending: list[int]) -> TrainResult:
         config = self.config
@@ -200,7 +195,7 @@ class Run:
 
     def _signal(self, pending: list[int]) -> int:
         """What asks the run to stop: the first signal, or that nobody reads what it says; or 0."""
-        return pending[0] if pending else signal.SIGPIPE if self.report.unheard else 0
+        return pending[0] if pending else signal.SIGPIPE if self.report.closed else 0
 
     def _use_length(self) -> None:
         """Follows the curriculum to the length of the next step's sequences."""
@@ -208,7 +203,7 @@ class Run:
         if length != self.steps.length:
             self.steps.use_length(length)
             self.fresh = 0
-            self.report.flops_per_iter = self._flops_per_step()
+            self.report.work = self._work()
             self.report.remark(f"context of {length} tokens from step {self.iter_num + 1} on")
 
     def _ended(self, seconds: float = 0.0) -> bool:
@@ -383,7 +378,7 @@ class Run:
             f"tokens")
         changed = sum(p.numel() for p in self.params.values())
         say(f"model {self.model.num_params():,} parameters, of which {changed:,} are trained; "
-            f"{self._tokens_per_step():,} tokens a step")
+            f"{self.report.work.tokens:,} tokens a step")
         if self.ema:
             say("evaluations and samples are of the weights' moving average")
         if self.config.eval_only:
