@@ -106,7 +106,7 @@ def fit_batch_size(model: GPT, config: TrainConfig, data: TokenData) -> TrainCon
             run = prepare(model, split(n, out_dir=folder, resume=False, curriculum=False), data)
         run.steps.evaluate(run.batches.batch, 1)
         for _ in range(2):  # compiled by the first
-            run._step(0.0)  # which leaves the weights as they are
+            run.step(0.0)  # which leaves the weights as they are
         return run
 
     print("finding the largest micro-batch that fits", file=sys.stderr)

@@ -33,9 +33,9 @@ def measure(L: int, C: int, T: int, B: int, grad_checkpoint: bool) -> str:
         config = TrainConfig(batch_size=B, grad_checkpoint=grad_checkpoint, out_dir=folder)
         run = prepare(model, config, TokenData(ids, ids, None, "random"))
         seconds, peak = [], 0
-        for run.iter_num in range(STEPS):
+        for _ in range(STEPS):
             start = time.perf_counter()
-            loss, _ = run._step(1e-4)
+            loss, _ = run.step(1e-4)
             seconds.append(time.perf_counter() - start)
             peak = max(peak, GlobalCounters.mem_used)
     return (f"grad_checkpoint {grad_checkpoint!s:5}  loss {loss:.6f}  step "

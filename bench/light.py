@@ -54,7 +54,7 @@ class LightSteps(RUN.Steps):
 def use_light_steps() -> None:
     """Runs of this process are light from now on: without compiled steps, samples, pictures."""
     RUN.Steps = LightSteps
-    RUN.Run._sample = lambda run: None
+    RUN.Run.sample = lambda run: None
     Figure.subplots = lambda figure, *_, **__: (_Nothing(), _Nothing())
     Figure.savefig = lambda figure, file, **_: file.write(b"a picture" * 100)
 

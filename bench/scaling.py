@@ -36,7 +36,7 @@ def make_run(ranks: Ranks) -> Run:
                          out_dir=ranks.broadcast(tempfile.mkdtemp()))
     run = prepare(GPT(SHAPE), config, TokenData(data, data, None, "random"), ranks)
     for _ in range(2):  # compiled by the first
-        run._step(1e-3)
+        run.step(1e-3)
     return run
 
 
@@ -56,9 +56,9 @@ def pieces() -> list[float]:
     steps = run.steps
 
     def micro_batch():
-        steps._accumulate(*steps.inputs, steps.key, steps.share)
+        steps.accumulate(*steps.inputs, steps.key, steps.share)
         Device["CPU"].synchronize()
-    return [milliseconds(micro_batch), milliseconds(lambda: steps._apply(steps.lr).tolist())]
+    return [milliseconds(micro_batch), milliseconds(lambda: steps.apply(steps.lr).tolist())]
 
 
 def together(all_reduce: bool) -> list[float]:
@@ -69,7 +69,7 @@ def together(all_reduce: bool) -> list[float]:
     def sums():
         ranks.barrier()
         run.steps.buckets.all_sum()
-    return [milliseconds(sums if all_reduce else lambda: run._step(1e-3))]
+    return [milliseconds(sums if all_reduce else lambda: run.step(1e-3))]
 
 
 def measured(ranks: int, mode: str) -> list[float]:

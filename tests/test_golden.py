@@ -55,10 +55,7 @@ def losses(kind: str, preset: str, dtype: str, out_dir: Path) -> list[float]:
     try:
         model = GPT(replace(shape, vocab_size=tokens.tokenizer.vocab_size), config.seed)
         run = prepare(model, config, tokens)
-        found = []
-        for step in range(last + 1):
-            found.append(round(run._step(learning_rate(step, config))[0], 6))
-            run.iter_num += 1
+        found = [round(run.step(learning_rate(step, config))[0], 6) for step in range(last + 1)]
     finally:
         kernels.use("auto")
     return found[::every]

@@ -16,7 +16,6 @@ from tinygpt.data.load import load_data
 from tinygpt.data.tokenizer import ByteTokenizer
 from tinygpt.kernels import use
 from tinygpt.model import lora
-from tinygpt.training.report import Report
 from tinygpt.training.run import prepare
 from train import train
 
@@ -53,7 +52,7 @@ def test_compiled_steps_go_when_their_run_goes(config, text):
     """Not when the garbage collector finds them, in a thread that they would wait for."""
     run = prepare(GPT(TINY), config, load_data(text, "byte", 256))
     for _ in range(3):
-        run._step(1e-3)
+        run.step(1e-3)
     steps = weakref.ref(run.steps)
     gc.collect()
     gc.disable()
@@ -78,9 +77,7 @@ def test_ema_is_evaluated_sampled_and_saved_beside_the_weights(config, text, tmp
     run = prepare(GPT.from_checkpoint(result.last, ema=True),
                   replace(config, ema=False, max_iters=1, out_dir=str(tmp_path / "other")),
                   load_data(text, "byte", 256))
-    (tmp_path / "other").mkdir()
-    run.report = Report(tmp_path / "other", 0, 1, 1, 1, 1, 1)
-    assert run._evaluate() == (result.train_loss, result.val_loss)
+    assert run.evaluate() == (result.train_loss, result.val_loss)
     plain = GPT.from_checkpoint(result.last)
     assert np.array_equal(plain.wte.weight.numpy(), tensors["model.wte.weight"])
     logged = [r["val_loss"] for r in map(json.loads, (
@@ -146,11 +143,11 @@ def test_a_run_of_weights_that_are_not_finite_saves_nothing(config, text, tmp_pa
         train(model, config, text)
     assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
     run = prepare(GPT(TINY), config, load_data(text, "byte", 256))
-    path = run._save(3.0)
+    path = run.save(3.0)
     before = {p: p.read_bytes() for p in path.parent.iterdir()}
     run.model.load_state_dict(weights(model))
     with pytest.raises(ValueError, match=r"model\.ln_f\.bias has NaN or infinite values"):
-        run._save(2.0)
+        run.save(2.0)
     assert {p: p.read_bytes() for p in path.parent.iterdir()} == before
 
 
@@ -178,15 +175,15 @@ def test_a_run_killed_between_a_save_and_its_mark_is_marked_when_it_resumes(conf
 
 def test_a_checkpoint_that_is_not_the_best_is_not_marked_when_its_run_resumes(config, text,
                                                                               tmp_path):
-    run = prepare(GPT(TINY), config, load_data(text, "byte", 256))
+    data = load_data(text, "byte", 256)
+    run = prepare(GPT(TINY), config, data)
     for n, loss in enumerate((3.0, 2.0, 2.5), 1):
         run.iter_num = n
-        run._save(loss)
+        run.save(loss)
     best = checkpoint.load_metadata(tmp_path / "out" / checkpoint.BEST)
     assert best["iter_num"] == 2 and best["best_val_loss"] == 2.0
-    resumed = prepare(GPT(TINY), replace(config, resume=True), load_data(text, "byte", 256))
+    resumed = train(GPT(TINY), replace(config, resume=True, max_iters=3), data)
     assert resumed.iter_num == 3
-    resumed._finish_marking()
     assert checkpoint.load_metadata(tmp_path / "out" / checkpoint.BEST) == best
 
 
@@ -197,8 +194,7 @@ def test_dropout_is_fresh_at_every_step(config, text):
     run.batches.batch = lambda number: batch
     seen = set()
     for _ in range(5):
-        seen.add(run._step(0.0)[0])
-        run.iter_num += 1
+        seen.add(run.step(0.0)[0])
     assert len(seen) == 5
 
 

@@ -91,8 +91,8 @@ def test_out_of_memory_names_the_flags(config, text, monkeypatch, error):
     def fails(self, lr):
         raise error
 
-    monkeypatch.setattr(Run, "_step", fails)
-    monkeypatch.setattr(Run, "_evaluate", lambda run: (1.0, 1.0))
+    monkeypatch.setattr(Run, "step", fails)
+    monkeypatch.setattr(Run, "evaluate", lambda run: (1.0, 1.0))
     says = r"out of memory \(.*Allocation of 3\.00 GB .*\): lower --batch_size.*--grad_checkpoint"
     with pytest.raises(ValueError, match=says):
         train(GPT(TINY), replace(config, auto_batch_size=False), text)

@@ -118,7 +118,7 @@ def test_a_run_on_two_devices_writes_text_on_the_way(config, text):
             alone = GPT(run.model.config)
             alone.load_state_dict({k: w.numpy() for k, w in run.model.state_dict().items()})
         assert written[-1] == alone.generate([[1]], 6, temperature=0.0).tolist()
-        run._step(1.0)  # so far that something else is written
+        run.step(1.0)  # so far that something else is written
     assert written[0] != written[1]
 
 

@@ -84,7 +84,7 @@ def test_20_steps_are_those_of_float32(config, data, options):
     def trained(**changes) -> np.ndarray:
         run = prepare(GPT(TINY), replace(config, **options | changes), data)
         try:
-            return np.array([run._step(3e-3) for run.iter_num in range(20)]).T
+            return np.array([run.step(3e-3) for _ in range(20)]).T
         finally:
             run.devices.to_first(run.model)
 
@@ -117,7 +117,7 @@ def test_an_overflow_changes_nothing_and_the_run_recovers(config, data, monkeypa
     config = replace(config, ema=True, gradient_accumulation_steps=accumulation, max_iters=40)
     run = prepare(GPT(TINY), config, data)
     before = state(run)
-    loss, norm = run._step(1e-2)
+    loss, norm = run.step(1e-2)
     assert np.isfinite(loss) and not np.isfinite(norm) and equal(state(run), before)
 
     result = train(GPT(TINY), config, data)
@@ -141,15 +141,14 @@ def test_an_overflow_in_one_process_is_one_in_all(config, data, monkeypatch):
     for added, finite in ((np.inf, False), (0.0, True)):  # to what the other process has as well
         monkeypatch.setattr(ranks, "all_sum", lambda array, added=added: np.add(
             array, array + added, out=array))
-        assert np.isfinite(run._step(1e-2)[1]) == finite != equal(state(run), before)
+        assert np.isfinite(run.step(1e-2)[1]) == finite != equal(state(run), before)
 
 
 @pytest.mark.parametrize("loss, steps", [(2.0, 16 + 10), (np.nan, 10)])
 def test_overflows_end_a_run_only_at_the_smallest_scale(config, data, monkeypatch, capsys, loss,
                                                         steps):
     """65536 halves 16 times; a loss that is not finite is none of the scale's doing."""
-    monkeypatch.setattr(Run, "_evaluate", lambda run: (1.0, 1.0))
-    monkeypatch.setattr(Run, "_try_out", lambda run: None)
+    monkeypatch.setattr(Steps, "evaluate", lambda *args: 1.0)
     monkeypatch.setattr(Steps, "train", lambda *args: (loss, np.inf))
     with pytest.raises(ValueError, match=f"not finite for 10 steps, the last at {steps}:"):
         train(GPT(TINY), replace(config, max_iters=100), data)
@@ -173,10 +172,9 @@ def test_a_run_resumes_to_the_bit_within_a_growth_interval(config, data, tmp_pat
 
 
 def test_a_run_resumes_in_another_dtype_and_damage_is_refused(config, data, monkeypatch):
-    monkeypatch.setattr(Run, "_evaluate", lambda run: (1.0, 1.0))
+    monkeypatch.setattr(Steps, "evaluate", lambda *args: 1.0)
     monkeypatch.setattr(Steps, "train", lambda *args: (2.0, 1.0))
-    monkeypatch.setattr(Run, "_try_out", lambda run: None)
-    monkeypatch.setattr(Run, "_sample", lambda run: None)
+    monkeypatch.setattr(Run, "sample", lambda run: None)
     config = replace(config, max_iters=2)
     train(GPT(TINY), replace(config, dtype="bfloat16"), data)
     on = train(GPT(TINY), replace(config, max_iters=4, resume=True), data)

@@ -32,7 +32,7 @@ def weights(model) -> dict[str, np.ndarray]:
 def worsening(monkeypatch, losses):
     """Evaluations that find these validation losses, the first before the first step."""
     rest = iter(losses)
-    monkeypatch.setattr(Run, "_evaluate", lambda self: (1.0, next(rest)))
+    monkeypatch.setattr(Run, "evaluate", lambda self: (1.0, next(rest)))
 
 
 def test_patience_counts_evaluations_in_a_row_without_a_new_best(config, text, monkeypatch, capsys,
@@ -86,20 +86,22 @@ def test_a_spike_is_above_a_multiple_of_the_median_of_the_last_norms(rng):
 def test_a_spike_changes_nothing_and_is_told(config, text, tmp_path, capsys):
     config = replace(config, skip_spikes=2.0, eval_interval=100, ema=True)
     run = prepare(GPT(TINY), config, load_data(text, "byte", 256))
-    usual = [run._step(0.0)[1] for _ in range(2)]  # the second one compiles
+    batch = run.batches.batch(0)
+    run.batches.batch = lambda number: batch
+    usual = [run.step(0.0)[1] for _ in range(2)]  # the second one compiles
     run.spikes = SpikeGuard(2.0, [max(usual) / 1.9] * ENOUGH)
-    run._step(1e-2)
+    run.step(1e-2)
     before = weights(run.model)
     state = {k: t.numpy() for k, t in run.optimizer.state_dict().items()}
     average = {k: t.numpy() for k, t in run.ema.weights.items()}
     run.spikes = SpikeGuard(2.0, [min(usual) / 100] * ENOUGH)
-    loss, norm = run._step(1e-2)
+    loss, norm = run.step(1e-2)
     assert norm > run.spikes.limit() and np.isfinite(loss)
     assert all(np.array_equal(w, before[k]) for k, w in weights(run.model).items())
     assert all(np.array_equal(t.numpy(), state[k]) for k, t in run.optimizer.state_dict().items())
     assert all(np.array_equal(t.numpy(), average[k]) for k, t in run.ema.weights.items())
     run.spikes = SpikeGuard(2.0)
-    run._step(1e-2)
+    run.step(1e-2)
     assert not np.array_equal(weights(run.model)["wte.weight"], before["wte.weight"])
 
 

@@ -129,7 +129,7 @@ class Run:
         """Tells how good the checkpoint is that the run stands at; writes nothing."""
         self.report = self._make_report(None)
         self._greet()
-        losses = self._evaluate()
+        losses = self._log_evaluation()
         return TrainResult(self.iter_num, *losses, self.best_val_loss,
                            checkpoint.newest(self.out_dir), self._best_path())
 
@@ -157,13 +157,12 @@ class Run:
             self.report.remark(f"the run is over after {self.iter_num} steps: to go on, ask for "
                                "more with --max_iters")
         if self.iter_num == 0 or ended:
-            losses = self._evaluate()
+            losses = self._log_evaluation()
         while not ended:
             start = time.perf_counter()
             self._use_length()
             lr = learning_rate(self.iter_num, config)
-            loss, norm = self._step(lr)
-            self.iter_num += 1
+            loss, norm = self.step(lr)
             seconds = time.perf_counter() - start
             self.fresh += 1
             self._after_step(loss, norm, lr, seconds)
@@ -174,19 +173,19 @@ class Run:
                                                  time.perf_counter() - began)
             ended = self._ended(seconds)
             if ended or self.iter_num % config.eval_interval == 0:
-                losses = self._evaluate()
-                saved = self._save(losses[1])
+                losses = self._log_evaluation()
+                saved = self.save(losses[1])
                 self.report.draw()
                 ended = ended or self._ended()
             if config.sample_interval and self.iter_num % config.sample_interval == 0 and not ended:
-                self._sample()
+                self._log_sample()
             if signum and not ended:
-                self._save(None)
+                self.save(None)
                 raise Interrupted(signum, self._checkpoint_path())
         saved = saved or checkpoint.newest(self.out_dir)
         if self.iter_num < config.max_iters:
             self.report.remark(f"stopped after step {self.iter_num}: {self._why_early()}")
-        self._sample()
+        self._log_sample()
         best = self._best_path()
         averaged = config.ema and checkpoint.load_metadata(best)["train_config"]["ema"]
         self.report.remark(f"saved in {saved}; write with: python generate.py --checkpoint "
@@ -220,10 +219,13 @@ class Run:
             return f"no new best in {self.stale} evaluations (--patience)"
         return f"{self.config.max_minutes:g} minutes are over (--max_minutes)"
 
-    def _step(self, lr: float) -> tuple[float, float]:
-        """One training step: its loss, and the norm of its gradient before clipping."""
+    def step(self, lr: float) -> tuple[float, float]:
+        """Takes the next training step; its loss, and the norm of its gradient before clipping."""
         scale = self.loss_scale.scale if self.loss_scale else 1.0
-        return self.steps.train(self.iter_num, self.batches.batch, lr, self.spikes.limit(), scale)
+        loss, norm = self.steps.train(self.iter_num, self.batches.batch, lr, self.spikes.limit(),
+                                      scale)
+        self.iter_num += 1
+        return loss, norm
 
     def _after_step(self, loss: float, norm: float, lr: float, seconds: float) -> None:
         """Logs a step, and lets its norm decide on the limit and the loss scale of the next."""
@@ -240,17 +242,20 @@ class Run:
         if self.loss_scale and self.loss_scale.update(finite):
             self.report.line(f"iter {self.iter_num}: loss scale {self.loss_scale.scale:.0f}")
 
-    def _evaluate(self) -> tuple[float, float]:
-        """Mean loss on windows spread over each split, in nats per token, of the weights' moving
-        average where there is one."""
-        means, count = [], self.config.eval_iters
+    def evaluate(self) -> tuple[float, float]:
+        """Mean training and validation loss in nats per token, on windows spread over each split;
+        of the weights' moving average where there is one."""
+        count = self.config.eval_iters
         with self._averaged():
-            for batches in (self.batches, self.val_batches):
-                means.append(self.steps.evaluate(partial(batches.spread, count=count), count))
-        self.report.evaluation(self.iter_num, *means, learning_rate(self.iter_num, self.config),
-                               bits_per_byte(means[1], self.bytes_per_token),
-                               self.config.ema)
-        return means[0], means[1]
+            train, val = (self.steps.evaluate(partial(batches.spread, count=count), count)
+                          for batches in (self.batches, self.val_batches))
+        return train, val
+
+    def _log_evaluation(self) -> tuple[float, float]:
+        train, val = self.evaluate()
+        self.report.evaluation(self.iter_num, train, val, learning_rate(self.iter_num, self.config),
+                               bits_per_byte(val, self.bytes_per_token), self.config.ema)
+        return train, val
 
     def _averaged(self):
         """Puts the weights' moving average, where there is one, in their place for a while."""
@@ -266,23 +271,25 @@ class Run:
                              f"{self.iter_num}: lower --learning_rate, lengthen --warmup_iters, "
                              "or use --dtype float32; the checkpoints before are good")
 
-    def _sample(self) -> None:
-        """A piece of text that the model writes now, on stdout."""
-        if self.model.tokenizer is None or not self.ranks.is_main:
-            return
-        tokenizer = self.model.tokenizer
+    def sample(self) -> str | None:
+        """A short text by the model as it is now; None without a tokenizer."""
+        if (tokenizer := self.model.tokenizer) is None:
+            return None
         try:
             prompt = tokenizer.encode("\n")
         except ValueError:  # a tokenizer of characters that knows no line break
             prompt = [int(self.data.val[0])]
         ids = self.model.stream([prompt], SampleConfig(max_new_tokens=200, seed=self.config.seed))
         with self._averaged(), self.devices.on_first(self.model):
-            text = tokenizer.decode(list(up_to_end(tokenizer, ids)))
-        self.report.line(f"sample {self.iter_num}:\n{text}\n")
+            return tokenizer.decode(list(up_to_end(tokenizer, ids)))
+
+    def _log_sample(self) -> None:
+        if self.ranks.is_main and (text := self.sample()) is not None:
+            self.report.line(f"sample {self.iter_num}:\n{text}\n")
 
     # ---- saving and resuming
 
-    def _save(self, val_loss: float | None) -> Path:
+    def save(self, val_loss: float | None) -> Path:
         """Saves where the run stands, as the best too where val_loss is the lowest so far."""
         best = val_loss is not None and val_loss < self.best_val_loss
         if best:

@@ -35,7 +35,7 @@ class Steps:
             self.sums = [self._buffer(*p.shape) for p in self.params.values()]
             self.loss_sum = self._buffer(1)
             self.buckets = Buckets(ranks, [self.loss_sum, *self.sums])
-            self._apply = compiled(self._apply_step)
+            self.apply = compiled(self._apply_step)
         self.use_length(model.config.block_size)
 
     def use_length(self, length: int) -> None:
@@ -51,7 +51,7 @@ class Steps:
         if self.config.gradient_accumulation_steps == 1:
             self._train = compiled(self._train_step)
         else:
-            self._accumulate = compiled(self._accumulate_step)
+            self.accumulate = compiled(self._accumulate_step)
 
     def train(self, number: int, batch, lr: float, norm_limit: float,
               loss_scale: float = 1.0) -> tuple[float, float]:
@@ -74,11 +74,11 @@ class Steps:
                 stats = self._train(*self.inputs, self.key, self.lr)
             else:
                 device.write(self.share, [1 / micro])
-                self._accumulate(*self.inputs, self.key, self.share)
+                self.accumulate(*self.inputs, self.key, self.share)
         if micro > 1:
             if self.ranks.size > 1:
                 self.buckets.all_sum()
-            stats = self._apply(self.lr)
+            stats = self.apply(self.lr)
         loss, norm = stats.tolist()
         return loss, norm
 
