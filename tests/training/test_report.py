@@ -53,7 +53,7 @@ def test_log_lines_have_nanogpts_shape(make, capsys):
 
 def test_a_device_of_unknown_peak_has_no_mfu(make, capsys, tmp_path):
     make(peak_flops=None, log_interval=1).step(1, 2.0, 0.5, 1e-3, 0.1, compiled=False)
-    assert lines(capsys)[0] == "iter 1: loss 2.0000, time 100.00ms, 1,000 tok/s, ETA 1:39"
+    assert lines(capsys)[0] == "iter 1: loss 2.0000, time 100.00ms, 1,000 tok/s, ETA 1:40"
     assert records(tmp_path)[0]["mfu"] is None
 
 
