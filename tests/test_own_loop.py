@@ -1,7 +1,7 @@
-"""What users do in training loops of their own, with tinygrad's optimizers: accumulate, clip, read.
+"""Training loops of users, with tinygrad's optimizers: they accumulate, clip and read gradients.
 
-tinygrad assigns to gradients, slices and reads tensors that our kernels made; each has to behave
-as a tensor that tinygrad made.
+Tensors that our kernels make are assigned to, sliced and read, and have to behave as those that
+tinygrad makes.
 """
 
 from dataclasses import replace
@@ -130,14 +130,14 @@ def test_accumulation_clipping_and_assignment_of_a_model_equal_the_reference(jit
 
 
 def groups(model: GPT, make) -> nn.optim.OptimizerGroup:
-    """Decay for matrices and none for vectors, as train.py has it."""
+    """Weight decay of matrices and not of vectors, as in train.py."""
     weights = list(model.state_dict().values())
     return nn.optim.OptimizerGroup(make([w for w in weights if w.ndim > 1], 0.1),
                                    make([w for w in weights if w.ndim == 1], 0.0))
 
 
 def batch_of(number: int) -> tuple[np.ndarray, np.ndarray]:
-    """One of four batches, which a model learns by heart."""
+    """One of four batches, which a model can memorize."""
     return batch(number % 4)
 
 

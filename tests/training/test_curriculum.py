@@ -27,7 +27,7 @@ def config(tmp_path):
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch, without_samples):
-    """No time for evaluations and samples, which are not of interest here."""
+    """No evaluations and samples."""
     monkeypatch.setattr(Run, "evaluate", lambda run: (1.0, 1.0))
 
 
@@ -74,7 +74,7 @@ def test_a_run_resumed_around_a_change_is_the_uninterrupted_one(config, text, tm
     assert all(np.array_equal(array, ends[1][name]) for name, array in ends[0].items())
 
 
-def test_a_change_is_told_and_a_wrong_length_refused(config, text, capsys, tmp_path):
+def test_a_change_is_logged_and_a_wrong_length_refused(config, text, capsys, tmp_path):
     train(GPT(TINY), replace(config, curriculum_start_block_size=8, max_iters=4,
                              lr_decay_iters=4), text)
     assert "context of 16 tokens from step 3 on" in capsys.readouterr().err

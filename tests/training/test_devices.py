@@ -1,4 +1,4 @@
-"""Two devices in one process, here two of tinygrad's CPUs: they equal one, and share its files."""
+"""Two devices in one process, two of tinygrad's CPUs: they equal one, and write the same files."""
 
 from dataclasses import replace
 
@@ -30,15 +30,15 @@ def config(tmp_path):
 
 def same(a, b) -> None:
     """Two checkpoints hold the same tensors and metadata, to rounding."""
-    (ours, facts), (theirs, known) = checkpoint.load(a.last), checkpoint.load(b.last)
-    assert set(ours) == set(theirs) and set(facts) == set(known)
+    (ours, metadata), (theirs, wanted) = checkpoint.load(a.last), checkpoint.load(b.last)
+    assert set(ours) == set(theirs) and set(metadata) == set(wanted)
     for name, array in ours.items():
         np.testing.assert_allclose(array, theirs[name], rtol=1e-3, atol=1e-5, err_msg=name)
     assert a.val_loss == pytest.approx(b.val_loss, rel=1e-6)
     assert a.train_loss == pytest.approx(b.train_loss, rel=1e-6)
 
 
-def test_two_devices_go_on_as_one_would_and_one_reads_what_they_saved(config, text, tmp_path,
+def test_two_devices_resume_a_run_of_one_and_one_resumes_theirs(config, text, tmp_path,
                                                                       without_samples):
     config = replace(config, gradient_accumulation_steps=2, shard_optimizer=True, ema=True)
     whole = train(GPT(SHAPE), config, text)
@@ -73,7 +73,7 @@ def test_gradients_over_two_devices_are_those_of_one(shape, rng):
 
 @pytest.mark.parametrize("kind, partition", [("adamw", True), ("lion", True), ("muon", True),
                                              ("adamw8bit", False)])
-def test_optimizers_on_two_devices_do_what_they_do_on_one(rng, kind, partition):
+def test_optimizers_on_two_devices_equal_those_on_one(rng, kind, partition):
     shapes = {"h.0.w": (8, 4), "wte": (6, 800), "odd": (5, 3), "b": (6,)}
     arrays = {k: rng.standard_normal(s, dtype=np.float32) for k, s in shapes.items()}
     ends = []
@@ -94,7 +94,7 @@ def test_optimizers_on_two_devices_do_what_they_do_on_one(rng, kind, partition):
 
 
 def test_what_each_device_keeps(config, text):
-    """All weights; of the optimizer's state all, or with shard_optimizer its rows."""
+    """All weights, and all of the optimizer's state or, with shard_optimizer, its rows."""
     data = load_data(text, "byte", 256)
     for sharded in (False, True):
         run = prepare(GPT(SHAPE), replace(config, devices=2, shard_optimizer=sharded), data)
@@ -107,8 +107,8 @@ def test_what_each_device_keeps(config, text):
         assert run.model.wte.weight.uop.axis is None and run.steps.x.uop.axis == 0
 
 
-def test_a_run_on_two_devices_writes_text_on_the_way(config, text):
-    """On the first; what is compiled for that does not outlive the weights that it is for."""
+def test_a_run_on_two_devices_samples_between_steps(config, text):
+    """On the first device; the compiled steps of the sampling do not outlive its weights."""
     run = prepare(GPT(replace(SHAPE, dropout=0.0)), replace(config, devices=2),
                   load_data(text, "byte", 256))
     written = []

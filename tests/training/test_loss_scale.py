@@ -126,8 +126,8 @@ def test_an_overflow_changes_nothing_and_the_run_recovers(config, data, monkeypa
     changes = [line for line in lines if "loss scale" in line]
     assert changes == [f"iter {n}: loss scale {2**(40 - n)}" for n in range(1, len(skipped) + 1)]
     assert 10 < len(skipped) < 30  # more than end a run whose loss is not finite
-    tensors, facts = checkpoint.load(result.last)
-    assert facts["loss_scale"] == {"scale": 2.0**(40 - len(skipped)),
+    tensors, metadata = checkpoint.load(result.last)
+    assert metadata["loss_scale"] == {"scale": 2.0**(40 - len(skipped)),
                                    "good_steps": 40 - len(skipped)}
     assert tensors["optimizer.step"].item() == 40 - len(skipped)
     assert result.train_loss < loss - 0.2
@@ -147,7 +147,7 @@ def test_an_overflow_in_one_process_is_one_in_all(config, data, monkeypatch):
 @pytest.mark.parametrize("loss, steps", [(2.0, 16 + 10), (np.nan, 10)])
 def test_overflows_end_a_run_only_at_the_smallest_scale(config, data, monkeypatch, capsys, loss,
                                                         steps):
-    """65536 halves 16 times; a loss that is not finite is none of the scale's doing."""
+    """65536 halves 16 times; a loss that is not finite does not come from the scale."""
     monkeypatch.setattr(Steps, "evaluate", lambda *args: 1.0)
     monkeypatch.setattr(Steps, "train", lambda *args: (loss, np.inf))
     with pytest.raises(ValueError, match=f"not finite for 10 steps, the last at {steps}:"):
@@ -159,15 +159,15 @@ def test_a_run_resumes_to_the_bit_within_a_growth_interval(config, data, tmp_pat
     monkeypatch.setattr(loss_scale, "GROWTH_INTERVAL", 3)
     config = replace(config, max_iters=11, lr_decay_iters=11, ema=True)
     whole = train(GPT(TINY), config, data)
-    told = re.findall("iter .* loss scale .*", capsys.readouterr().out)
-    assert told[:2] == ["iter 3: loss scale 131072", "iter 6: loss scale 262144"]
+    logged = re.findall("iter .* loss scale .*", capsys.readouterr().out)
+    assert logged[:2] == ["iter 3: loss scale 131072", "iter 6: loss scale 262144"]
     parts = replace(config, out_dir=str(tmp_path / "parts"))
     half = train(GPT(TINY), replace(parts, max_iters=5), data)
     assert checkpoint.load_metadata(half.last)["loss_scale"] == {"scale": 131072.0, "good_steps": 2}
     rest = train(GPT(TINY, seed=3), replace(parts, resume=True), data)
-    assert re.findall("iter .* loss scale .*", capsys.readouterr().out) == told
-    (ours, facts), (theirs, known) = checkpoint.load(rest.last), checkpoint.load(whole.last)
-    assert equal(ours, theirs) and facts["loss_scale"] == known["loss_scale"]
+    assert re.findall("iter .* loss scale .*", capsys.readouterr().out) == logged
+    (ours, metadata), (theirs, wanted) = checkpoint.load(rest.last), checkpoint.load(whole.last)
+    assert equal(ours, theirs) and metadata["loss_scale"] == wanted["loss_scale"]
     assert losses(tmp_path / "parts") == losses(tmp_path / "out")
 
 
@@ -178,13 +178,13 @@ def test_a_run_resumes_in_another_dtype_and_damage_is_refused(config, data, monk
     config = replace(config, max_iters=2)
     train(GPT(TINY), replace(config, dtype="bfloat16"), data)
     on = train(GPT(TINY), replace(config, max_iters=4, resume=True), data)
-    tensors, facts = checkpoint.load(on.last)
-    assert facts["loss_scale"] == {"scale": 65536.0, "good_steps": 2}
+    tensors, metadata = checkpoint.load(on.last)
+    assert metadata["loss_scale"] == {"scale": 65536.0, "good_steps": 2}
     on = train(GPT(TINY), replace(config, max_iters=6, resume=True, dtype="float32"), data)
     assert "loss_scale" not in checkpoint.load_metadata(on.last)
     for damaged in ({"scale": 3.5}, {"size": 1.0}):
-        checkpoint.save(on.last, tensors, facts | {"loss_scale": damaged, "iter_num": 6})
+        checkpoint.save(on.last, tensors, metadata | {"loss_scale": damaged, "iter_num": 6})
         with pytest.raises(ValueError, match=r"has (a )?loss_scale"):
             train(GPT(TINY), replace(config, max_iters=8, resume=True), data)
     with pytest.raises(ValueError, match=r"loss_scale=65536\.0, which is not an object"):
-        checkpoint.save(on.last, tensors, facts | {"loss_scale": 65536.0})
+        checkpoint.save(on.last, tensors, metadata | {"loss_scale": 65536.0})

@@ -1,4 +1,4 @@
-"""When a run stops, what it skips, and a look at it without touching it."""
+"""Early stopping, skipped spikes, and evaluation alone."""
 
 import json
 import math
@@ -43,7 +43,7 @@ def test_patience_counts_evaluations_in_a_row_without_a_new_best(config, text, m
     assert "no new best in 2 evaluations (--patience)" in capsys.readouterr().err
 
 
-def test_patience_goes_on_counting_in_a_resumed_run(config, text, monkeypatch, without_samples):
+def test_patience_keeps_its_count_in_a_resumed_run(config, text, monkeypatch, without_samples):
     worsening(monkeypatch, [9, 5, 6, 7, 8, 9])
     config = replace(config, patience=3)
     assert train(GPT(TINY), replace(config, max_iters=2), text).iter_num == 2
@@ -105,20 +105,20 @@ def test_a_spike_changes_nothing_and_is_told(config, text, tmp_path, capsys):
     assert not np.array_equal(weights(run.model)["wte.weight"], before["wte.weight"])
 
 
-def test_skipping_goes_on_exactly_in_a_resumed_run(config, text, tmp_path, capsys, without_samples):
+def test_skipping_is_exact_in_a_resumed_run(config, text, tmp_path, capsys, without_samples):
     """A factor of 1 skips about every other step, once there are enough norms."""
     config = replace(config, skip_spikes=1.0, eval_interval=100, lr_decay_iters=40)
     whole = train(GPT(TINY), replace(config, max_iters=40), text)
-    told = [line for line in capsys.readouterr().out.splitlines() if line.endswith("skipped")]
-    assert 5 <= len(told) <= 20
+    skipped = [line for line in capsys.readouterr().out.splitlines() if line.endswith("skipped")]
+    assert 5 <= len(skipped) <= 20
     parts = replace(config, out_dir=str(tmp_path / "parts"))
     train(GPT(TINY), replace(parts, max_iters=28), text)
     rest = train(GPT(TINY), replace(parts, max_iters=40, resume=True), text)
     again = [line for line in capsys.readouterr().out.splitlines() if line.endswith("skipped")]
-    assert again == told
+    assert again == skipped
     ends = [checkpoint.load(result.last)[0] for result in (whole, rest)]
     assert all(np.array_equal(array, ends[1][name]) for name, array in ends[0].items())
-    assert ends[0]["optimizer.step"].item() == 40 - len(told)
+    assert ends[0]["optimizer.step"].item() == 40 - len(skipped)
 
 
 # ---- evaluation alone

@@ -1,4 +1,4 @@
-"""A training run: the loop of its steps, what it tells, and how it is saved and gone on with."""
+"""A training run: the training loop, logging, saving and resuming."""
 
 import shlex
 import signal
@@ -36,12 +36,12 @@ from tinygpt.training.signals import pending_signals
 from tinygpt.training.spikes import SpikeGuard
 from tinygpt.training.steps import Steps
 
-NOT_FINITE = 10  # steps in a row without a finite loss after which training stops
+NOT_FINITE = 10  # training stops after as many steps in a row without a finite loss
 
 
 @dataclass
 class TrainResult:
-    """How a run ended: losses in nats per token, the path of the last and the best checkpoint."""
+    """How a run ended: losses in nats per token, and the paths of the last and best checkpoint."""
 
     iter_num: int
     train_loss: float
@@ -52,7 +52,7 @@ class TrainResult:
 
 
 class Interrupted(Exception):
-    """A signal asked the run to stop, and it has been saved."""
+    """A signal stopped the run, which has been saved."""
 
     def __init__(self, signum: int, path: Path):
         super().__init__(f"stopped and saved in {path}; continue with: "
@@ -61,11 +61,11 @@ class Interrupted(Exception):
 
 
 class Run:
-    """One training run: its data, its compiled steps and where it stands.
+    """One training run: model, data, compiled steps and progress; see `prepare`, which makes one.
 
-    Batches, dropout and learning rate are pure functions of the step, so that weights, optimizer
-    and step are all that a resumed run needs. Of several ranks all hold the same at every step,
-    and the first alone tells and saves.
+    Batches, dropout and learning rate are pure functions of the step, so that resuming needs only
+    weights, optimizer and step. All ranks hold the same state at every step; the main rank alone
+    logs and saves.
     """
 
     def __init__(self, model: LanguageModel, config: TrainConfig, data: TokenData,
@@ -75,10 +75,10 @@ class Run:
         self.out_dir = Path(config.out_dir)
         self.bytes_per_token: float | None = None  # of the validation tokens
         self.iter_num, self.best_val_loss = 0, float("inf")
-        self.was_best = False  # whether the checkpoint that was resumed was the best
+        self.was_best = False  # whether the resumed checkpoint was saved as the best
         self.stale = 0  # evaluations in a row without a new best
         self.not_finite = 0  # steps in a row
-        self.fresh = 0  # steps since the last was compiled anew
+        self.since_compiled = 0  # steps
         self.spikes = SpikeGuard(config.skip_spikes)
         self.loss_scale = LossScale() if config.dtype == "float16" else None
         block, rows = model.config.block_size, config.batch_size
@@ -99,13 +99,14 @@ class Run:
     # ---- the run
 
     def train(self) -> TrainResult:
-        with self._only_run(), pending_signals() as pending:
+        """Trains to the end, with logs and checkpoints in out_dir. Raises Interrupted."""
+        with self._locked(), pending_signals() as pending:
             self.report = self._make_report(None)
-            self._greet()
+            self._log_start()
             self._try_out()
             out_dir, loggers = None, ()
             if self.ranks.is_main:
-                self._make_room()
+                self._prepare_out_dir()
             if self.ranks.is_main and not self._ended():
                 config, out_dir = self.config, self.out_dir
                 loggers = make_loggers(config.tensorboard, config.wandb, out_dir,
@@ -116,19 +117,19 @@ class Run:
             finally:
                 self.report.close()
 
-    def _only_run(self):
-        """Keeps other runs out of out_dir."""
+    def _locked(self):
+        """Keeps other runs from writing into out_dir."""
         return checkpoint.locked(self.out_dir) if self.ranks.is_main else nullcontext()
 
     def _try_out(self) -> None:
-        """Finds out what cannot be run before any file is touched."""
+        """Raises errors of the first evaluation before any file is written."""
         if not np.isfinite(self.steps.evaluate(partial(self.val_batches.spread, count=1), 1)):
             check_finite(self.model)
 
     def evaluate_only(self) -> TrainResult:
-        """Tells how good the checkpoint is that the run stands at; writes nothing."""
+        """Logs the losses of the resumed checkpoint; writes nothing."""
         self.report = self._make_report(None)
-        self._greet()
+        self._log_start()
         losses = self._log_evaluation()
         return TrainResult(self.iter_num, *losses, self.best_val_loss,
                            checkpoint.newest(self.out_dir), self._best_path())
@@ -154,8 +155,8 @@ class Run:
         began, first = time.perf_counter(), self.iter_num
         ended = self._ended()
         if self.iter_num >= config.max_iters:
-            self.report.remark(f"the run is over after {self.iter_num} steps: to go on, ask for "
-                               "more with --max_iters")
+            self.report.remark(f"the run is over after {self.iter_num} steps: to continue, raise "
+                               "--max_iters")
         if self.iter_num == 0 or ended:
             losses = self._log_evaluation()
         while not ended:
@@ -164,8 +165,8 @@ class Run:
             lr = learning_rate(self.iter_num, config)
             loss, norm = self.step(lr)
             seconds = time.perf_counter() - start
-            self.fresh += 1
-            self._after_step(loss, norm, lr, seconds)
+            self.since_compiled += 1
+            self._finish_step(loss, norm, lr, seconds)
             if self.iter_num - first == 1:
                 self.report.remark(f"compiled in {time.perf_counter() - began:.1f} s; "
                                    "the steps from here on are fast")
@@ -188,25 +189,25 @@ class Run:
         self._log_sample()
         best = self._best_path()
         averaged = config.ema and checkpoint.load_metadata(best)["train_config"]["ema"]
-        self.report.remark(f"saved in {saved}; write with: python generate.py --checkpoint "
+        self.report.remark(f"saved in {saved}; sample with: python generate.py --checkpoint "
                            f"{shlex.quote(str(best))}{' --ema' if averaged else ''}")
         return TrainResult(self.iter_num, *losses, self.best_val_loss, saved, best)
 
     def _signal(self, pending: list[int]) -> int:
-        """What asks the run to stop: the first signal, or that nobody reads what it says; or 0."""
+        """The signal that stops the run, SIGPIPE where stdout or stderr was closed; 0 for none."""
         return pending[0] if pending else signal.SIGPIPE if self.report.closed else 0
 
     def _use_length(self) -> None:
-        """Follows the curriculum to the length of the next step's sequences."""
+        """Sets the sequence length of the next step, as the curriculum has it."""
         length = context_length(self.iter_num, self.config, self.model.config.block_size)
         if length != self.steps.length:
             self.steps.use_length(length)
-            self.fresh = 0
+            self.since_compiled = 0
             self.report.work = self._work()
             self.report.remark(f"context of {length} tokens from step {self.iter_num + 1} on")
 
     def _ended(self, seconds: float = 0.0) -> bool:
-        """Whether the run is over: by steps, by patience, or by the seconds that it took."""
+        """Whether the run is over: by max_iters, patience or, after `seconds`, max_minutes."""
         config = self.config
         return (self.iter_num >= config.max_iters or self._impatient()
                 or seconds >= 60 * (config.max_minutes or np.inf))
@@ -227,17 +228,17 @@ class Run:
         self.iter_num += 1
         return loss, norm
 
-    def _after_step(self, loss: float, norm: float, lr: float, seconds: float) -> None:
-        """Logs a step, and lets its norm decide on the limit and the loss scale of the next."""
+    def _finish_step(self, loss: float, norm: float, lr: float, seconds: float) -> None:
+        """Logs a step, and updates the spike limit and the loss scale for the next one."""
         finite = bool(np.isfinite(loss + norm))
         if finite:
             self.not_finite = 0
-            self.report.step(self.iter_num, loss, norm, lr, seconds, self.fresh == 1)
+            self.report.step(self.iter_num, loss, norm, lr, seconds, self.since_compiled == 1)
             if norm > (limit := self.spikes.limit()):
                 self.report.line(f"iter {self.iter_num}: gradient norm {norm:.4f} over "
                                  f"{limit:.4f}: skipped")
         else:
-            self._skipped(loss, norm)
+            self._log_not_finite(loss, norm)
         self.spikes.add(norm)
         if self.loss_scale and self.loss_scale.update(finite):
             self.report.line(f"iter {self.iter_num}: loss scale {self.loss_scale.scale:.0f}")
@@ -258,12 +259,12 @@ class Run:
         return train, val
 
     def _averaged(self):
-        """Puts the weights' moving average, where there is one, in their place for a while."""
+        """Within it the model has the moving average of its weights, where there is one."""
         return self.ema.in_place() if self.ema else nullcontext()
 
-    def _skipped(self, loss: float, norm: float) -> None:
+    def _log_not_finite(self, loss: float, norm: float) -> None:
         self.report.line(f"iter {self.iter_num}: loss {loss}, gradient norm {norm}: skipped")
-        # a gradient that a lower loss scale keeps finite is part of the normal course
+        # an overflow that a lower loss scale avoids is normal
         if self.loss_scale is None or self.loss_scale.is_smallest or not np.isfinite(loss):
             self.not_finite += 1
         if self.not_finite >= NOT_FINITE:
@@ -290,7 +291,7 @@ class Run:
     # ---- saving and resuming
 
     def save(self, val_loss: float | None) -> Path:
-        """Saves where the run stands, as the best too where val_loss is the lowest so far."""
+        """Saves a checkpoint, and marks it as the best if val_loss is the lowest so far."""
         best = val_loss is not None and val_loss < self.best_val_loss
         if best:
             self.best_val_loss = val_loss
@@ -312,7 +313,7 @@ class Run:
         return path
 
     def _mark_best(self, path: Path) -> None:
-        """Makes the checkpoint at path, of the weights as they are, the best of the run."""
+        """Marks the checkpoint at path, which has the current weights, as the best of the run."""
         checkpoint.mark_best(path)
         if self.config.lora_rank:
             lora.save(self.model, self.params, {
@@ -320,23 +321,23 @@ class Run:
                 "iter_num": self.iter_num}, self.out_dir)
 
     def _finish_marking(self) -> None:
-        """Marks the checkpoint that the run resumed from as the best where it was saved as such,
-        but the run was killed before the mark."""
+        """Marks the resumed checkpoint as the best if the run was killed between saving it as the
+        best and marking it."""
         files = [checkpoint.BEST, *([lora.FILE] if self.config.lora_rank else [])]
         if self.was_best and not all(checkpoint.is_of_step(self.out_dir / name, self.iter_num)
                                      for name in files):
             self._mark_best(self._checkpoint_path())
 
     def resume(self) -> None:
-        """Continues from the checkpoint in out_dir that config asks for, where it asks for one."""
+        """Loads the checkpoint in out_dir that config asks for, if it asks for one."""
         if self.config.eval_only:
             best = self._best_path()
             self._load(best if best.exists() else checkpoint.newest(self.out_dir))
         elif self.config.resume:
             self._load(self.ranks.broadcast(checkpoint.newest(self.out_dir)))
 
-    def _make_room(self) -> None:
-        """Moves a former run aside, unless this one resumes it, and writes this one's settings."""
+    def _prepare_out_dir(self) -> None:
+        """Moves an earlier run aside, unless this one resumes it, and writes config.json."""
         checkpoint.sweep(self.out_dir)
         self._finish_marking()
         if not self.config.resume and (moved := checkpoint.set_aside(self.out_dir)):
@@ -349,19 +350,19 @@ class Run:
     def _load(self, path: Path | None) -> None:
         if path is None:
             flag = "eval_only" if self.config.eval_only else "resume"
-            raise ValueError(f"there is no checkpoint in {self.out_dir} to go on from: "
-                             f"leave out --{flag}, or name another --out_dir")
+            raise ValueError(f"there is no checkpoint in {self.out_dir}: leave out --{flag}, or "
+                             "name another --out_dir")
         check_resumable(path, checkpoint.load_metadata(path), self.config, self.data)
         optimizer = None if self.config.eval_only else self.optimizer
         header = self.model.load_checkpoint(path, optimizer, self.ema)
         if "iter_num" not in header:
             raise ValueError(f"{path} has no iter_num: resume from a checkpoint of a run")
         self.iter_num, self.was_best = header["iter_num"], header.get("is_best", False)
-        self.best_val_loss = header.get("best_val_loss", float("inf"))  # not of a script's own save
+        self.best_val_loss = header.get("best_val_loss", float("inf"))  # a user's script has none
         self.stale = header.get("stale_evaluations", 0)
         if self.config.skip_spikes:
             self.spikes = SpikeGuard(self.config.skip_spikes, header.get("gradient_norms", ()))
-        if self.loss_scale and "loss_scale" in header:  # not where the run had another dtype
+        if self.loss_scale and "loss_scale" in header:  # missing if the run had another dtype
             try:
                 self.loss_scale = LossScale(**header["loss_scale"])
             except (TypeError, ValueError) as error:
@@ -374,41 +375,41 @@ class Run:
     def _best_path(self) -> Path:
         return self.out_dir / checkpoint.BEST
 
-    def _greet(self) -> None:
-        data, say = self.data, self.report.remark
-        say(f"device {device.describe()}")
+    def _log_start(self) -> None:
+        data, log = self.data, self.report.remark
+        log(f"device {device.describe()}")
         if self.config.devices > 1:
-            say(f"the rows of a micro-batch are split among {', '.join(self.devices.names)}")
+            log(f"the rows of a micro-batch are split among {', '.join(self.devices.names)}")
         if self.ranks.size > 1:
-            say(f"{self.ranks.size} processes, {self.ranks.local_size} of them on this machine")
-        say(f"data {data.source}: {len(data.train):,} training and {len(data.val):,} validation "
-            f"tokens")
-        changed = sum(p.numel() for p in self.params.values())
-        say(f"model {self.model.num_params():,} parameters, of which {changed:,} are trained; "
+            log(f"{self.ranks.size} processes, {self.ranks.local_size} of them on this machine")
+        log(f"data {data.source}: {len(data.train):,} training and {len(data.val):,} validation "
+            "tokens")
+        trained = sum(p.numel() for p in self.params.values())
+        log(f"model {self.model.num_params():,} parameters, of which {trained:,} are trained; "
             f"{self.report.work.tokens:,} tokens a step")
         if self.ema:
-            say("evaluations and samples are of the weights' moving average")
+            log("evaluations and samples use the moving average of the weights")
         if self.config.eval_only:
-            say(f"evaluating what was saved after step {self.iter_num}")
+            log(f"evaluating the checkpoint of step {self.iter_num}")
         elif self.iter_num:
-            say(f"resuming after step {self.iter_num}")
+            log(f"resuming after step {self.iter_num}")
         if not self.config.eval_only:
-            say("compiling: the first evaluation and the first step are slow, the first time "
-                "most of all")
+            log("compiling: the first evaluation and the first step are slow, and slowest in the "
+                "first run")
 
 
 def prepare(model: LanguageModel, config: TrainConfig, data: TokenData,
             ranks: Ranks | None = None) -> Run:
     """A run that is ready to train or to evaluate; writes no file.
 
-    Attaches adapters to the model, resumes where config asks for it, and places the weights on the
-    devices. Raises ValueError where model, config, data and what is in out_dir do not fit.
+    Attaches LoRA adapters to the model, resumes if config asks for it, and distributes the weights
+    over the devices. Raises ValueError where model, config, data and out_dir do not fit together.
     """
     ranks = ranks or Ranks()
     check_ranks(model, config, data, ranks)
     check_vocabulary(model, data)
     check_loggers(config.tensorboard, config.wandb)
-    context_length(0, config, model.config.block_size)  # refuses a curriculum that cannot be
+    context_length(0, config, model.config.block_size)  # raises on an impossible curriculum
     if not config.eval_only:
         checkpoint.check_out_dir(Path(config.out_dir))
     bytes_per_token = data.bytes_per_token()

@@ -31,7 +31,7 @@ class Steps:
         self.key = self._buffer(1, dtype=dtypes.uint32)
         self._evaluate = compiled(self._eval_step)
         if config.gradient_accumulation_steps > 1:
-            self.share = self._buffer(1)  # of a micro-batch in the step
+            self.share = self._buffer(1)  # weight of a micro-batch in the step
             self.sums = [self._buffer(*p.shape) for p in self.params.values()]
             self.loss_sum = self._buffer(1)
             self.buckets = Buckets(ranks, [self.loss_sum, *self.sums])
@@ -39,10 +39,10 @@ class Steps:
         self.use_length(model.config.block_size)
 
     def use_length(self, length: int) -> None:
-        """Training steps on sequences of that length from now on, which are compiled anew.
+        """Sets the sequence length of training steps, which are compiled anew.
 
-        A micro-batch is what it was, its windows cut into pieces: as many tokens, in the same
-        order, each piece with positions from 0.
+        The windows of a micro-batch are cut into pieces of that length: the same tokens in the same
+        order, with positions from 0 in each piece.
         """
         self.length = length
         rows, block = self.x.shape
@@ -57,10 +57,10 @@ class Steps:
               loss_scale: float = 1.0) -> tuple[float, float]:
         """Training step `number`: its loss, and the norm of its gradient before clipping.
 
-        batch(n) gives micro-batch n, ids and targets (B, T) int32. A step whose norm is above
+        batch(n) returns micro-batch n, ids and targets (B, T) int32. A step whose norm is above
         norm_limit changes nothing. With float16 the loss is multiplied by loss_scale before the
-        backward pass; the loss and the norm that are returned are not. A gradient that overflows
-        gives a norm that is not finite and changes nothing.
+        backward pass; the returned loss and norm are unscaled. If a gradient overflows, the norm is
+        not finite and nothing changes.
         """
         micro = self.config.gradient_accumulation_steps
         device.write(self.lr, [lr])
@@ -83,9 +83,9 @@ class Steps:
         return loss, norm
 
     def evaluate(self, batch, count: int) -> float:
-        """The mean loss of `count` micro-batches, of which each rank computes its share.
+        """The mean loss of `count` micro-batches, shared among the ranks.
 
-        batch(n) gives micro-batch n, ids and targets (B, T) int32.
+        batch(n) returns micro-batch n, ids and targets (B, T) int32.
         """
         losses = np.zeros(count)
         for n in self.ranks.shard(range(count)):
@@ -100,10 +100,10 @@ class Steps:
         device.write(to_x, x)
         device.write(to_y, y)
 
-    # ---- what is compiled
+    # ---- compiled functions
 
     def _gradients(self, x: Tensor, y: Tensor, key: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """The loss, and the gradients of the loss times its scale."""
+        """The loss, and the gradients of the scaled loss."""
         config, model = self.config, self.model
         options = (key if model.config.dropout else None, config.label_smoothing, config.z_loss)
         if config.grad_checkpoint:
@@ -121,8 +121,8 @@ class Steps:
         return x if self.loss_scale is None else x / self.loss_scale.reshape(())
 
     def _update(self, loss: Tensor, grads: list[Tensor], lr: Tensor) -> Tensor:
-        """Clips and takes the optimizer's step where all is finite and the gradient no spike:
-        (2,) loss and norm."""
+        """Clips the gradients and updates the weights, unless something is not finite or the norm
+        is a spike. Returns (2,), loss and norm."""
         norm = self._unscaled(global_norm(grads)).contiguous()
         scale = self._unscaled(clip_scale(norm, self.config.grad_clip)).contiguous()
         sound = (loss + norm).isfinite()
@@ -151,15 +151,15 @@ class Steps:
         return stats
 
     def _eval_step(self, x: Tensor, y: Tensor) -> Tensor:
-        with training(False):  # a user's loop may have switched dropout on
+        with training(False):  # a user's own loop may have dropout on
             return self.model(x, y)[1].realize()
 
-    # ---- what is written into
+    # ---- input buffers
 
     def _buffer(self, *shape: int, dtype=dtypes.float32) -> Tensor:
-        """Zeros, on every device."""
+        """Zeros, replicated on the devices."""
         return self.devices.replicate(Tensor.zeros(*shape, dtype=dtype).contiguous().realize())
 
     def _rows(self, *shape: int) -> Tensor:
-        """Tokens, some rows on each device."""
+        """Token ids (B, T), the rows sharded among the devices."""
         return self.devices.shard(Tensor.zeros(*shape, dtype=dtypes.int32).contiguous().realize())
