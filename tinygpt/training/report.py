@@ -32,7 +32,7 @@ class Report:
 
     Records of steps after `start`, which a resumed run takes again, are dropped. The figures of
     every record go to the loggers too (see loggers.py). A silent report prints and writes nothing.
-    `closed` is set once stdout or stderr cannot be written; nothing is printed from then on.
+    `output_closed` is set once stdout or stderr cannot be written; nothing is printed from then on.
     """
 
     def __init__(self, out_dir: Path | None, start: int, config: TrainConfig, work: Work,
@@ -40,7 +40,7 @@ class Report:
         self.out_dir, self.work, self.silent = out_dir, work, silent
         self.max_iters, self.log_interval = config.max_iters, config.log_interval
         self.records, self.file, self.loggers = [], None, list(loggers)
-        self.closed = self.undrawn = False
+        self.output_closed = self.undrawn = False
         if out_dir is not None:
             former = _read_records(out_dir / "metrics.jsonl") if start else []
             self.records = [r for r in former if r["iter"] <= start]
@@ -73,13 +73,13 @@ class Report:
         self._print(text, sys.stderr)
 
     def _print(self, text: str, file) -> None:
-        if self.silent or self.closed:
+        if self.silent or self.output_closed:
             return
         try:
             tqdm.write(text, file=file)
             file.flush()
         except OSError:
-            self.closed = True
+            self.output_closed = True
             silence(file)
 
     def step(self, iter_num: int, loss: float, norm: float, lr: float, seconds: float,

@@ -195,7 +195,7 @@ class Run:
 
     def _signal(self, pending: list[int]) -> int:
         """The signal that stops the run, SIGPIPE where stdout or stderr was closed; 0 for none."""
-        return pending[0] if pending else signal.SIGPIPE if self.report.closed else 0
+        return pending[0] if pending else signal.SIGPIPE if self.report.output_closed else 0
 
     def _use_length(self) -> None:
         """Sets the sequence length of the next step, as the curriculum has it."""
