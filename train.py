@@ -22,9 +22,10 @@ from tinygpt.model import lora
 from tinygpt.model.bigram import Bigram, BigramConfig
 from tinygpt.streams import print_error
 from tinygpt.training.batch_size import ADVICE, available_memory, largest_micro_batch
+from tinygpt.training.checks import MOMENTS
 from tinygpt.training.loggers import check_loggers
 from tinygpt.training.ranks import Ranks, world
-from tinygpt.training.run import MOMENTS, Interrupted, Run, TrainResult
+from tinygpt.training.run import Interrupted, Run, TrainResult, prepare
 from tinygpt.training.schedule import context_length
 
 SETTINGS = {f.name: f for cls in (GPTConfig, TrainConfig) for f in fields(cls)}
@@ -57,7 +58,7 @@ def train(model: GPT, train_config: TrainConfig, train_data, tokenizer=None) -> 
         kind = train_config.tokenizer
         if kind == "bpe" and model.config.vocab_size == 50257:
             kind = "gpt2"
-        with ranks.one_first():
+        with ranks.local_main_first():
             train_data = load_data(train_data, tokenizer or kind, model.config.vocab_size,
                                    model.config.block_size, train_config.text_field)
         # what --resume would train on; of text and ids that a script holds it knows nothing
@@ -69,14 +70,14 @@ def train(model: GPT, train_config: TrainConfig, train_data, tokenizer=None) -> 
                 raise ValueError("--batch_size auto is for one process: say a number under mpirun")
             train_config = fit_batch_size(model, train_config, train_data)
         try:
-            run = Run(model, train_config, train_data, ranks)
+            run = prepare(model, train_config, train_data, ranks)
         except ValueError:
             train_data.delete_new_cache()
             raise
         try:
             return run.evaluate_only() if train_config.eval_only else run.train()
         finally:
-            run.devices.collect(model)
+            run.devices.to_first(model)
     except (MemoryError, OSError) as error:
         if device.is_out_of_memory(error):
             raise command.out_of_memory(error, ADVICE) from error
@@ -102,10 +103,10 @@ def fit_batch_size(model: GPT, config: TrainConfig, data: TokenData) -> TrainCon
 
     def trial(n: int) -> Run:
         with tempfile.TemporaryDirectory() as folder:
-            run = Run(model, split(n, out_dir=folder, resume=False, curriculum=False), data)
+            run = prepare(model, split(n, out_dir=folder, resume=False, curriculum=False), data)
         run.steps.evaluate(run.batches.batch, 1)
         for _ in range(2):  # compiled by the first
-            run._step(0.0)  # which leaves the weights as they are
+            run.step(0.0)  # which leaves the weights as they are
         return run
 
     print("finding the largest micro-batch that fits", file=sys.stderr)
@@ -120,15 +121,15 @@ def main(argv: list[str] | None = None) -> int:
     ranks = Ranks()
     try:
         ranks = world()
-        with ranks.one_first():
+        with ranks.local_main_first():
             flags = _settings(argv)
         config = flags["train"]
         device.choose(config.device, ranks.local_rank * config.devices)
-        with ranks.one_first():
+        with ranks.local_main_first():
             model, data = _model_and_data(flags)
         train(model, config, data)
     except Interrupted as stop:
-        if ranks.first:
+        if ranks.is_main:
             print_error(str(stop))
         return 128 + stop.signum
     except SystemExit as end:  # of the parser, which has said why

@@ -21,7 +21,7 @@ from tinygrad import GlobalCounters
 from gpt import GPT, GPTConfig
 from tinygpt.config import TrainConfig
 from tinygpt.data.load import TokenData
-from train import Run
+from tinygpt.training.run import prepare
 
 STEPS = 6
 
@@ -32,11 +32,11 @@ def measure(L: int, C: int, T: int, B: int, grad_checkpoint: bool) -> str:
                           vocab_size=512))
     with tempfile.TemporaryDirectory() as folder:
         config = TrainConfig(batch_size=B, grad_checkpoint=grad_checkpoint, out_dir=folder)
-        run = Run(model, config, TokenData(ids, ids, None, "random"))
+        run = prepare(model, config, TokenData(ids, ids, None, "random"))
         seconds, peak = [], 0
-        for run.iter_num in range(STEPS):
+        for _ in range(STEPS):
             start = time.perf_counter()
-            loss, _ = run._step(1e-4)
+            loss, _ = run.step(1e-4)
             seconds.append(time.perf_counter() - start)
             peak = max(peak, GlobalCounters.mem_used)
     return (f"grad_checkpoint {grad_checkpoint!s:5}  loss {loss:.6f}  step "

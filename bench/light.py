@@ -17,7 +17,7 @@ import train
 from bench.campaign import Outcome, child
 from tinygpt import checkpoint, device
 
-RUN = sys.modules[train.Run.__module__]
+RUN = importlib.import_module("tinygpt.training.run")
 DATA = sys.modules[train.load_data.__module__]
 TEXT = "The harbour sleeps, and I that know her dreams\nMust wake and walk them with a lead.\n"
 FLAGS = ("--data", "text.txt", "--tokenizer", "byte", "--block_size", "8", "--n_layer", "1",
@@ -54,7 +54,7 @@ class LightSteps(RUN.Steps):
 def use_light_steps() -> None:
     """Replaces compiled steps, samples and pictures in this process."""
     RUN.Steps = LightSteps
-    train.Run._sample = lambda run: None
+    RUN.Run.sample = lambda run: None
     Figure.subplots = lambda figure, *_, **__: (_Nothing(), _Nothing())
     Figure.savefig = lambda figure, file, **_: file.write(b"a picture" * 100)
 

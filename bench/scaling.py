@@ -22,7 +22,7 @@ from tinygpt.config import TrainConfig
 from tinygpt.data.load import TokenData
 from tinygpt.kernels.cpu.launch import cpu_count
 from tinygpt.training.ranks import Ranks, world
-from train import Run
+from tinygpt.training.run import Run, prepare
 
 SHAPE = GPTConfig(n_layer=4, n_head=4, n_embd=192, block_size=64, vocab_size=1024)
 MICRO = 4  # micro-batches of 2 sequences in a step, for any number of processes
@@ -32,10 +32,10 @@ STEPS = 150
 def make_run(ranks: Ranks) -> Run:
     data = np.random.default_rng(0).integers(0, SHAPE.vocab_size, 100_000).astype(np.uint16)
     config = TrainConfig(batch_size=2, gradient_accumulation_steps=MICRO,
-                         out_dir=ranks.from_first(tempfile.mkdtemp()))
-    run = Run(GPT(SHAPE), config, TokenData(data, data, None, "random"), ranks)
-    for _ in range(2):  # the first one compiles
-        run._step(1e-3)
+                         out_dir=ranks.broadcast(tempfile.mkdtemp()))
+    run = prepare(GPT(SHAPE), config, TokenData(data, data, None, "random"), ranks)
+    for _ in range(2):  # compiled by the first
+        run.step(1e-3)
     return run
 
 
@@ -55,9 +55,9 @@ def pieces() -> list[float]:
     steps = run.steps
 
     def micro_batch():
-        steps._accumulate(*steps.inputs, steps.key, steps.share)
+        steps.accumulate(*steps.inputs, steps.key, steps.share)
         Device["CPU"].synchronize()
-    return [milliseconds(micro_batch), milliseconds(lambda: steps._apply(steps.lr).tolist())]
+    return [milliseconds(micro_batch), milliseconds(lambda: steps.apply(steps.lr).tolist())]
 
 
 def together(all_reduce: bool) -> list[float]:
@@ -66,9 +66,9 @@ def together(all_reduce: bool) -> list[float]:
     run = make_run(ranks)
 
     def sums():
-        ranks.wait()
-        run.steps.buckets.sum()
-    return [milliseconds(sums if all_reduce else lambda: run._step(1e-3))]
+        ranks.barrier()
+        run.steps.buckets.all_sum()
+    return [milliseconds(sums if all_reduce else lambda: run.step(1e-3))]
 
 
 def measured(ranks: int, mode: str) -> list[float]:
@@ -91,7 +91,7 @@ def main() -> None:
     if args.mode:
         kernels.set_threads(1)
         found = pieces() if args.mode == "pieces" else together(args.mode == "sums")
-        if world().first:
+        if world().is_main:
             print(*found)
         return
     cpus, (micro_batch, update) = cpu_count(), measured(1, "pieces")

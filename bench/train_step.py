@@ -19,7 +19,7 @@ from tinygpt.config import TrainConfig
 from tinygpt.data.load import TokenData
 from tinygpt.kernels import use
 from tinygpt.kernels.cpu.launch import cpu_count
-from train import Run
+from tinygpt.training.run import prepare
 
 # layers, heads, width, block, batch, vocabulary
 CASES = {"A": (4, 4, 128, 64, 12, 512), "B": (6, 6, 384, 256, 12, 512),
@@ -38,12 +38,9 @@ def ours(case: str, dtype: str, kernels: str, data: np.ndarray):
     model = GPT(GPTConfig(n_layer=L, n_head=H, n_embd=C, block_size=T, vocab_size=V))
     config = TrainConfig(batch_size=B, dtype=dtype, out_dir=tempfile.mkdtemp())
     use(kernels)
-    run = Run(model, config, TokenData(data, data, None, "random"))
+    run = prepare(model, config, TokenData(data, data, None, "random"))
 
-    def step():
-        run._step(1e-3)
-        run.iter_num += 1
-    return step
+    return lambda: run.step(1e-3)
 
 
 def theirs(case: str, dtype: str, data: np.ndarray, compile: bool = False):

@@ -31,7 +31,7 @@ def rng():
 @pytest.fixture
 def without_samples(monkeypatch):
     """Runs in this process end without a sample, which would have to be compiled."""
-    monkeypatch.setattr("train.Run._sample", lambda run: None)
+    monkeypatch.setattr("tinygpt.training.run.Run.sample", lambda run: None)
 
 
 @pytest.fixture

@@ -11,11 +11,12 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the faults need
 
 # A resumed run that forgets its best loss; a command whose error message has two lines.
 BREAK = {"faults": """
-take = light.RUN.Run._resume
-def forget(run, path):
-    take(run, path)
-    run.best_val_loss = 9.0
-light.RUN.Run._resume = forget
+resume = light.RUN.Run.resume
+def forget(run):
+    resume(run)
+    if run.iter_num:
+        run.best_val_loss = 9.0
+light.RUN.Run.resume = forget
 campaign.load_shim()
 """, "bad_input": """
 command.failure = lambda error, remedy: (2, f"{error}\\nand more")

@@ -23,10 +23,10 @@ from tinygpt.inference.decoder import Decoder
 from tinygpt.model import lora
 from tinygpt.model.bigram import Bigram, BigramConfig
 from tinygpt.training.optim import EMA
-from tinygpt.training.report import Report
+from tinygpt.training.run import Run, prepare
 from tinygpt.training.schedule import learning_rate
 from tinygpt.training.steps import Steps
-from train import Run, train
+from train import train
 
 # For every flag a test that fails where the flag does nothing.
 EXERCISED = {
@@ -120,8 +120,8 @@ def no_steps(monkeypatch):
     """Runs whose steps and evaluations compute nothing; the steps after which a sample was due."""
     sampled = []
     monkeypatch.setattr(Steps, "train", lambda *args: (2.0, 1.0))
-    monkeypatch.setattr(Run, "_evaluate", lambda run: (1.0, 1.0))
-    monkeypatch.setattr(Run, "_sample", lambda run: sampled.append(run.iter_num))
+    monkeypatch.setattr(Run, "evaluate", lambda run: (1.0, 1.0))
+    monkeypatch.setattr(Run, "sample", lambda run: sampled.append(run.iter_num))
     return sampled
 
 
@@ -199,41 +199,40 @@ def test_the_intervals_of_a_run(config, data, no_steps, tmp_path):
 
 
 def test_an_evaluation_is_of_so_many_batches(config, data, monkeypatch):
-    run = Run(GPT(TINY), replace(config, eval_iters=7, batch_size=3), data)
+    run = prepare(GPT(TINY), replace(config, eval_iters=7, batch_size=3), data)
     shapes = []
     monkeypatch.setattr(run.steps, "evaluate", lambda batch, count: (
         shapes.extend(batch(n)[0].shape for n in range(count)), 1.0)[1])
-    run.report = Report(None, 0, 1, 1, 1, 1, 1)
-    run._evaluate()
+    run.evaluate()
     assert shapes == 2 * 7 * [(3, 8)]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_the_loss_of_a_step(config, data, dtype):
-    run = Run(GPT(TINY), replace(config, label_smoothing=0.3, z_loss=0.01, dtype=dtype), data)
+    run = prepare(GPT(TINY), replace(config, label_smoothing=0.3, z_loss=0.01, dtype=dtype), data)
     x, y = run.batches.batch(0)
     logits = GPT(TINY)(Tensor(x)).numpy().astype(np.float64)
     log_z = np.log(np.exp(logits).sum(-1))
     nats = log_z[..., None] - logits
     right = np.take_along_axis(nats, y[..., None], -1).mean()
     expected = 0.7 * right + 0.3 * nats.mean() + 0.01 * (log_z ** 2).mean()
-    error = abs(run._step(0.0)[0] - expected)
+    error = abs(run.step(0.0)[0] - expected)
     low, high = {"float32": (0, 1e-5), "bfloat16": (1e-5, 2e-2), "float16": (0, 2e-3)}[dtype]
     assert low <= error < high and run.model.compute_dtype == dtype
 
 
 def test_the_average_after_a_step(config, data):
-    run = Run(GPT(TINY), replace(config, ema=True, ema_decay=0.1), data)
+    run = prepare(GPT(TINY), replace(config, ema=True, ema_decay=0.1), data)
     before = weights(run.model)
-    run._step(0.1)
+    run.step(0.1)
     for name, after in weights(run.model).items():
         np.testing.assert_allclose(run.ema.weights[name].numpy(),
                                    0.1 * before[name] + 0.9 * after, atol=1e-6)
 
 
 def test_adapters_are_as_they_were_asked_for(config, data):
-    run = Run(GPT(TINY), replace(config, lora_rank=3, lora_alpha=7.0, lora_targets="h.0.mlp.*"),
-              data)
+    run = prepare(GPT(TINY), replace(config, lora_rank=3, lora_alpha=7.0, lora_targets="h.0.mlp.*"),
+                  data)
     assert {name: p.shape for name, p in run.params.items()} == {
         "h.0.mlp.c_fc.lora.a": (3, 16), "h.0.mlp.c_fc.lora.b": (64, 3),
         "h.0.mlp.c_proj.lora.a": (3, 64), "h.0.mlp.c_proj.lora.b": (16, 3)}
@@ -291,7 +290,7 @@ def go_on_exactly(model: Callable, config: TrainConfig) -> None:
 
 @pytest.fixture
 def no_evaluations(monkeypatch, without_samples):
-    monkeypatch.setattr(Run, "_evaluate", lambda run: (1.0, 1.0))
+    monkeypatch.setattr(Run, "evaluate", lambda run: (1.0, 1.0))
 
 
 def named(row: dict) -> str:
@@ -418,7 +417,7 @@ def finished(tmp_path_factory):
     (folder / "t.txt").write_text("To sleep: perchance to dream.\n" * 20)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.setattr(Run, "_sample", lambda run: None)
+        patch.setattr(Run, "sample", lambda run: None)
         assert command.main(["--data", "t.txt", *SHAPE_FLAGS, "--tokenizer=byte", "--max_iters=1",
                              "--eval_iters=1", "--lora_rank=1"]) == 0
     return folder

@@ -1,9 +1,9 @@
-"""Losses of two recipes, recorded, which every change has to reproduce.
+"""Recorded losses of two recipes, which every change has to reproduce.
 
-A change that means to change them records them anew: `python tests/test_golden.py --record` writes
-tests/golden.json, whose diff then shows by how much. The recipes are the presets as they stand,
-with fewer blocks and, by the portable kernels, which are slow, in fewer and smaller steps; the text
-is the first part of the bundled play.
+A change that is meant to alter them records new ones: `python tests/test_golden.py --record` writes
+tests/golden.json, whose diff shows by how much. The recipes are the presets with fewer blocks and,
+with the portable kernels, which are slow, fewer and smaller steps; the text is the first part of
+the bundled play.
 """
 
 import functools
@@ -23,17 +23,17 @@ from tinygpt.config import PRESETS
 from tinygpt.data.load import SHIPPED, TokenData, load_data
 from tinygpt.flags import parse_flags
 from tinygpt.kernels.cases import can_run
+from tinygpt.training.run import prepare
 from tinygpt.training.schedule import learning_rate
-from train import Run
 
 FILE = ROOT / "tests" / "golden.json"
 CHARACTERS = 30_000
-# kernels: flags on top of a preset, the last step, and how far one recorded loss is from the next
+# kernels: flags on top of a preset, the last step, and the steps between recorded losses
 SCALES = {"cpu": (("--n_layer=2",), 100, 10),
           "portable": (("--n_layer=1", "--batch_size=2", "--warmup_iters=0"), 5, 1)}
-# Sums are rounded differently by vectors of another width and by another number of threads, which
-# training amplifies. With 1 and 2 threads, compiled for AVX-512, AVX2 and SSE, and on tinygrad
-# 0.14.0 no recorded loss moved by more than 5e-6 in float32 and 1e-3 in bfloat16.
+# Vector width and the number of threads change the rounding of sums, which training amplifies.
+# With 1 and 2 threads, compiled for AVX-512, AVX2 and SSE, and on tinygrad 0.14.0 no recorded loss
+# moved by more than 5e-6 in float32 and 1e-3 in bfloat16.
 TOLERANCE = {"float32": 5e-5, "bfloat16": 5e-3}
 RUNS = [(kind, preset, dtype) for kind in SCALES
         for preset in ("shakespeare", "shakespeare_char_cpu") for dtype in TOLERANCE]
@@ -53,12 +53,9 @@ def losses(kind: str, preset: str, dtype: str, out_dir: Path) -> list[float]:
     tokens = data(config.tokenizer, shape.vocab_size)
     kernels.use(kind)
     try:
-        run = Run(GPT(replace(shape, vocab_size=tokens.tokenizer.vocab_size), config.seed), config,
-                  tokens)
-        found = []
-        for step in range(last + 1):
-            found.append(round(run._step(learning_rate(step, config))[0], 6))
-            run.iter_num += 1
+        model = GPT(replace(shape, vocab_size=tokens.tokenizer.vocab_size), config.seed)
+        run = prepare(model, config, tokens)
+        found = [round(run.step(learning_rate(step, config))[0], 6) for step in range(last + 1)]
     finally:
         kernels.use("auto")
     return found[::every]
@@ -76,7 +73,7 @@ def test_losses_are_those_that_were_recorded(run, tmp_path):
     found = losses(*run, tmp_path / "out")
     assert len(found) == len(golden)
     assert np.abs(np.subtract(found, golden)).max() <= TOLERANCE[run[2]], found
-    assert golden[-1] < golden[0] - 0.1  # what is recorded learned
+    assert golden[-1] < golden[0] - 0.1  # the recorded run learned
 
 
 def record() -> None:
@@ -88,5 +85,5 @@ def record() -> None:
 
 if __name__ == "__main__":
     if sys.argv[1:] != ["--record"]:
-        sys.exit("to record the losses anew: python tests/test_golden.py --record")
+        sys.exit("to record new losses: python tests/test_golden.py --record")
     record()

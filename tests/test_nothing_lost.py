@@ -19,7 +19,7 @@ from gpt import GPT
 from tinygpt import checkpoint, device
 from tinygpt.checkpoint import CheckpointError
 from tinygpt.kernels import use
-from tinygpt.training import run
+from tinygpt.training import checks
 from tinygpt.training.report import Report
 from train import train
 
@@ -46,7 +46,7 @@ def wait_for_a_checkpoint(folder, process) -> None:
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_saves_and_says_how_to_go_on(tmp_path, text_file, command, signum):
+def test_a_signal_saves_and_prints_how_to_resume(tmp_path, text_file, command, signum):
     process = start(tmp_path, text_file)
     wait_for_a_checkpoint(tmp_path / "checkpoints", process)
     process.send_signal(signum)
@@ -58,7 +58,7 @@ def test_a_signal_saves_and_says_how_to_go_on(tmp_path, text_file, command, sign
     assert saved.name == f"ckpt_{last}.safetensors"
 
 
-def test_a_killed_run_goes_on_from_its_last_whole_checkpoint(tmp_path, text_file, command):
+def test_a_killed_run_resumes_from_its_last_whole_checkpoint(tmp_path, text_file, command):
     process = start(tmp_path, text_file)
     wait_for_a_checkpoint(tmp_path / "checkpoints", process)
     process.kill()
@@ -70,8 +70,8 @@ def test_a_killed_run_goes_on_from_its_last_whole_checkpoint(tmp_path, text_file
     assert sorted(losses(tmp_path / "checkpoints")) == list(range(1, last + 3))
 
 
-def test_ctrl_c_while_the_compiler_is_at_work_is_answered_after_the_step(tmp_path, text_file):
-    """A terminal sends it to the compiler too."""
+def test_ctrl_c_while_a_step_compiles_is_handled_after_the_step(tmp_path, text_file):
+    """The terminal sends it to the compiler too."""
     process = start(tmp_path, text_file, CACHELEVEL="0")
     while "compiling" not in process.stderr.readline():
         assert process.poll() is None
@@ -83,7 +83,7 @@ def test_ctrl_c_while_the_compiler_is_at_work_is_answered_after_the_step(tmp_pat
 
 
 @pytest.mark.parametrize("kind", ["pipe", "full"])
-def test_where_nobody_can_read_on_the_run_is_saved_and_ends(tmp_path, text_file, kind):
+def test_a_run_whose_stdout_is_closed_or_full_is_saved_and_ends(tmp_path, text_file, kind):
     if kind == "full" and not os.path.exists("/dev/full"):
         pytest.skip("there is no /dev/full")
     if kind == "pipe":
@@ -113,14 +113,14 @@ def test_a_second_run_in_the_folder_of_a_running_one_is_refused(config, text, tm
           pytest.raises(CheckpointError, match=r"a run is writing to .*out: name another")):
         train(GPT(TINY), config, text)
     assert not any((tmp_path / "out").iterdir())
-    for _ in range(2):  # and neither an end nor an error leaves it locked
+    for _ in range(2):  # neither an end nor an error leaves it locked
         train(GPT(TINY), replace(config, max_iters=1), text)
 
 
 def test_a_run_that_is_refused_does_not_remove_the_folder_of_another(tmp_path, monkeypatch):
     out = tmp_path / "a" / "out"
     exists = Path.exists
-    with checkpoint.locked(out):  # which has just been made, as the other one does not know yet
+    with checkpoint.locked(out):  # made just now, which the other run does not see
         monkeypatch.setattr(Path, "exists", lambda path: path not in (out, out.parent)
                             and exists(path))
         with pytest.raises(CheckpointError, match="a run is writing"), checkpoint.locked(out):
@@ -173,7 +173,7 @@ def test_a_config_json_that_is_no_runs_is_left_alone(config, text, tmp_path, set
     assert contents(tmp_path) == before
 
 
-def test_a_run_that_is_over_says_so_and_keeps_its_settings(config, text, tmp_path, capsys,
+def test_a_run_that_is_over_logs_that_and_keeps_its_settings(config, text, tmp_path, capsys,
                                                            without_samples):
     train(GPT(TINY), config, text)
     before = contents(tmp_path / "out")
@@ -187,10 +187,10 @@ def test_a_run_that_is_over_says_so_and_keeps_its_settings(config, text, tmp_pat
     (dict(freeze="nothing*"), "nothing is named like"),
     (dict(batch_size=10**9), "one layer take .*: choose a smaller --batch_size"),
     (dict(optimizer="adamw", max_iters=3), "optimizer's state take 9")])
-def test_a_run_that_is_refused_leaves_no_folder_and_says_nothing_else(
+def test_a_run_that_is_refused_leaves_no_folder_and_prints_nothing_else(
         config, text, tmp_path, capsys, monkeypatch, settings, says):
     if "optimizer" in settings:
-        monkeypatch.setitem(run.MOMENTS, "adamw", 3e5)
+        monkeypatch.setitem(checks.MOMENTS, "adamw", 3e5)
         monkeypatch.setattr(device, "memory", lambda: 10 ** 9)
     try:
         with pytest.raises(ValueError, match=says):
@@ -214,7 +214,7 @@ def test_what_a_killed_run_left_half_written_is_gone(config, text, tmp_path, wit
     train(GPT(TINY), replace(config, max_iters=1), text)
     for name in (".loss.png.part", ".ckpt_9.safetensors.part", ".config.json.part", ".my.part"):
         (tmp_path / "out" / name).write_bytes(b"half")
-    train(GPT(TINY), replace(config, max_iters=1, resume=resume), text)  # which saves nothing more
+    train(GPT(TINY), replace(config, max_iters=1, resume=resume), text)  # saves nothing more
     assert [path.name for path in (tmp_path / "out").glob(".*")] == [".my.part"]
 
 

@@ -1,7 +1,7 @@
-"""What users do in training loops of their own, with tinygrad's optimizers: accumulate, clip, read.
+"""Training loops of users, with tinygrad's optimizers: they accumulate, clip and read gradients.
 
-tinygrad assigns to gradients, slices and reads tensors that our kernels made; each has to behave
-as a tensor that tinygrad made.
+Tensors that our kernels make are assigned to, sliced and read, and have to behave as those that
+tinygrad makes.
 """
 
 from dataclasses import replace
@@ -20,7 +20,7 @@ from tinygpt import kernels
 from tinygpt.data.load import TokenData
 from tinygpt.data.tokenizer import ByteTokenizer
 from tinygpt.kernels.training import training
-from train import Run
+from tinygpt.training.run import prepare
 
 OPERATIONS = ("linear", "embedding", "layer_norm", "rms_norm", "gelu", "swiglu", "rope",
               "attention", "cross_entropy")
@@ -130,14 +130,14 @@ def test_accumulation_clipping_and_assignment_of_a_model_equal_the_reference(jit
 
 
 def groups(model: GPT, make) -> nn.optim.OptimizerGroup:
-    """Decay for matrices and none for vectors, as train.py has it."""
+    """Weight decay of matrices and not of vectors, as in train.py."""
     weights = list(model.state_dict().values())
     return nn.optim.OptimizerGroup(make([w for w in weights if w.ndim > 1], 0.1),
                                    make([w for w in weights if w.ndim == 1], 0.0))
 
 
 def batch_of(number: int) -> tuple[np.ndarray, np.ndarray]:
-    """One of four batches, which a model learns by heart."""
+    """One of four batches, which a model can memorize."""
     return batch(number % 4)
 
 
@@ -171,7 +171,7 @@ def test_a_loop_with_tinygrads_adamw_equals_train(tmp_path):
                          warmup_iters=0, schedule="constant", grad_clip=0, weight_decay=0.1,
                          out_dir=str(tmp_path))
     data = TokenData(np.zeros(99, np.uint16), np.zeros(99, np.uint16), ByteTokenizer(), "zeros")
-    run = Run(GPT(TINY), config, data)
+    run = prepare(GPT(TINY), config, data)
     theirs = [run.steps.train(number, batch_of, 1e-2, np.inf)[0] for number in range(30)]
     assert theirs[-1] < theirs[0] - 0.2
     np.testing.assert_allclose(ours, theirs, atol=2e-4)
@@ -248,12 +248,12 @@ def test_an_evaluation_inside_a_training_loop_has_no_dropout(tmp_path, text_file
 
     data = load_data(text_file, "byte", 256)
     model, *_ = model_and_batch(dropout=0.5)
-    run = Run(model, TrainConfig(batch_size=4, out_dir=str(tmp_path)), data)
+    run = prepare(model, TrainConfig(batch_size=4, out_dir=str(tmp_path)), data)
     batch = partial(run.val_batches.spread, count=2)
     right = run.steps.evaluate(batch, 2)
     with training():
         assert run.steps.evaluate(batch, 2) == right
-        fresh = Run(model, TrainConfig(batch_size=4, out_dir=str(tmp_path)), data)
+        fresh = prepare(model, TrainConfig(batch_size=4, out_dir=str(tmp_path)), data)
         assert fresh.steps.evaluate(batch, 2) == right
 
 

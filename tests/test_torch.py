@@ -8,7 +8,7 @@ from tinygrad import Tensor
 
 from gpt import GPT, GPTConfig, TrainConfig
 from tinygpt.data.load import TokenData
-from train import Run
+from tinygpt.training.run import prepare
 
 torch = pytest.importorskip("torch")
 nn, F = torch.nn, torch.nn.functional
@@ -197,7 +197,7 @@ def test_training_equals_pytorch_for_20_steps(tmp_path):
     tokens = np.random.default_rng(13).integers(0, V, 20 * B * T).astype(np.uint16)
     config = TrainConfig(out_dir=str(tmp_path), batch_size=B, learning_rate=lr, beta1=0.8,
                          beta2=0.95, weight_decay=decay, grad_clip=clip)
-    run = Run(ours, config, TokenData(tokens, tokens[:50], None, "numbers"))
+    run = prepare(ours, config, TokenData(tokens, tokens[:50], None, "numbers"))
     matrices = [p for p in theirs.parameters() if p.ndim >= 2]
     vectors = [p for p in theirs.parameters() if p.ndim < 2]
     optimizer = torch.optim.AdamW([dict(params=matrices, weight_decay=decay),
@@ -207,8 +207,7 @@ def test_training_equals_pytorch_for_20_steps(tmp_path):
         batch = run.batches.batch(number)
         x, y = (torch.tensor(a, dtype=torch.long) for a in batch)
         grads = gradients(ours, *batch) if number < 10 else {}
-        loss, norm = run._step(lr)
-        run.iter_num += 1
+        loss, norm = run.step(lr)
         right = theirs(x, y)[1]
         optimizer.zero_grad()
         right.backward()

@@ -16,8 +16,8 @@ from tinygpt.data.load import load_data
 from tinygpt.data.tokenizer import ByteTokenizer
 from tinygpt.kernels import use
 from tinygpt.model import lora
-from tinygpt.training.report import Report
-from train import Run, train
+from tinygpt.training.run import prepare
+from train import train
 
 pytestmark = pytest.mark.usefixtures("without_samples")
 
@@ -50,9 +50,9 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(config, text, tmp_pa
 
 def test_compiled_steps_go_when_their_run_goes(config, text):
     """Not when the garbage collector finds them, in a thread that they would wait for."""
-    run = Run(GPT(TINY), config, load_data(text, "byte", 256))
+    run = prepare(GPT(TINY), config, load_data(text, "byte", 256))
     for _ in range(3):
-        run._step(1e-3)
+        run.step(1e-3)
     steps = weakref.ref(run.steps)
     gc.collect()
     gc.disable()
@@ -74,12 +74,10 @@ def test_ema_is_evaluated_sampled_and_saved_beside_the_weights(config, text, tmp
     for name, w in weights(model).items():
         assert np.array_equal(tensors[f"model.{name}"], w), name
         assert not np.array_equal(averages[name], w), name
-    run = Run(GPT.from_checkpoint(result.last, ema=True),
-              replace(config, ema=False, max_iters=1, out_dir=str(tmp_path / "other")),
-              load_data(text, "byte", 256))
-    (tmp_path / "other").mkdir()
-    run.report = Report(tmp_path / "other", 0, 1, 1, 1, 1, 1)
-    assert run._evaluate() == (result.train_loss, result.val_loss)
+    run = prepare(GPT.from_checkpoint(result.last, ema=True),
+                  replace(config, ema=False, max_iters=1, out_dir=str(tmp_path / "other")),
+                  load_data(text, "byte", 256))
+    assert run.evaluate() == (result.train_loss, result.val_loss)
     plain = GPT.from_checkpoint(result.last)
     assert np.array_equal(plain.wte.weight.numpy(), tensors["model.wte.weight"])
     logged = [r["val_loss"] for r in map(json.loads, (
@@ -90,7 +88,7 @@ def test_ema_is_evaluated_sampled_and_saved_beside_the_weights(config, text, tmp
 def test_ema_starts_at_the_weights_of_a_run_without(config, text, tmp_path):
     train(GPT(TINY), replace(config, max_iters=3), text)
     start = checkpoint.part(checkpoint.load(tmp_path / "out" / "ckpt_3.safetensors")[0], "model.")
-    run = Run(GPT(TINY), replace(config, ema=True, resume=True), load_data(text, "byte", 256))
+    run = prepare(GPT(TINY), replace(config, ema=True, resume=True), load_data(text, "byte", 256))
     for name, average in run.ema.weights.items():
         assert np.array_equal(average.numpy(), start[name]), name
 
@@ -144,12 +142,12 @@ def test_a_run_of_weights_that_are_not_finite_saves_nothing(config, text, tmp_pa
     with pytest.raises(ValueError, match=r"ln_f\.bias has NaN or infinite values") as caught:
         train(model, config, text)
     assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
-    run = Run(GPT(TINY), config, load_data(text, "byte", 256))
-    path = run._save(3.0)
+    run = prepare(GPT(TINY), config, load_data(text, "byte", 256))
+    path = run.save(3.0)
     before = {p: p.read_bytes() for p in path.parent.iterdir()}
     run.model.load_state_dict(weights(model))
     with pytest.raises(ValueError, match=r"model\.ln_f\.bias has NaN or infinite values"):
-        run._save(2.0)
+        run.save(2.0)
     assert {p: p.read_bytes() for p in path.parent.iterdir()} == before
 
 
@@ -177,27 +175,26 @@ def test_a_run_killed_between_a_save_and_its_mark_is_marked_when_it_resumes(conf
 
 def test_a_checkpoint_that_is_not_the_best_is_not_marked_when_its_run_resumes(config, text,
                                                                               tmp_path):
-    run = Run(GPT(TINY), config, load_data(text, "byte", 256))
+    data = load_data(text, "byte", 256)
+    run = prepare(GPT(TINY), config, data)
     for n, loss in enumerate((3.0, 2.0, 2.5), 1):
         run.iter_num = n
-        run._save(loss)
+        run.save(loss)
     best = checkpoint.load_metadata(tmp_path / "out" / checkpoint.BEST)
     assert best["iter_num"] == 2 and best["best_val_loss"] == 2.0
-    resumed = Run(GPT(TINY), replace(config, resume=True), load_data(text, "byte", 256))
+    resumed = train(GPT(TINY), replace(config, resume=True, max_iters=3), data)
     assert resumed.iter_num == 3
-    resumed._finish_marking()
     assert checkpoint.load_metadata(tmp_path / "out" / checkpoint.BEST) == best
 
 
 def test_dropout_is_fresh_at_every_step(config, text):
-    run = Run(GPT(replace(TINY, dropout=0.5)), replace(config, learning_rate=1e-30),
-              load_data(text, "byte", 256))
+    run = prepare(GPT(replace(TINY, dropout=0.5)), replace(config, learning_rate=1e-30),
+                  load_data(text, "byte", 256))
     batch = run.batches.batch(0)
     run.batches.batch = lambda number: batch
     seen = set()
     for _ in range(5):
-        seen.add(run._step(0.0)[0])
-        run.iter_num += 1
+        seen.add(run.step(0.0)[0])
     assert len(seen) == 5
 
 

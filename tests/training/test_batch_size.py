@@ -28,9 +28,9 @@ def config(tmp_path):
 
 
 @pytest.mark.parametrize("limit, expected", [(100, 12), (12, 12), (11, 6), (5, 4), (1, 1)])
-@pytest.mark.parametrize("tells", [True, False])
-def test_the_largest_divisor_that_fits_is_found(limit, expected, tells):
-    """On a device that tells what is free, or one that only fails."""
+@pytest.mark.parametrize("is_known", [True, False])
+def test_the_largest_divisor_that_fits_is_found(limit, expected, is_known):
+    """Whether the available memory is known, or allocation only fails."""
     base = 1 << 20
 
     def trial(n):
@@ -38,7 +38,7 @@ def test_the_largest_divisor_that_fits_is_found(limit, expected, tells):
             raise MemoryError
         return Tensor.zeros(base // 4 * n).contiguous().realize()
 
-    available = base * limit if tells else None
+    available = base * limit if is_known else None
     device.free_memory()
     before = GlobalCounters.mem_used
     assert largest_micro_batch(12, trial, available) == expected
@@ -91,8 +91,8 @@ def test_out_of_memory_names_the_flags(config, text, monkeypatch, error):
     def fails(self, lr):
         raise error
 
-    monkeypatch.setattr(Run, "_step", fails)
-    monkeypatch.setattr(Run, "_evaluate", lambda run: (1.0, 1.0))
+    monkeypatch.setattr(Run, "step", fails)
+    monkeypatch.setattr(Run, "evaluate", lambda run: (1.0, 1.0))
     says = r"out of memory \(.*Allocation of 3\.00 GB .*\): lower --batch_size.*--grad_checkpoint"
     with pytest.raises(ValueError, match=says):
         train(GPT(TINY), replace(config, auto_batch_size=False), text)

@@ -10,8 +10,9 @@ from gpt import GPT, GPTConfig
 from tinygpt import checkpoint
 from tinygpt.config import TrainConfig
 from tinygpt.data.load import load_data
+from tinygpt.training.run import Run, prepare
 from tinygpt.training.steps import Steps
-from train import Run, train
+from train import train
 
 TINY = GPTConfig(block_size=16, vocab_size=256, n_layer=1, n_head=2, n_embd=16)
 
@@ -26,38 +27,39 @@ def config(tmp_path):
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch, without_samples):
-    """No time for evaluations and samples, which are not of interest here."""
-    monkeypatch.setattr(Run, "_evaluate", lambda run: (1.0, 1.0))
+    """No evaluations and samples."""
+    monkeypatch.setattr(Run, "evaluate", lambda run: (1.0, 1.0))
 
 
 def test_the_tokens_are_those_of_a_run_without_in_shorter_pieces(config, text, monkeypatch):
     seen, compiled = [], []
-    gradients = Steps._gradients
-    monkeypatch.setattr(Steps, "_gradients", lambda steps, x, y, key: (
-        compiled.append(x.shape), gradients(steps, x, y, key))[1])
+    call = GPT.__call__
+    monkeypatch.setattr(GPT, "__call__", lambda model, x, *rest: (
+        compiled.append(x.shape), call(model, x, *rest))[1])
+    monkeypatch.setattr(Steps, "evaluate", lambda *args: 1.0)
     train_one = Steps.train
     monkeypatch.setattr(Steps, "train", lambda steps, *what: (
         train_one(steps, *what), seen.append([t.numpy() for t in steps.inputs]))[0])
     data = load_data(text, "byte", 256)
     train(GPT(TINY), config, data)
-    run = Run(GPT(TINY), replace(config, curriculum=False), data)
+    assert compiled[-3:] == [(8, 4), (4, 8), (2, 16)] and len(compiled) == 4  # one by prepare
+    run = prepare(GPT(TINY), replace(config, curriculum=False), data)
     shapes = [(8, 4)] * 3 + [(4, 8)] * 3 + [(2, 16)] * 6
     for n, (found, shape) in enumerate(zip(seen, shapes, strict=True)):
         for ids, whole in zip(found, run.batches.batch(n), strict=True):
             assert ids.shape == shape and np.array_equal(ids.ravel(), whole.ravel())
-    assert compiled == [(8, 4), (4, 8), (2, 16)]
 
 
 @pytest.mark.parametrize("settings", [{}, {"gradient_accumulation_steps": 2}], ids=str)
 def test_a_step_is_the_one_that_the_pieces_alone_give(config, text, settings):
     """The mean loss over the pieces, each read from position 0."""
-    run = Run(GPT(TINY), replace(config, **settings), load_data(text, "byte", 256))
+    run = prepare(GPT(TINY), replace(config, **settings), load_data(text, "byte", 256))
     micro = run.config.gradient_accumulation_steps
     pieces = [[t.reshape(8, 4) for t in run.batches.batch(n)] for n in range(micro)]
     expected = [run.model(Tensor(x[i:i + 1]), Tensor(y[i:i + 1]))[1].item()
                 for x, y in pieces for i in range(8)]
     run.steps.use_length(4)
-    assert run._step(0.0)[0] == pytest.approx(np.mean(expected), abs=1e-5)
+    assert run.step(0.0)[0] == pytest.approx(np.mean(expected), abs=1e-5)
 
 
 def test_a_run_resumed_around_a_change_is_the_uninterrupted_one(config, text, tmp_path):
@@ -72,7 +74,7 @@ def test_a_run_resumed_around_a_change_is_the_uninterrupted_one(config, text, tm
     assert all(np.array_equal(array, ends[1][name]) for name, array in ends[0].items())
 
 
-def test_a_change_is_told_and_a_wrong_length_refused(config, text, capsys, tmp_path):
+def test_a_change_is_logged_and_a_wrong_length_refused(config, text, capsys, tmp_path):
     train(GPT(TINY), replace(config, curriculum_start_block_size=8, max_iters=4,
                              lr_decay_iters=4), text)
     assert "context of 16 tokens from step 3 on" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Two devices in one process, here two of tinygrad's CPUs: they equal one, and share its files."""
+"""Two devices in one process, two of tinygrad's CPUs: they equal one, and write the same files."""
 
 from dataclasses import replace
 
@@ -13,7 +13,8 @@ from tinygpt.data.load import load_data
 from tinygpt.device import DeviceError
 from tinygpt.training.devices import Devices
 from tinygpt.training.optim import make_optimizer
-from train import Run, train
+from tinygpt.training.run import prepare
+from train import train
 
 SHAPE = GPTConfig(block_size=8, vocab_size=256, n_layer=1, n_head=2, n_embd=16, dropout=0.1,
                   bias=False)
@@ -29,15 +30,15 @@ def config(tmp_path):
 
 def same(a, b) -> None:
     """Two checkpoints hold the same tensors and metadata, to rounding."""
-    (ours, facts), (theirs, known) = checkpoint.load(a.last), checkpoint.load(b.last)
-    assert set(ours) == set(theirs) and set(facts) == set(known)
+    (ours, metadata), (theirs, wanted) = checkpoint.load(a.last), checkpoint.load(b.last)
+    assert set(ours) == set(theirs) and set(metadata) == set(wanted)
     for name, array in ours.items():
         np.testing.assert_allclose(array, theirs[name], rtol=1e-3, atol=1e-5, err_msg=name)
     assert a.val_loss == pytest.approx(b.val_loss, rel=1e-6)
     assert a.train_loss == pytest.approx(b.train_loss, rel=1e-6)
 
 
-def test_two_devices_go_on_as_one_would_and_one_reads_what_they_saved(config, text, tmp_path,
+def test_two_devices_resume_a_run_of_one_and_one_resumes_theirs(config, text, tmp_path,
                                                                       without_samples):
     config = replace(config, gradient_accumulation_steps=2, shard_optimizer=True, ema=True)
     whole = train(GPT(SHAPE), config, text)
@@ -72,22 +73,20 @@ def test_gradients_over_two_devices_are_those_of_one(shape, rng):
 
 @pytest.mark.parametrize("kind, partition", [("adamw", True), ("lion", True), ("muon", True),
                                              ("adamw8bit", False)])
-def test_optimizers_on_two_devices_do_what_they_do_on_one(rng, kind, partition):
+def test_optimizers_on_two_devices_equal_those_on_one(rng, kind, partition):
     shapes = {"h.0.w": (8, 4), "wte": (6, 800), "odd": (5, 3), "b": (6,)}
     arrays = {k: rng.standard_normal(s, dtype=np.float32) for k, s in shapes.items()}
     ends = []
     for count in (1, 2):
         config = TrainConfig(optimizer=kind, devices=count, batch_size=2, shard_optimizer=partition)
-        devices = Devices(config)
         params = {k: Tensor(a.copy()).realize() for k, a in arrays.items()}
-        grads = [devices.copies(Tensor(a + 1).realize()) for a in arrays.values()]
-        owned = devices.owned(params)
-        optimizer = make_optimizer(owned, config)
-        devices.spread(params, params, owned, optimizer.state_dict())
-        lr, scale, sound = (devices.copies(Tensor(v).realize()) for v in ([0.1], 0.5, True))
+        devices = Devices(config, params)
+        grads = [devices.replicate(Tensor(a + 1).realize()) for a in arrays.values()]
+        optimizer = make_optimizer(devices.owned, config)
+        devices.distribute(params.values(), optimizer.state_dict().values())
+        lr, scale, sound = (devices.replicate(Tensor(v).realize()) for v in ([0.1], 0.5, True))
         for _ in range(2):
-            Tensor.realize(*optimizer.update(grads, lr, scale, sound),
-                           *devices.gather(owned, params))
+            Tensor.realize(*optimizer.update(grads, lr, scale, sound), *devices.all_gather())
         ends.append({k: t.numpy() for k, t in (params | optimizer.state_dict()).items()})
     assert abs(ends[0]["wte"] - arrays["wte"]).max() > 0.05
     for name, array in ends[0].items():
@@ -95,10 +94,10 @@ def test_optimizers_on_two_devices_do_what_they_do_on_one(rng, kind, partition):
 
 
 def test_what_each_device_keeps(config, text):
-    """All weights; of the optimizer's state all, or with shard_optimizer its rows."""
+    """All weights, and all of the optimizer's state or, with shard_optimizer, its rows."""
     data = load_data(text, "byte", 256)
     for sharded in (False, True):
-        run = Run(GPT(SHAPE), replace(config, devices=2, shard_optimizer=sharded), data)
+        run = prepare(GPT(SHAPE), replace(config, devices=2, shard_optimizer=sharded), data)
         for tensor in (*run.model.state_dict().values(), *run.optimizer.state_dict().values()):
             assert tensor.device == TWO
         state = run.optimizer.state_dict()
@@ -108,18 +107,18 @@ def test_what_each_device_keeps(config, text):
         assert run.model.wte.weight.uop.axis is None and run.steps.x.uop.axis == 0
 
 
-def test_a_run_on_two_devices_writes_text_on_the_way(config, text):
-    """On the first; what is compiled for that does not outlive the weights that it is for."""
-    run = Run(GPT(replace(SHAPE, dropout=0.0)), replace(config, devices=2),
-              load_data(text, "byte", 256))
+def test_a_run_on_two_devices_samples_between_steps(config, text):
+    """On the first device; the compiled steps of the sampling do not outlive its weights."""
+    run = prepare(GPT(replace(SHAPE, dropout=0.0)), replace(config, devices=2),
+                  load_data(text, "byte", 256))
     written = []
     for _ in range(2):
-        with run.devices.on_the_first(run.model):
+        with run.devices.on_first(run.model):
             written.append(run.model.generate([[1]], 6, temperature=0.0).tolist())
             alone = GPT(run.model.config)
             alone.load_state_dict({k: w.numpy() for k, w in run.model.state_dict().items()})
         assert written[-1] == alone.generate([[1]], 6, temperature=0.0).tolist()
-        run._step(1.0)  # so far that something else is written
+        run.step(1.0)  # so far that something else is written
     assert written[0] != written[1]
 
 
@@ -148,4 +147,4 @@ def test_what_cannot_be_split_is_refused(wrong, names):
 def test_devices_that_are_not_there_are_refused(monkeypatch):
     monkeypatch.setattr(device, "default", lambda: "CUDA")
     with pytest.raises(DeviceError, match=r"devices=2: CUDA cannot be used here .* choose"):
-        Devices(TrainConfig(devices=2, batch_size=2))
+        Devices(TrainConfig(devices=2, batch_size=2), {})

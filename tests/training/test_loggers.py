@@ -6,43 +6,45 @@ from types import SimpleNamespace
 
 import pytest
 
+from tinygpt.config import TrainConfig
 from tinygpt.training.loggers import check_loggers, make_loggers
-from tinygpt.training.report import Report
+from tinygpt.training.report import Report, Work
 
 
 @pytest.fixture
 def calls(monkeypatch):
-    """What the two libraries are told."""
-    told = []
+    """The calls of the two libraries."""
+    made = []
 
     class SummaryWriter:
         def __init__(self, logdir):
-            told.append(("folder", logdir))
+            made.append(("folder", logdir))
 
         def add_text(self, tag, text):
-            told.append((tag, text.split()))
+            made.append((tag, text.split()))
 
         def add_scalar(self, tag, value, step):
-            told.append((tag, value, step))
+            made.append((tag, value, step))
 
         def close(self):
-            told.append("closed")
+            made.append("closed")
 
     def init(**options):
-        told.append(options)
-        return SimpleNamespace(log=lambda figures, step: told.append((figures, step)),
-                               finish=lambda: told.append("finished"))
+        made.append(options)
+        return SimpleNamespace(log=lambda figures, step: made.append((figures, step)),
+                               finish=lambda: made.append("finished"))
 
     monkeypatch.setitem(sys.modules, "tensorboardX", SimpleNamespace(SummaryWriter=SummaryWriter))
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
-    return told
+    return made
 
 
 def run(tmp_path, **which) -> dict:
-    """A step and an evaluation of a run; what metrics.jsonl has of them."""
+    """Logs a step and an evaluation; the records in metrics.jsonl."""
     loggers = make_loggers(**{"tensorboard": False, "wandb": False} | which, out_dir=tmp_path,
                            settings={"n_layer": 2})
-    report = Report(tmp_path, 0, 10, 1, 100, 1e9, 1e11, loggers)
+    report = Report(tmp_path, 0, TrainConfig(max_iters=10, log_interval=1), Work(100, 1e9, 1e11),
+                    loggers)
     report.step(1, 3.5, 0.75, 2e-5, 0.25, compiled=False)
     report.evaluation(1, 4.0, 4.5, 1e-5, None)
     report.close()

@@ -13,8 +13,9 @@ from tinygpt.data.load import load_data
 from tinygpt.training import loss_scale
 from tinygpt.training.loss_scale import LossScale
 from tinygpt.training.ranks import Ranks
+from tinygpt.training.run import Run, prepare
 from tinygpt.training.steps import Steps
-from train import Run, train
+from train import train
 
 
 @pytest.fixture
@@ -81,11 +82,11 @@ def test_the_scale_stays_within_its_bounds(monkeypatch):
     dict(devices=2)], ids=["plain", "accumulated", "devices"])
 def test_20_steps_are_those_of_float32(config, data, options):
     def trained(**changes) -> np.ndarray:
-        run = Run(GPT(TINY), replace(config, **options | changes), data)
+        run = prepare(GPT(TINY), replace(config, **options | changes), data)
         try:
-            return np.array([run._step(3e-3) for run.iter_num in range(20)]).T
+            return np.array([run.step(3e-3) for _ in range(20)]).T
         finally:
-            run.devices.collect(run.model)
+            run.devices.to_first(run.model)
 
     (loss, norm), (right, norm32) = trained(), trained(dtype="float32", devices=1)
     np.testing.assert_allclose(loss, right, atol=1e-2)
@@ -97,8 +98,8 @@ def test_the_scale_saves_what_float16_would_lose(config, data):
     """The gradient of a block's matrix; with 2^14 times as many tokens it would be as much smaller.
     """
     def gradient(dtype: str, scale: float) -> np.ndarray:
-        run = Run(GPT(TINY), replace(config, dtype=dtype, freeze="w*,ln_f*", grad_clip=0.0,
-                                     optimizer="lion", beta2=0.0), data)
+        run = prepare(GPT(TINY), replace(config, dtype=dtype, freeze="w*,ln_f*", grad_clip=0.0,
+                                         optimizer="lion", beta2=0.0), data)
         run.steps.train(0, run.batches.batch, 0.0, np.inf, scale)
         return run.optimizer.m["h.0.attn.c_attn.weight"].numpy()
 
@@ -114,9 +115,9 @@ def test_an_overflow_changes_nothing_and_the_run_recovers(config, data, monkeypa
     monkeypatch.setattr(LossScale, "__init__", lambda self: setattr(self, "__dict__", dict(
         scale=2.0**40, good_steps=0)))
     config = replace(config, ema=True, gradient_accumulation_steps=accumulation, max_iters=40)
-    run = Run(GPT(TINY), config, data)
+    run = prepare(GPT(TINY), config, data)
     before = state(run)
-    loss, norm = run._step(1e-2)
+    loss, norm = run.step(1e-2)
     assert np.isfinite(loss) and not np.isfinite(norm) and equal(state(run), before)
 
     result = train(GPT(TINY), config, data)
@@ -125,8 +126,8 @@ def test_an_overflow_changes_nothing_and_the_run_recovers(config, data, monkeypa
     changes = [line for line in lines if "loss scale" in line]
     assert changes == [f"iter {n}: loss scale {2**(40 - n)}" for n in range(1, len(skipped) + 1)]
     assert 10 < len(skipped) < 30  # more than end a run whose loss is not finite
-    tensors, facts = checkpoint.load(result.last)
-    assert facts["loss_scale"] == {"scale": 2.0**(40 - len(skipped)),
+    tensors, metadata = checkpoint.load(result.last)
+    assert metadata["loss_scale"] == {"scale": 2.0**(40 - len(skipped)),
                                    "good_steps": 40 - len(skipped)}
     assert tensors["optimizer.step"].item() == 40 - len(skipped)
     assert result.train_loss < loss - 0.2
@@ -135,20 +136,19 @@ def test_an_overflow_changes_nothing_and_the_run_recovers(config, data, monkeypa
 def test_an_overflow_in_one_process_is_one_in_all(config, data, monkeypatch):
     config = replace(config, gradient_accumulation_steps=2)
     ranks = Ranks()
-    run = Run(GPT(TINY), config, data, ranks)
+    run = prepare(GPT(TINY), config, data, ranks)
     ranks.size, before = 2, state(run)
     for added, finite in ((np.inf, False), (0.0, True)):  # to what the other process has as well
-        monkeypatch.setattr(ranks, "sum", lambda array, added=added: np.add(
+        monkeypatch.setattr(ranks, "all_sum", lambda array, added=added: np.add(
             array, array + added, out=array))
-        assert np.isfinite(run._step(1e-2)[1]) == finite != equal(state(run), before)
+        assert np.isfinite(run.step(1e-2)[1]) == finite != equal(state(run), before)
 
 
 @pytest.mark.parametrize("loss, steps", [(2.0, 16 + 10), (np.nan, 10)])
 def test_overflows_end_a_run_only_at_the_smallest_scale(config, data, monkeypatch, capsys, loss,
                                                         steps):
-    """65536 halves 16 times; a loss that is not finite is none of the scale's doing."""
-    monkeypatch.setattr(Run, "_evaluate", lambda run: (1.0, 1.0))
-    monkeypatch.setattr(Run, "_try_out", lambda run: None)
+    """65536 halves 16 times; a loss that is not finite does not come from the scale."""
+    monkeypatch.setattr(Steps, "evaluate", lambda *args: 1.0)
     monkeypatch.setattr(Steps, "train", lambda *args: (loss, np.inf))
     with pytest.raises(ValueError, match=f"not finite for 10 steps, the last at {steps}:"):
         train(GPT(TINY), replace(config, max_iters=100), data)
@@ -159,33 +159,32 @@ def test_a_run_resumes_to_the_bit_within_a_growth_interval(config, data, tmp_pat
     monkeypatch.setattr(loss_scale, "GROWTH_INTERVAL", 3)
     config = replace(config, max_iters=11, lr_decay_iters=11, ema=True)
     whole = train(GPT(TINY), config, data)
-    told = re.findall("iter .* loss scale .*", capsys.readouterr().out)
-    assert told[:2] == ["iter 3: loss scale 131072", "iter 6: loss scale 262144"]
+    logged = re.findall("iter .* loss scale .*", capsys.readouterr().out)
+    assert logged[:2] == ["iter 3: loss scale 131072", "iter 6: loss scale 262144"]
     parts = replace(config, out_dir=str(tmp_path / "parts"))
     half = train(GPT(TINY), replace(parts, max_iters=5), data)
     assert checkpoint.load_metadata(half.last)["loss_scale"] == {"scale": 131072.0, "good_steps": 2}
     rest = train(GPT(TINY, seed=3), replace(parts, resume=True), data)
-    assert re.findall("iter .* loss scale .*", capsys.readouterr().out) == told
-    (ours, facts), (theirs, known) = checkpoint.load(rest.last), checkpoint.load(whole.last)
-    assert equal(ours, theirs) and facts["loss_scale"] == known["loss_scale"]
+    assert re.findall("iter .* loss scale .*", capsys.readouterr().out) == logged
+    (ours, metadata), (theirs, wanted) = checkpoint.load(rest.last), checkpoint.load(whole.last)
+    assert equal(ours, theirs) and metadata["loss_scale"] == wanted["loss_scale"]
     assert losses(tmp_path / "parts") == losses(tmp_path / "out")
 
 
 def test_a_run_resumes_in_another_dtype_and_damage_is_refused(config, data, monkeypatch):
-    monkeypatch.setattr(Run, "_evaluate", lambda run: (1.0, 1.0))
+    monkeypatch.setattr(Steps, "evaluate", lambda *args: 1.0)
     monkeypatch.setattr(Steps, "train", lambda *args: (2.0, 1.0))
-    monkeypatch.setattr(Run, "_try_out", lambda run: None)
-    monkeypatch.setattr(Run, "_sample", lambda run: None)
+    monkeypatch.setattr(Run, "sample", lambda run: None)
     config = replace(config, max_iters=2)
     train(GPT(TINY), replace(config, dtype="bfloat16"), data)
     on = train(GPT(TINY), replace(config, max_iters=4, resume=True), data)
-    tensors, facts = checkpoint.load(on.last)
-    assert facts["loss_scale"] == {"scale": 65536.0, "good_steps": 2}
+    tensors, metadata = checkpoint.load(on.last)
+    assert metadata["loss_scale"] == {"scale": 65536.0, "good_steps": 2}
     on = train(GPT(TINY), replace(config, max_iters=6, resume=True, dtype="float32"), data)
     assert "loss_scale" not in checkpoint.load_metadata(on.last)
     for damaged in ({"scale": 3.5}, {"size": 1.0}):
-        checkpoint.save(on.last, tensors, facts | {"loss_scale": damaged, "iter_num": 6})
+        checkpoint.save(on.last, tensors, metadata | {"loss_scale": damaged, "iter_num": 6})
         with pytest.raises(ValueError, match=r"has (a )?loss_scale"):
             train(GPT(TINY), replace(config, max_iters=8, resume=True), data)
     with pytest.raises(ValueError, match=r"loss_scale=65536\.0, which is not an object"):
-        checkpoint.save(on.last, tensors, facts | {"loss_scale": 65536.0})
+        checkpoint.save(on.last, tensors, metadata | {"loss_scale": 65536.0})

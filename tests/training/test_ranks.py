@@ -1,4 +1,4 @@
-"""Several processes: they equal one, stop together, die together, and are gone on with alone."""
+"""Several processes: they equal one, stop together, die together, and resume as one."""
 
 import json
 import math
@@ -22,7 +22,8 @@ from tinygpt.data.load import load_data
 from tinygpt.kernels.cpu.launch import cpu_count
 from tinygpt.training import ranks
 from tinygpt.training.ranks import Buckets, Ranks, RanksError
-from train import Run, main, train
+from tinygpt.training.run import prepare
+from train import main, train
 
 SHAPE = GPTConfig(block_size=16, vocab_size=256, n_layer=1, n_head=2, n_embd=32, dropout=0.1,
                   bias=False)
@@ -32,7 +33,7 @@ CONFIG = TrainConfig(tokenizer="byte", batch_size=2, gradient_accumulation_steps
 
 
 class Comm:
-    """A communicator of two processes, of which the other has the same and what is `added`."""
+    """A communicator of two processes, the other of which has the same values plus `added`."""
 
     rank, size = 0, 2
 
@@ -49,11 +50,11 @@ class Comm:
 
 @pytest.fixture
 def launcher():
-    """mpirun beside this Python, or a skip."""
+    """The mpirun of this Python, or a skip."""
     pytest.importorskip("mpi4py", reason="mpi4py is not installed", exc_type=ImportError)
     path = Path(sys.executable).with_name("mpirun")
     if not path.exists():
-        pytest.skip("there is no mpirun beside this Python: pip install mpich")
+        pytest.skip("this Python has no mpirun: pip install mpich")
     return str(path)
 
 
@@ -111,7 +112,7 @@ def losses(folder) -> dict[int, float]:
 
 # ---- real processes
 
-def test_two_processes_equal_one_die_together_and_are_gone_on_with_alone(
+def test_two_processes_equal_one_die_together_and_resume_as_one(
         together, tmp_path, text_file, without_samples, capsys):
     alone = replace(CONFIG, out_dir=str(tmp_path / "alone"))
     result = train(GPT(SHAPE), alone, str(text_file))
@@ -122,9 +123,9 @@ def test_two_processes_equal_one_die_together_and_are_gone_on_with_alone(
     ours, theirs = losses(tmp_path / "alone"), losses(tmp_path / "together")
     assert list(ours) == list(theirs) == [1, 2, 3, 4, 5, 6]
     np.testing.assert_allclose(list(theirs.values()), list(ours.values()), rtol=1e-6)
-    tensors, facts = checkpoint.load(tmp_path / "together" / "ckpt_6.safetensors")
-    expected, known = checkpoint.load(result.last)
-    assert facts["best_val_loss"] == pytest.approx(known["best_val_loss"], rel=1e-6)
+    tensors, metadata = checkpoint.load(tmp_path / "together" / "ckpt_6.safetensors")
+    expected, wanted = checkpoint.load(result.last)
+    assert metadata["best_val_loss"] == pytest.approx(wanted["best_val_loss"], rel=1e-6)
     for name, array in expected.items():
         np.testing.assert_allclose(tensors[name], array, rtol=1e-4, atol=2e-6, err_msg=name)
 
@@ -154,21 +155,21 @@ def test_a_signal_to_one_process_stops_all_at_the_same_step(together, tmp_path):
     assert last.startswith(f"iter {step}:")
 
 
-# ---- one process, and what it is told of others
+# ---- one process, with fake communicators
 
-def test_alone_everything_is_ones_own(monkeypatch):
+def test_one_process_communicates_with_none(monkeypatch):
     alone = Ranks()
-    assert alone.first and list(alone.share(range(3, 9))) == [3, 4, 5, 6, 7, 8]
+    assert alone.is_main and list(alone.shard(range(3, 9))) == [3, 4, 5, 6, 7, 8]
     array = np.arange(3.0)
-    assert alone.sum(array) is array and array.tolist() == [0, 1, 2]
-    assert alone.largest(3, 1.5) == [3, 1.5] and alone.from_first("x") == "x"
+    assert alone.all_sum(array) is array and array.tolist() == [0, 1, 2]
+    assert alone.all_max(3, 1.5) == [3, 1.5] and alone.broadcast("x") == "x"
     assert alone.threads() == cpu_count()
-    with alone.one_first():
+    with alone.local_main_first():
         alone.check_same(a=1)
     alone.abort(2)
     for name in ("PMI", "OMPI_COMM_WORLD", "MV2_COMM_WORLD"):
         monkeypatch.delenv(f"{name}_SIZE", raising=False)
-    monkeypatch.setitem(sys.modules, "mpi4py", None)  # it is not asked for
+    monkeypatch.setitem(sys.modules, "mpi4py", None)  # it is not imported
     assert ranks.world.__wrapped__().size == 1
 
 
@@ -178,7 +179,7 @@ def test_the_shares_of_all_are_everything_once():
     parts = []
     for rank in range(3):
         Third.rank = rank
-        parts.append(list(Ranks(Third()).share(range(12, 24))))
+        parts.append(list(Ranks(Third()).shard(range(12, 24))))
     assert [n for batches in zip(*parts, strict=True) for n in batches] == list(range(12, 24))
 
 
@@ -189,16 +190,16 @@ def test_tensors_are_summed_in_few_buckets(monkeypatch, rng, bucket, calls):
     arrays = [rng.standard_normal(shape, dtype=np.float32) for shape in shapes]
     tensors = [Tensor(a.copy()).contiguous().realize() for a in arrays]
     comm = Comm(added=1.0)
-    Buckets(Ranks(comm), tensors).sum()
+    Buckets(Ranks(comm), tensors).all_sum()
     assert comm.calls == calls
     for tensor, array in zip(tensors, arrays, strict=True):
         assert np.array_equal(tensor.numpy(), array + (array + 1))
 
 
-def test_processes_that_differ_are_told_where():
+def test_a_difference_between_processes_is_named():
     class Other(Comm):
-        def allgather(self, facts):
-            return [facts, facts | {"seed": 8}]
+        def allgather(self, values):
+            return [values, values | {"seed": 8}]
     with pytest.raises(RanksError, match="process 1 has seed 8, process 0 7"):
         Ranks(Other()).check_same(n_layer=2, seed=7)
     Ranks(Comm()).check_same(n_layer=2, loss=math.inf)
@@ -207,7 +208,7 @@ def test_processes_that_differ_are_told_where():
 def test_micro_batches_that_cannot_be_shared_are_refused(text, tmp_path):
     config = replace(CONFIG, out_dir=str(tmp_path / "out"), gradient_accumulation_steps=3)
     with pytest.raises(ValueError, match=r"gradient_accumulation_steps=3 .* 2 processes"):
-        Run(GPT(SHAPE), config, load_data(text, "byte", 256), Ranks(Comm()))
+        prepare(GPT(SHAPE), config, load_data(text, "byte", 256), Ranks(Comm()))
     assert not (tmp_path / "out").exists()
 
 

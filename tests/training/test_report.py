@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from tinygpt.checkpoint import CheckpointError
+from tinygpt.config import TrainConfig
 from tinygpt.data.tokenizer import ByteTokenizer
-from tinygpt.training.report import SPIKE, Report, bits_per_byte
+from tinygpt.training.report import SPIKE, Report, Work, bits_per_byte
 
 ITER = re.compile(r"iter (\d+): loss (\d+\.\d{4}), time (\d+\.\d{2})ms, mfu (\d+\.\d{2})%(.*)")
 STEP = re.compile(r"step (\d+): train loss (\d+\.\d{4}), val loss (\d+\.\d{4})(.*)")
@@ -22,10 +23,9 @@ def make(tmp_path):
     """Reports in tmp_path, closed afterwards."""
     made = []
 
-    def report(start: int = 0, **changes) -> Report:
-        made.append(Report(tmp_path, start, **{
-            "max_iters": 1000, "log_interval": 1, "tokens_per_iter": 100,
-            "flops_per_iter": 1e9, "peak_flops": 1e11} | changes))
+    def report(start=0, max_iters=1000, log_interval=1, peak_flops=1e11, loggers=()) -> Report:
+        config = TrainConfig(max_iters=max_iters, log_interval=log_interval)
+        made.append(Report(tmp_path, start, config, Work(100, 1e9, peak_flops), loggers))
         return made[-1]
 
     yield report
@@ -53,11 +53,11 @@ def test_log_lines_have_nanogpts_shape(make, capsys):
 
 def test_a_device_of_unknown_peak_has_no_mfu(make, capsys, tmp_path):
     make(peak_flops=None, log_interval=1).step(1, 2.0, 0.5, 1e-3, 0.1, compiled=False)
-    assert lines(capsys)[0] == "iter 1: loss 2.0000, time 100.00ms, 1,000 tok/s, ETA 1:39"
+    assert lines(capsys)[0] == "iter 1: loss 2.0000, time 100.00ms, 1,000 tok/s, ETA 1:40"
     assert records(tmp_path)[0]["mfu"] is None
 
 
-def test_an_evaluation_tells_bits_per_byte(make, capsys):
+def test_an_evaluation_logs_bits_per_byte(make, capsys):
     make().evaluation(5, 1.0, 2.0, 1e-3, 1.23456)
     assert STEP.fullmatch(lines(capsys)[0])[4] == ", 1.2346 bits per byte"
 
@@ -79,12 +79,12 @@ def test_a_step_that_compiles_does_not_count_in_the_averages(make, capsys):
     assert second[5] == ", 1,000 tok/s, ETA 1:40"
 
 
-def test_hours_are_told_as_hours(make, capsys):
+def test_an_eta_of_hours_has_hours(make, capsys):
     make(max_iters=7201).step(1, 2.0, 0.5, 1e-3, 1.0, compiled=False)
     assert lines(capsys)[0].endswith("ETA 2:00:00")
 
 
-def test_an_evaluation_of_the_moving_average_says_so(make, tmp_path, capsys):
+def test_an_evaluation_of_the_moving_average_is_marked(make, tmp_path, capsys):
     report = make()
     report.evaluation(7, 4.0, 4.5, 1e-5, None, ema=True)
     assert capsys.readouterr().out == (
@@ -145,7 +145,7 @@ def test_a_damaged_line_loses_no_other(make, tmp_path, capsys, damage):
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full")
-def test_a_full_disk_is_told_in_one_line(make):
+def test_a_full_disk_raises_one_line(make):
     report = make()
     report.file.close()
     report.file = open("/dev/full", "w")  # noqa: SIM115
@@ -153,7 +153,7 @@ def test_a_full_disk_is_told_in_one_line(make):
         report.evaluation(0, 4.0, 4.5, 1e-5, None)
 
 
-def test_lines_are_told_where_only_the_bar_has_a_terminal(make, capsys, monkeypatch):
+def test_lines_are_printed_where_only_the_bar_has_a_terminal(make, capsys, monkeypatch):
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)
     make().step(1, 2.0, 0.5, 1e-3, 0.01, compiled=False)
     assert ITER.fullmatch(lines(capsys)[0])
@@ -231,7 +231,7 @@ def test_a_logger_that_fails_is_left_out(make, tmp_path, capsys):
         report.step(n, 4.0, 0.5, 1e-5, 0.01, compiled=False)
     report.close()
     assert capsys.readouterr().err == (
-        "Broken gets no more figures (the server is gone); the run continues\n")
+        "Broken failed and is not used any more (the server is gone); the run continues\n")
     assert [r["iter"] for r in records(tmp_path)] == [1, 2]
 
 

@@ -1,4 +1,4 @@
-"""When a run stops, what it skips, and a look at it without touching it."""
+"""Early stopping, skipped spikes, and evaluation alone."""
 
 import json
 import math
@@ -11,8 +11,9 @@ from tiny import TINY
 from gpt import GPT
 from tinygpt import checkpoint
 from tinygpt.data.load import load_data
+from tinygpt.training.run import Run, prepare
 from tinygpt.training.spikes import ENOUGH, HISTORY, SpikeGuard
-from train import Run, train
+from train import train
 
 
 @pytest.fixture
@@ -31,7 +32,7 @@ def weights(model) -> dict[str, np.ndarray]:
 def worsening(monkeypatch, losses):
     """Evaluations that find these validation losses, the first before the first step."""
     rest = iter(losses)
-    monkeypatch.setattr(Run, "_evaluate", lambda self: (1.0, next(rest)))
+    monkeypatch.setattr(Run, "evaluate", lambda self: (1.0, next(rest)))
 
 
 def test_patience_counts_evaluations_in_a_row_without_a_new_best(config, text, monkeypatch, capsys,
@@ -42,7 +43,7 @@ def test_patience_counts_evaluations_in_a_row_without_a_new_best(config, text, m
     assert "no new best in 2 evaluations (--patience)" in capsys.readouterr().err
 
 
-def test_patience_goes_on_counting_in_a_resumed_run(config, text, monkeypatch, without_samples):
+def test_patience_keeps_its_count_in_a_resumed_run(config, text, monkeypatch, without_samples):
     worsening(monkeypatch, [9, 5, 6, 7, 8, 9])
     config = replace(config, patience=3)
     assert train(GPT(TINY), replace(config, max_iters=2), text).iter_num == 2
@@ -84,38 +85,40 @@ def test_a_spike_is_above_a_multiple_of_the_median_of_the_last_norms(rng):
 
 def test_a_spike_changes_nothing_and_is_told(config, text, tmp_path, capsys):
     config = replace(config, skip_spikes=2.0, eval_interval=100, ema=True)
-    run = Run(GPT(TINY), config, load_data(text, "byte", 256))
-    usual = [run._step(0.0)[1] for _ in range(2)]  # the second one compiles
+    run = prepare(GPT(TINY), config, load_data(text, "byte", 256))
+    batch = run.batches.batch(0)
+    run.batches.batch = lambda number: batch
+    usual = [run.step(0.0)[1] for _ in range(2)]  # the second one compiles
     run.spikes = SpikeGuard(2.0, [max(usual) / 1.9] * ENOUGH)
-    run._step(1e-2)
+    run.step(1e-2)
     before = weights(run.model)
     state = {k: t.numpy() for k, t in run.optimizer.state_dict().items()}
     average = {k: t.numpy() for k, t in run.ema.weights.items()}
     run.spikes = SpikeGuard(2.0, [min(usual) / 100] * ENOUGH)
-    loss, norm = run._step(1e-2)
+    loss, norm = run.step(1e-2)
     assert norm > run.spikes.limit() and np.isfinite(loss)
     assert all(np.array_equal(w, before[k]) for k, w in weights(run.model).items())
     assert all(np.array_equal(t.numpy(), state[k]) for k, t in run.optimizer.state_dict().items())
     assert all(np.array_equal(t.numpy(), average[k]) for k, t in run.ema.weights.items())
     run.spikes = SpikeGuard(2.0)
-    run._step(1e-2)
+    run.step(1e-2)
     assert not np.array_equal(weights(run.model)["wte.weight"], before["wte.weight"])
 
 
-def test_skipping_goes_on_exactly_in_a_resumed_run(config, text, tmp_path, capsys, without_samples):
+def test_skipping_is_exact_in_a_resumed_run(config, text, tmp_path, capsys, without_samples):
     """A factor of 1 skips about every other step, once there are enough norms."""
     config = replace(config, skip_spikes=1.0, eval_interval=100, lr_decay_iters=40)
     whole = train(GPT(TINY), replace(config, max_iters=40), text)
-    told = [line for line in capsys.readouterr().out.splitlines() if line.endswith("skipped")]
-    assert 5 <= len(told) <= 20
+    skipped = [line for line in capsys.readouterr().out.splitlines() if line.endswith("skipped")]
+    assert 5 <= len(skipped) <= 20
     parts = replace(config, out_dir=str(tmp_path / "parts"))
     train(GPT(TINY), replace(parts, max_iters=28), text)
     rest = train(GPT(TINY), replace(parts, max_iters=40, resume=True), text)
     again = [line for line in capsys.readouterr().out.splitlines() if line.endswith("skipped")]
-    assert again == told
+    assert again == skipped
     ends = [checkpoint.load(result.last)[0] for result in (whole, rest)]
     assert all(np.array_equal(array, ends[1][name]) for name, array in ends[0].items())
-    assert ends[0]["optimizer.step"].item() == 40 - len(told)
+    assert ends[0]["optimizer.step"].item() == 40 - len(skipped)
 
 
 # ---- evaluation alone

@@ -1,4 +1,4 @@
-"""The largest micro-batch that a device has memory for."""
+"""The largest micro-batch that fits into the memory of a device."""
 
 import os
 from collections.abc import Callable
@@ -18,9 +18,9 @@ def largest_micro_batch(sequences: int, trial: Callable[[int], object],
                         available: int | None) -> int:
     """The largest divisor of sequences that fits.
 
-    trial(n) takes steps on n sequences, returns what keeps their memory in use, and raises
-    MemoryError where they do not fit. Where a device can tell how many bytes are available, two
-    small trials say what a sequence takes; else the sizes are tried from the largest down. Raises
+    trial(n) takes steps on n sequences, returns an object that keeps their memory in use, and
+    raises MemoryError where they do not fit. If the available bytes are known, two small trials
+    measure the memory of a sequence; if not, sizes are tried from the largest down. Raises
     MemoryError where none fits.
     """
     sizes = [n for n in range(1, sequences + 1) if sequences % n == 0]
@@ -50,7 +50,7 @@ def _predicted(sizes: list[int], trial: Callable[[int], object], available: int)
 
 
 def _bytes_of(trial: Callable[[int], object], n: int) -> int:
-    """What trial(n) takes on the device beside what was there before."""
+    """The bytes that trial(n) takes on the device."""
     device.free_memory()
     before = GlobalCounters.mem_used
     try:
@@ -66,13 +66,13 @@ def _bytes_of(trial: Callable[[int], object], n: int) -> int:
 
 
 def available_memory() -> int | None:
-    """Bytes that training may take on a CPU; None on another device, which tells by failing."""
+    """Bytes that training may take on a CPU; None on another device, where allocation fails."""
     if not device.default().startswith("CPU"):
         return None
     free = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2]
     try:
-        facts = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-        free = [int(facts["MemAvailable"].split()[0]) << 10]
+        meminfo = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        free = [int(meminfo["MemAvailable"].split()[0]) << 10]
         group = Path("/sys/fs/cgroup")
         free.append(int((group / "memory.max").read_text())
                     - int((group / "memory.current").read_text()))

@@ -1,10 +1,11 @@
-"""Several devices of one process: the weights on each, the rows of a micro-batch split among them.
+"""Several devices in one process: the weights are replicated, the rows of a micro-batch sharded.
 
-tinygrad runs an operation on sharded tensors on every device, and sums gradients over them where
-the rows come together (an all-reduce). The optimizer's state is on every device, or each keeps a
-part of it, and of the weights the part that it updates (ZeRO-1, arXiv:1910.02054).
+tinygrad runs an operation on sharded tensors on every device, and sums gradients over the devices
+(an all-reduce). The optimizer's state is replicated too, or sharded together with the weights that
+it updates (ZeRO-1, arXiv:1910.02054).
 """
 
+from collections.abc import Iterable
 from contextlib import contextmanager
 
 from tinygrad import Tensor
@@ -14,62 +15,56 @@ from tinygpt.config import TrainConfig
 
 
 class Devices:
-    """The devices that a run computes on, by name; a single one is used as if there were no others.
+    """The devices of a run, by name, and the weights `params` that it trains on them.
 
-    Raises DeviceError where there are fewer than config says.
+    The optimizer updates `owned`: params themselves or, with shard_optimizer, tensors of which each
+    device has its own rows. On a single device nothing is moved. Raises DeviceError where there are
+    fewer devices than config asks for.
     """
 
-    def __init__(self, config: TrainConfig):
+    def __init__(self, config: TrainConfig, params: dict[str, Tensor]):
         self.names = device.several(config.devices)
-        self.partition = config.shard_optimizer and len(self.names) > 1
+        self.shard_optimizer = config.shard_optimizer and len(self.names) > 1
+        self.params = params
+        self.owned = ({name: Tensor(p.uop) for name, p in params.items()} if self.shard_optimizer
+                      else params)
 
-    def rows(self, tensor: Tensor) -> Tensor:
-        """tensor, its rows from now on split among the devices."""
+    def shard(self, tensor: Tensor) -> Tensor:
+        """Splits the rows of a tensor among the devices, in place."""
         return self._place(tensor, 0)
 
-    def copies(self, tensor: Tensor) -> Tensor:
-        """tensor, from now on with a copy on every device."""
+    def replicate(self, tensor: Tensor) -> Tensor:
+        """Copies a tensor to every device, in place."""
         return self._place(tensor, None)
 
-    def part(self, tensor: Tensor) -> Tensor:
-        """tensor, state of the optimizer: its rows are split where they split evenly and the
-        optimizer is partitioned."""
-        even = tensor.shape[0] % len(self.names) == 0
-        return self._place(tensor, 0 if even and self.partition else None)
+    def distribute(self, weights: Iterable[Tensor], state: Iterable[Tensor]) -> None:
+        """Replicates weights, which contain params; shards or replicates `owned` and the
+        optimizer's state."""
+        if self.shard_optimizer:
+            for name, p in self.params.items():
+                self._place_state(self.owned[name].replace(p))
+        for tensor in state:
+            self._place_state(tensor)
+        for weight in weights:
+            self.replicate(weight)
 
-    def owned(self, params: dict[str, Tensor]) -> dict[str, Tensor]:
-        """What the optimizer updates: params themselves, or for `spread` tensors beside them."""
-        return {name: Tensor(p.uop) for name, p in params.items()} if self.partition else params
-
-    def spread(self, weights: dict[str, Tensor], params: dict[str, Tensor],
-               owned: dict[str, Tensor], state: dict[str, Tensor]) -> None:
-        """Puts weights on every device, and of params, in owned, and the optimizer's state what
-        each device updates."""
-        if self.partition:
-            for name, p in params.items():
-                self.part(owned[name].replace(p))
-        for tensor in state.values():
-            self.part(tensor)
-        for weight in weights.values():
-            self.copies(weight)
-
-    def gather(self, owned: dict[str, Tensor], params: dict[str, Tensor]) -> list[Tensor]:
-        """The assignments that bring what each device has updated to all of them."""
-        if not self.partition:
+    def all_gather(self) -> list[Tensor]:
+        """The assignments that copy the rows that each device has updated to all devices."""
+        if not self.shard_optimizer:
             return []
-        return [p.assign(device.gathered(owned[name])) for name, p in params.items()]
+        return [p.assign(device.gathered(self.owned[name])) for name, p in self.params.items()]
 
-    def collect(self, model) -> None:
-        """Puts the weights on the first device alone."""
+    def to_first(self, model) -> None:
+        """Moves the weights of a model to the first device."""
         if len(self.names) > 1:
             for weight in model.state_dict().values():
                 weight.replace(weight.to(self.names[0]).contiguous().realize())
 
     @contextmanager
-    def on_the_first(self, model):
-        """Within it the model, which is not to be changed, is on the first device alone."""
+    def on_first(self, model):
+        """Moves a model, which must not be changed meanwhile, to the first device and back."""
         kept = {name: Tensor(weight.uop) for name, weight in model.state_dict().items()}
-        self.collect(model)
+        self.to_first(model)
         try:
             yield
         finally:
@@ -77,6 +72,11 @@ class Devices:
                 weight.replace(kept[name])
             if len(self.names) > 1:
                 model.free_decoders()  # which hold the weights of the first device
+
+    def _place_state(self, tensor: Tensor) -> None:
+        """Shards a tensor if shard_optimizer is set and its rows split evenly; else replicates."""
+        even = tensor.shape[0] % len(self.names) == 0
+        self._place(tensor, 0 if even and self.shard_optimizer else None)
 
     def _place(self, tensor: Tensor, axis: int | None) -> Tensor:
         if len(self.names) > 1:

@@ -1,11 +1,11 @@
-"""Where a run's records go beside metrics.jsonl, each through a library of its own."""
+"""Loggers besides metrics.jsonl: TensorBoard and Weights & Biases."""
 
 import importlib
 from pathlib import Path
 
 
 class TensorBoard:
-    """TensorBoard's event files in out_dir/tensorboard, by tensorboardX."""
+    """Writes TensorBoard's event files to out_dir/tensorboard, with tensorboardX."""
 
     def __init__(self, out_dir: Path, settings: dict):
         self._writer = _library("tensorboardX", "tensorboard").SummaryWriter(
@@ -21,7 +21,7 @@ class TensorBoard:
 
 
 class WandB:
-    """Weights & Biases; what its own environment variables say holds."""
+    """Logs to Weights & Biases, which its own environment variables configure."""
 
     def __init__(self, out_dir: Path, settings: dict):
         self._run = _library("wandb", "wandb").init(dir=str(out_dir), config=settings)
@@ -34,15 +34,15 @@ class WandB:
 
 
 def make_loggers(tensorboard: bool, wandb: bool, out_dir: Path, settings: dict) -> list:
-    """The loggers that are asked for. Raises ValueError where a library is not installed."""
+    """The loggers that are asked for. Raises ValueError where one cannot be started."""
     asked = [(TensorBoard, tensorboard), (WandB, wandb)]
     try:
         return [cls(out_dir, settings) for cls, wanted in asked if wanted]
     except ValueError:
         raise
-    except Exception as error:  # whatever the library has to say
+    except Exception as error:  # any error of the library
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(f"a logger cannot be started ({reason}): mend that, or leave out "
+        raise ValueError(f"a logger cannot be started ({reason}): fix that, or leave out "
                          f"{' or '.join(f'--{cls.__name__.lower()}' for cls, w in asked if w)}"
                          ) from error
 

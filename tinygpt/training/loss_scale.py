@@ -1,4 +1,4 @@
-"""The factor that keeps gradients in float16 from underflowing (arXiv:1710.03740)."""
+"""Dynamic loss scaling, which keeps float16 gradients from underflowing (arXiv:1710.03740)."""
 
 import math
 from dataclasses import asdict, dataclass
@@ -10,10 +10,10 @@ SMALLEST, LARGEST = 1.0, 2.0**127  # a float32
 
 @dataclass
 class LossScale:
-    """What the loss is multiplied by before the backward pass, and its gradients divided by after.
+    """The factor of the loss before the backward pass, by which gradients are divided afterwards.
 
-    It halves when a gradient overflows, down to 1, and doubles after 2000 steps in a row without
-    an overflow, as PyTorch's GradScaler does. It stays a power of two, so scaling rounds nothing.
+    Like PyTorch's GradScaler it halves when a gradient overflows, down to 1, and doubles after 2000
+    steps in a row without an overflow. It stays a power of two, so scaling rounds nothing.
     Raises ValueError where a value is out of range.
     """
 
@@ -32,7 +32,7 @@ class LossScale:
         return self.scale == SMALLEST
 
     def update(self, finite: bool) -> bool:
-        """Takes note of whether a step's gradients were finite; returns whether the scale changed.
+        """Updates the scale after a step with finite gradients or not; returns whether it changed.
         """
         before = self.scale
         self.good_steps = self.good_steps + 1 if finite else 0
@@ -43,5 +43,5 @@ class LossScale:
         return self.scale != before
 
     def state_dict(self) -> dict:
-        """scale and good_steps, JSON values that the constructor takes."""
+        """The constructor's arguments, as JSON values."""
         return asdict(self)

@@ -1,7 +1,7 @@
-"""Optimizers. Each is a rule on tensors that the compiled train step contains.
+"""Optimizers, whose updates are part of the compiled train step.
 
-All have one interface: `update` gives the assignments of a step, `state_dict` and
-`load_state_dict` keep the state between runs, `nbytes` says what it takes.
+All have one interface: `update` returns the assignments of a step, `state_dict` and
+`load_state_dict` save and load the state, `nbytes` is its size.
 """
 
 import math
@@ -22,7 +22,7 @@ def global_norm(tensors: list[Tensor]) -> Tensor:
 
 
 def clip_scale(norm: Tensor, limit: float) -> Tensor:
-    """What to multiply gradients of that norm with so that it is at most limit; 0: no limit."""
+    """The factor that clips gradients of that norm to the norm `limit`; 0: no limit."""
     return (limit / (norm + 1e-6)).minimum(1.0) if limit else norm.ones_like()
 
 
@@ -33,10 +33,7 @@ def make_optimizer(params: dict[str, Tensor], config: TrainConfig) -> "Optimizer
 
 
 class Optimizer:
-    """What all optimizers share. params are float32 tensors by name.
-
-    step (1,) float32 counts the updates made.
-    """
+    """Base class. params are float32 tensors by name; step (1,) float32 counts the updates."""
 
     def __init__(self, params: dict[str, Tensor]):
         self.params = params
@@ -46,17 +43,17 @@ class Optimizer:
                apply: Tensor) -> list[Tensor]:
         """The assignments of one step, to be realized together.
 
-        grads are in the order of params and are multiplied by scale, a scalar; learning_rate (1,)
-        float32. Where apply, a scalar bool, is false, nothing changes, the count of steps included.
+        grads are in the order of params and are multiplied by scale, a scalar; learning_rate is
+        (1,) float32. If apply, a scalar bool, is false, nothing changes, nor does step.
         """
         raise NotImplementedError
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The state beside the parameters, by name."""
+        """The optimizer's state by name."""
         raise NotImplementedError
 
     def load_state_dict(self, arrays: dict[str, np.ndarray], path="the state") -> None:
-        """Takes state of the same names and shapes; raises ValueError, changing nothing, else."""
+        """Loads state of the same names and shapes. Raises ValueError, with nothing changed."""
         state = self.state_dict()
         if _maker(arrays) != _maker(state):
             raise CheckpointError(f"{path} has the state of the optimizer {_maker(arrays)}, not of "
@@ -67,12 +64,12 @@ class Optimizer:
             tensor.assign(Tensor(arrays[name])).realize()
 
     def nbytes(self) -> int:
-        """Bytes of the state beside the parameters."""
+        """Bytes of the optimizer's state."""
         return sum(t.nbytes() for t in self.state_dict().values())
 
 
 def _maker(state: dict) -> str:
-    """The optimizer that a state belongs to: all but AdamW's have names that begin with it."""
+    """The optimizer of a state: names begin with it, but for AdamW."""
     kinds = {name.split(".")[0] for name in state}
     return next((kind for kind in ("lion", "muon", "adamw8bit") if kind in kinds), "adamw")
 
@@ -99,24 +96,24 @@ class AdamW(Optimizer):
         return updated
 
     def options(self, learning_rate: Tensor, scale: Tensor, apply: Tensor) -> dict[bool, Tensor]:
-        """What `kernels.adamw` is told, (9,) float32, of vectors (False) and matrices (True)."""
-        def debias(beta: float) -> Tensor:
+        """The options of `kernels.adamw`, (9,) float32, for vectors (False) and matrices (True)."""
+        def bias_correction(beta: float) -> Tensor:
             return 1 / (1 - (self.step * math.log(beta)).exp()) if beta else self.step.ones_like()
         return {is_matrix: _packed(
             learning_rate, self.beta1, self.beta2, self.eps, self.weight_decay * is_matrix,
-            debias(self.beta1), debias(self.beta2), scale, apply.where(1.0, 0.0))
+            bias_correction(self.beta1), bias_correction(self.beta2), scale, apply.where(1.0, 0.0))
             for is_matrix in (False, True)}
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The state beside the parameters: step, m.<name>, v.<name>."""
+        """step, m.<name>, v.<name>."""
         return {"step": self.step, **{f"m.{k}": t for k, t in self.m.items()},
                 **{f"v.{k}": t for k, t in self.v.items()}}
 
 
 class Lion(Optimizer):
-    """Lion (arXiv:2302.06675): steps of one size, in the direction that the momentum has.
+    """Lion (arXiv:2302.06675): the sign of an interpolated momentum.
 
-    It wants a learning rate 3 to 10 times lower than AdamW's and a weight decay as much higher.
+    Its learning rate should be 3 to 10 times lower than AdamW's, its weight decay as much higher.
     The momentum is float32 of the parameters' shapes.
     """
 
@@ -144,9 +141,8 @@ class Lion(Optimizer):
 class Muon(Optimizer):
     """Muon (arXiv:2502.16982) for the blocks' matrices, AdamW for all other parameters.
 
-    The momentum, float32 of a matrix's shape, is orthogonalized before it is taken as a step, and
-    the step scaled to the root mean square that AdamW's have, 0.2, so that AdamW's learning rate
-    and weight decay suit both.
+    The momentum, float32 of a matrix's shape, is orthogonalized, and scaled to the root mean square
+    of AdamW's steps, 0.2, so that AdamW's learning rate and weight decay suit both.
     """
 
     def __init__(self, params: dict[str, Tensor], beta1: float = 0.9, beta2: float = 0.99,
@@ -181,18 +177,18 @@ class Muon(Optimizer):
 
 
 class EMA:
-    """A moving average of weights, float32 tensors by name, that starts as what they are."""
+    """An exponential moving average of weights, float32 tensors by name; starts at the weights."""
 
     def __init__(self, params: dict[str, Tensor], decay: float = 0.999):
         self.params, self.decay = params, decay
         self.weights = {name: Tensor(p.numpy()).realize() for name, p in params.items()}
 
     def update(self, step: Tensor, apply: Tensor) -> list[Tensor]:
-        """The assignments that follow an optimizer's, to be realized together with them.
+        """The assignments of one step, to be realized together with the optimizer's.
 
-        step (1,) float32 counts the updates made, this one included. The decay is at most
-        (1 + step) / (10 + step), so that the start is soon forgotten. Where apply, a scalar bool,
-        is false, nothing changes.
+        step (1,) float32 counts the updates, this one included. The decay is at most
+        (1 + step) / (10 + step), so that the initial weights are soon forgotten. If apply, a scalar
+        bool, is false, nothing changes.
         """
         share = 1 - ((1 + step) / (10 + step)).minimum(self.decay)
         return [average.assign(apply.where(average + share * (self.params[name] - average),
@@ -201,7 +197,7 @@ class EMA:
 
     @contextmanager
     def in_place(self):
-        """Within it, the weights hold the average and the average the weights."""
+        """Swaps the weights and their average within the block."""
         self._swap()
         try:
             yield
@@ -209,7 +205,7 @@ class EMA:
             self._swap()
 
     def _swap(self) -> None:
-        # by contents, because compiled steps know the tensors by their memory
+        # the contents, because compiled steps refer to the memory of the tensors
         for name, p in self.params.items():
             kept = p.clone().realize()
             p.assign(self.weights[name]).realize()
@@ -220,19 +216,18 @@ class EMA:
         return self.weights
 
     def load_state_dict(self, arrays: dict[str, np.ndarray], path="the state") -> None:
-        """Takes averages of the same names and shapes; raises ValueError, changing nothing, else.
-        """
+        """Loads averages of the same names and shapes. Raises ValueError, with nothing changed."""
         check_arrays(arrays, self.weights, path)
         for name, average in self.weights.items():
             average.assign(Tensor(arrays[name])).realize()
 
 
 class AdamW8bit(Optimizer):
-    """AdamW whose moments take a byte for each weight (arXiv:2110.02861).
+    """AdamW whose moments take one byte each per weight (arXiv:2110.02861).
 
-    They are quantized in blocks of 256 (2048 there; smaller ones are more exact and cost 1.6%
-    more), each with its largest magnitude. Parameters of fewer than 4096 elements keep theirs in
-    float32, as in bitsandbytes.
+    They are quantized in blocks of 256, each with its absmax (the paper has 2048; smaller blocks
+    are more exact and cost 1.6% more). Parameters of fewer than 4096 elements keep float32 moments,
+    as in bitsandbytes.
     """
 
     def __init__(self, params: dict[str, Tensor], beta1: float = 0.9, beta2: float = 0.99,
@@ -243,9 +238,9 @@ class AdamW8bit(Optimizer):
                            beta2, weight_decay, eps)
         self.step = self.exact.step
         blocks = {name: -(-params[name].numel() // BLOCK) for name in large}
-        self.codes = {name: [_zeros((n, BLOCK), np.uint8) for _ in "mv"]
+        self.quantized = {name: [_zeros((n, BLOCK), np.uint8) for _ in "mv"]
                       for name, n in blocks.items()}
-        self.tops = {name: [_zeros((n, 1)) for _ in "mv"] for name, n in blocks.items()}
+        self.absmax = {name: [_zeros((n, 1)) for _ in "mv"] for name, n in blocks.items()}
 
     def update(self, grads: list[Tensor], learning_rate: Tensor, scale: Tensor,
                apply: Tensor) -> list[Tensor]:
@@ -253,18 +248,21 @@ class AdamW8bit(Optimizer):
         updated = self.exact.update([named[name] for name in self.exact.params], learning_rate,
                                     scale, apply)
         options = self.exact.options(learning_rate, scale, apply)
-        for name in self.codes:
-            p, (m, v), (m_tops, v_tops) = self.params[name], self.codes[name], self.tops[name]
-            updated += kernels.adamw8bit(p, m, m_tops, v, v_tops, named[name],
+        for name in self.quantized:
+            p, (m, v) = self.params[name], self.quantized[name]
+            m_absmax, v_absmax = self.absmax[name]
+            updated += kernels.adamw8bit(p, m, m_absmax, v, v_absmax, named[name],
                                          options[p.ndim >= 2])
         return updated
 
     def state_dict(self) -> dict[str, Tensor]:
-        """AdamW's state of the small; adamw8bit.m.<name>, .v. and .m_max., .v_max. of the large."""
+        """AdamW's state of small parameters; adamw8bit.m.<name>, .v., .m_max., .v_max. of large."""
         state = self.exact.state_dict()
-        for name in self.codes:
-            for kind, codes, tops in zip("mv", self.codes[name], self.tops[name], strict=True):
-                state |= {f"adamw8bit.{kind}.{name}": codes, f"adamw8bit.{kind}_max.{name}": tops}
+        for name in self.quantized:
+            for kind, moment, absmax in zip("mv", self.quantized[name], self.absmax[name],
+                                            strict=True):
+                state |= {f"adamw8bit.{kind}.{name}": moment,
+                          f"adamw8bit.{kind}_max.{name}": absmax}
         return state
 
 
@@ -273,6 +271,6 @@ def _zeros(shape: tuple[int, ...], dtype=np.float32) -> Tensor:
 
 
 def _packed(learning_rate: Tensor, *values: float | Tensor) -> Tensor:
-    """The learning rate and the values, numbers or tensors of one, in one float32 tensor."""
+    """The learning rate and the values, numbers or one-element tensors, in one float32 tensor."""
     ones = [v.reshape(1) if isinstance(v, Tensor) else learning_rate.const_like(v) for v in values]
     return Tensor.cat(learning_rate, *ones).contiguous()

@@ -1,8 +1,8 @@
-"""Several processes, on one machine or on many, that train one model together, over MPI.
+"""Data parallelism: several processes, on one machine or many, train one model over MPI.
 
-`mpirun -n 4 python train.py ...` starts them. Each finds the gradients of its own share of a step's
-micro-batches; the sum of all, made in a few large buckets, is what every process then takes the
-same step with. mpi4py is asked for only where a launcher has started several.
+`mpirun -n 4 python train.py ...` starts them. Each process computes the gradients of its share of a
+step's micro-batches; these are summed over all processes in a few large buckets, and every process
+takes the same step. mpi4py is needed only where a launcher has started several processes.
 """
 
 import functools
@@ -23,14 +23,12 @@ BUCKET = 8 << 20  # elements, 32 MB: far above where the network's latency would
 
 
 class RanksError(ValueError):
-    """The processes of a run cannot work together."""
+    """The processes of a run cannot train together."""
 
 
 class Ranks:
-    """The processes of a run, of which this one is number `rank` of `size`; `local_rank` of
-    `local_size` on its machine.
-
-    Without a communicator it is alone: whatever is summed or compared is its own.
+    """The processes of a run: this one is `rank` of `size`, on its machine `local_rank` of
+    `local_size`. Without a communicator there is one process.
     """
 
     def __init__(self, comm=None, local=None):
@@ -39,8 +37,8 @@ class Ranks:
         self.local_rank, self.local_size = (local.rank, local.size) if local else (0, 1)
 
     @property
-    def first(self) -> bool:
-        """Whether this process is the one that tells and saves."""
+    def is_main(self) -> bool:
+        """Whether this process is the one that logs and saves."""
         return self.rank == 0
 
     def threads(self) -> int:
@@ -50,58 +48,58 @@ class Ranks:
         sharing = self._local.allgather(sorted(cpus())).count(sorted(cpus()))
         return max(1, cpu_count() // sharing)
 
-    def share(self, numbers: range) -> range:
-        """Those of the numbers that are this process's: every size-th."""
+    def shard(self, numbers: range) -> range:
+        """This process's share of the numbers: every size-th."""
         return numbers[self.rank::self.size]
 
-    def sum(self, array: np.ndarray) -> np.ndarray:
-        """The sum of all processes' arrays of one shape, in place of this one's; contiguous."""
+    def all_sum(self, array: np.ndarray) -> np.ndarray:
+        """Sums a contiguous array over all processes, in place."""
         if self._comm:
             from mpi4py import MPI
 
             self._comm.Allreduce(MPI.IN_PLACE, array)
         return array
 
-    def largest(self, *values: float) -> list[float]:
-        """The largest of all processes' values, each by itself."""
+    def all_max(self, *values: float) -> list[float]:
+        """The maximum of each value over all processes."""
         if self._comm is None:
             return list(values)
         return [max(column) for column in zip(*self._comm.allgather(values), strict=True)]
 
-    def from_first(self, value):
-        """What process 0 has for value."""
+    def broadcast(self, value):
+        """The value of process 0."""
         return self._comm.bcast(value) if self._comm else value
 
-    def check_same(self, **facts) -> None:
-        """Raises RanksError, in every process, where the facts are not the same in all of them."""
+    def check_same(self, **values) -> None:
+        """Raises RanksError, in every process, where a value differs between processes."""
         if self._comm is None:
             return
-        for name, values in zip(facts, zip(*(f.values() for f in self._comm.allgather(facts)),
-                                           strict=True), strict=True):
-            for rank, value in enumerate(values):
-                if value != values[0]:
-                    raise RanksError(f"process {rank} has {name} {value}, process 0 {values[0]}: "
+        main, *others = self._comm.allgather(values)
+        for rank, theirs in enumerate(others, 1):
+            for name, value in theirs.items():
+                if value != main[name]:
+                    raise RanksError(f"process {rank} has {name} {value}, process 0 {main[name]}: "
                                      "start all with the same flags, data and checkpoints")
 
     @contextmanager
-    def one_first(self):
-        """What is within is done by one process of each machine, and then by the others."""
+    def local_main_first(self):
+        """Runs its block in one process of each machine first, then in the others."""
         if self._local and self.local_rank:
             self._local.Barrier()
         yield
         if self._local and not self.local_rank:
             self._local.Barrier()
 
-    def wait(self) -> None:
-        """Returns when every process has come here."""
+    def barrier(self) -> None:
+        """Waits until every process has called it."""
         if self._comm:
             self._comm.Barrier()
 
     def abort(self, status: int, message: str = "") -> None:
-        """Tells why, on stderr, and ends every process with that status; returns where this one
-        is alone."""
+        """Prints the message on stderr and ends every process with that status. Returns where there
+        is one process."""
         if self._comm and self.rank:
-            time.sleep(1)  # process 0 may have met the same, and tells it once
+            time.sleep(1)  # process 0 may have had the same error, and prints it once
             message = message and f"process {self.rank} of {self.size}: {message}"
         if message:
             print_error(message)
@@ -110,43 +108,43 @@ class Ranks:
 
 
 class Buckets:
-    """Float32 tensors that are summed over the processes, in large buffers on the host."""
+    """Sums float32 tensors over the processes, in large buffers on the host."""
 
     def __init__(self, ranks: Ranks, tensors: list[Tensor]):
         self.ranks = ranks
         self.groups: list[list[Tensor]] = [[]]
         for tensor in tensors:
-            if self.groups[-1] and _elements([*self.groups[-1], tensor]) > BUCKET:
+            if self.groups[-1] and _numel([*self.groups[-1], tensor]) > BUCKET:
                 self.groups.append([])
             self.groups[-1].append(tensor)
-        self.buffer = np.empty(max(map(_elements, self.groups)), np.float32)
+        self.buffer = np.empty(max(map(_numel, self.groups)), np.float32)
 
-    def sum(self) -> None:
-        """Puts the sum over all processes in the place of every tensor."""
+    def all_sum(self) -> None:
+        """Replaces every tensor by its sum over all processes."""
         for group in self.groups:
-            bucket = self.buffer[:_elements(group)]
+            bucket = self.buffer[:_numel(group)]
             parts = np.split(bucket, np.cumsum([t.numel() for t in group])[:-1])
             for part, tensor in zip(parts, group, strict=True):
                 part[:] = device.read(tensor).reshape(-1)
-            self.ranks.sum(bucket)
+            self.ranks.all_sum(bucket)
             for part, tensor in zip(parts, group, strict=True):
                 device.write(tensor, part.reshape(tensor.shape))
 
 
 def checksum(tensors: dict[str, Tensor]) -> int:
-    """A number that tells tensors of different contents apart."""
+    """The CRC-32 of the contents of tensors."""
     return functools.reduce(lambda crc, t: zlib.crc32(device.read(t).tobytes(), crc),
                             tensors.values(), 0)
 
 
-def _elements(tensors: list[Tensor]) -> int:
+def _numel(tensors: list[Tensor]) -> int:
     return sum(math.prod(t.shape) for t in tensors)
 
 
 @functools.cache
 def world() -> Ranks:
-    """The processes that were launched together with this one. Raises RanksError where MPI is
-    missing or did not find the others."""
+    """The processes that were launched together with this one. Raises RanksError where mpi4py is
+    missing or does not find the others."""
     rank, size = device.launched()
     if size == 1:
         return Ranks()
@@ -155,10 +153,10 @@ def world() -> Ranks:
 
         comm = MPI.COMM_WORLD
         if comm.size != size:
-            raise RuntimeError(f"it finds {comm.size}, being of another MPI than mpirun")
-    except (ImportError, RuntimeError) as error:  # the latter where there is no library of MPI
+            raise RuntimeError(f"it finds {comm.size}: it uses another MPI than mpirun")
+    except (ImportError, RuntimeError) as error:  # RuntimeError: no MPI library
         if rank:
-            sys.exit(2)  # process 0 says why
+            sys.exit(2)  # process 0 prints why
         raise RanksError(f"mpirun started {size} processes, which need mpi4py to work together "
                          f"({error}): pip install mpi4py mpich") from error
     ranks = Ranks(comm, comm.Split_type(MPI.COMM_TYPE_SHARED))
@@ -167,11 +165,11 @@ def world() -> Ranks:
 
 
 def _abort_on_errors(ranks: Ranks) -> None:
-    """An error that nobody handles ends the other processes too: they would wait for ever."""
-    tell = sys.excepthook
+    """Lets an unhandled error end the other processes too, which would wait for ever."""
+    previous = sys.excepthook
 
     def hook(kind, error, trace):
-        tell(kind, error, trace)
+        previous(kind, error, trace)
         ranks.abort(1, f"ended by {kind.__name__}")
 
     sys.excepthook = hook

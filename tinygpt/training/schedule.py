@@ -8,9 +8,9 @@ from tinygpt.config import TrainConfig
 def learning_rate(step: int, config: TrainConfig) -> float:
     """Linear warm-up, then config.schedule down to min_lr at lr_decay_iters, then min_lr.
 
-    Step 0 is the first. `cosine` is nanoGPT's, `linear` a straight line; `wsd` (warm-up, stable,
-    decay: arXiv:2404.06395) stays up but for the last decay_fraction of the steps, in which it is
-    a line; `constant`, and any without decay_lr, stays up for ever.
+    Step 0 is the first. `cosine` is nanoGPT's; `linear` is a straight line; `wsd` (warm-up, stable,
+    decay: arXiv:2404.06395) is constant until the last decay_fraction of the steps, then linear;
+    `constant`, and any schedule without decay_lr, does not fall.
     """
     peak = config.learning_rate
     lowest = peak / 10 if config.min_lr is None else config.min_lr
@@ -30,11 +30,11 @@ def learning_rate(step: int, config: TrainConfig) -> float:
 
 
 def context_length(step: int, config: TrainConfig, block_size: int) -> int:
-    """The tokens of a sequence at a step, 0 the first: block_size unless config.curriculum.
+    """The sequence length at a step, 0 the first: block_size unless config.curriculum.
 
-    With it, lengths double from curriculum_start_block_size on, each for as many steps, and reach
-    block_size half-way to lr_decay_iters (arXiv:2108.06084, whose lengths grow linearly). Raises
-    ValueError where no doubling leads to block_size.
+    With it, lengths double from curriculum_start_block_size, after equal numbers of steps, and
+    reach block_size half-way to lr_decay_iters (arXiv:2108.06084, whose lengths grow linearly).
+    Raises ValueError where no doubling leads to block_size.
     """
     if not config.curriculum:
         return block_size

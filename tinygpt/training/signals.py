@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM, answered between two steps."""
+"""Ctrl-C and SIGTERM, handled between two steps."""
 
 import _thread
 import functools
@@ -14,8 +14,8 @@ STDERR = 2
 @contextmanager
 def pending_signals(signums=(signal.SIGINT, signal.SIGTERM),
                     message: str = "\nstopping after this step; again to stop at once\n"):
-    """A list that signals put their number on, with that message on stderr; the second one acts at
-    once."""
+    """Yields a list to which a signal adds its number, with the message on stderr. A second signal
+    has its usual effect at once."""
     pending: list[int] = []
     if threading.current_thread() is not threading.main_thread():
         yield pending
@@ -24,7 +24,7 @@ def pending_signals(signums=(signal.SIGINT, signal.SIGTERM),
     def note(signum, frame):
         pending.append(signum)
         signal.signal(signum, before[signum])
-        with suppress(OSError):  # print is not to be called where it may be at work already
+        with suppress(OSError):  # print is not reentrant
             os.write(STDERR, message.encode())
 
     before = {s: signal.signal(s, note) for s in signums}
@@ -37,13 +37,13 @@ def pending_signals(signums=(signal.SIGINT, signal.SIGTERM),
 
 @functools.cache
 def insist_on_ctrl_c() -> None:
-    """Raises the KeyboardInterrupt of a Ctrl-C again where Python has met it inside a `__del__` or
-    a callback, prints it there, and continues as if there had been none."""
+    """Raises KeyboardInterrupt again where a Ctrl-C came inside a `__del__` or a callback: Python
+    would print it and continue."""
     others = sys.unraisablehook
 
     def hook(unraisable):
         if issubclass(unraisable.exc_type, KeyboardInterrupt):
-            again = threading.Timer(0.01, _thread.interrupt_main)  # it would be ignored here too
+            again = threading.Timer(0.01, _thread.interrupt_main)  # here it would be ignored
             again.daemon = True
             again.start()
         else:

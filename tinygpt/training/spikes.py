@@ -1,4 +1,4 @@
-"""Steps whose gradient is far larger than usual."""
+"""Detection of gradient spikes: steps with an unusually large gradient norm."""
 
 import math
 from collections.abc import Iterable
@@ -6,27 +6,27 @@ from statistics import median
 
 import numpy as np
 
-HISTORY = 100  # norms that the median is of
-ENOUGH = 20  # norms without which nothing is a spike
+HISTORY = 100  # norms in the running median
+ENOUGH = 20  # norms before which no step is a spike
 
 
 class SpikeGuard:
-    """Knows above which gradient norm a step is a spike: `factor` times the running median.
+    """A step is a spike if its gradient norm is above `factor` times the running median.
 
-    The norms of skipped steps count too, so that a level that stays high becomes the usual one.
-    factor 0: nothing is a spike.
+    The norms of skipped steps count too, so that a level that stays high becomes normal. factor 0:
+    no step is a spike.
     """
 
     def __init__(self, factor: float, norms: Iterable[float] = ()):
         self.factor, self.norms = factor, list(norms)
 
     def limit(self) -> float:
-        """The largest norm that is none; infinity while fewer than 20 are known."""
+        """The largest norm that is no spike; infinity until 20 norms are known."""
         if not self.factor or len(self.norms) < ENOUGH:
             return math.inf
         return float(np.float32(self.factor * median(self.norms)))  # as the device compares it
 
     def add(self, norm: float) -> None:
-        """Takes note of a step's norm, where that is finite."""
+        """Adds a step's norm to the history if it is finite."""
         if self.factor and math.isfinite(norm):
             self.norms = [*self.norms, norm][-HISTORY:]
