@@ -120,12 +120,12 @@ class GPTConfig:
 
 class Linear:
     """y = x W^T + b, from C numbers to N. weight (N, C), bias (N,) or None, float32; lora adds to
-    it where there is one (see tinygpt/model/lora.py). draw(shape, std) makes the weights (see GPT).
+    it where there is one (see tinygpt/model/lora.py).
     """
 
-    def __init__(self, draw, n_in: int, n_out: int, bias: bool, std: float = 0.02):
-        self.weight = draw((n_out, n_in), std)
-        self.bias = draw((n_out,), 0.0) if bias else None
+    def __init__(self, n_in: int, n_out: int, bias: bool):
+        self.weight = Tensor.empty(n_out, n_in)
+        self.bias = Tensor.empty(n_out) if bias else None
         self.lora: lora.LoRA | None = None
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
@@ -136,10 +136,10 @@ class Linear:
 class Norm:
     """LayerNorm or RMSNorm over the last axis."""
 
-    def __init__(self, draw, config: GPTConfig, size: int, kind: str | None = None):
+    def __init__(self, config: GPTConfig, size: int, kind: str | None = None):
         self.kind, self.eps = kind or config.norm, config.norm_eps
-        self.weight = draw((size,), None)
-        self.bias = draw((size,), 0.0) if config.bias and self.kind == "layernorm" else None
+        self.weight = Tensor.empty(size)
+        self.bias = Tensor.empty(size) if config.bias and self.kind == "layernorm" else None
 
     def __call__(self, x: Tensor) -> Tensor:
         if self.kind == "rmsnorm":
@@ -150,8 +150,8 @@ class Norm:
 class Embedding:
     """Rows of weight (V, C) by token id, or by position."""
 
-    def __init__(self, draw, rows: int, size: int):
-        self.weight = draw((rows, size), 0.02)
+    def __init__(self, rows: int, size: int):
+        self.weight = Tensor.empty(rows, size)
 
     def __call__(self, idx: Tensor) -> Tensor:
         return kernels.embedding(idx, self.weight)
@@ -163,13 +163,13 @@ class Embedding:
 class CausalSelfAttention:
     """Every position gathers values from the positions before it, weighted by query and key."""
 
-    def __init__(self, draw, config: GPTConfig):
+    def __init__(self, config: GPTConfig):
         self.config = config
         H, G, D, C = config.n_head, config.kv_heads, config.head_size, config.n_embd
-        self.c_attn = Linear(draw, C, (H + 2 * G) * D, config.bias)
-        self.c_proj = Linear(draw, C, C, config.bias, std=0.02 / math.sqrt(2 * config.n_layer))
-        self.q_norm = Norm(draw, config, D, "rmsnorm") if config.qk_norm else None
-        self.k_norm = Norm(draw, config, D, "rmsnorm") if config.qk_norm else None
+        self.c_attn = Linear(C, (H + 2 * G) * D, config.bias)
+        self.c_proj = Linear(C, C, config.bias)
+        self.q_norm = Norm(config, D, "rmsnorm") if config.qk_norm else None
+        self.k_norm = Norm(config, D, "rmsnorm") if config.qk_norm else None
 
     def __call__(self, x: Tensor, run: "Pass", layer: int, residual: Tensor | None) -> Tensor:
         B, T, C = x.shape
@@ -195,12 +195,12 @@ class CausalSelfAttention:
 class MLP:
     """Each position by itself: up to inner_size, through the activation, and down again."""
 
-    def __init__(self, draw, config: GPTConfig):
+    def __init__(self, config: GPTConfig):
         self.config = config
         C, inner = config.n_embd, config.inner_size
-        self.c_fc = Linear(draw, C, inner, config.bias)
-        self.c_gate = Linear(draw, C, inner, config.bias) if config.is_gated else None
-        self.c_proj = Linear(draw, inner, C, config.bias, std=0.02 / math.sqrt(2 * config.n_layer))
+        self.c_fc = Linear(C, inner, config.bias)
+        self.c_gate = Linear(C, inner, config.bias) if config.is_gated else None
+        self.c_proj = Linear(inner, C, config.bias)
 
     def __call__(self, x: Tensor, run: "Pass", residual: Tensor) -> Tensor:
         if self.c_gate is not None:
@@ -213,11 +213,11 @@ class MLP:
 class Block:
     """Attention, then MLP, each added to the residual stream and fed from a norm of it."""
 
-    def __init__(self, draw, config: GPTConfig):
-        self.ln_1 = Norm(draw, config, config.n_embd)
-        self.attn = CausalSelfAttention(draw, config)
-        self.ln_2 = None if config.parallel else Norm(draw, config, config.n_embd)
-        self.mlp = MLP(draw, config)
+    def __init__(self, config: GPTConfig):
+        self.ln_1 = Norm(config, config.n_embd)
+        self.attn = CausalSelfAttention(config)
+        self.ln_2 = None if config.parallel else Norm(config, config.n_embd)
+        self.mlp = MLP(config)
 
     def __call__(self, x: Tensor, run: "Pass", layer: int) -> Tensor:
         if self.ln_2 is None:
@@ -292,6 +292,18 @@ def rope_tables(length: int, head_size: int, theta: float,
             constant(np.sin(angle).astype(np.float32), device))
 
 
+def initial_weight(name: str, shape: tuple[int, ...], config: GPTConfig,
+                   rng: np.random.Generator | None) -> np.ndarray:
+    """The weight of that name as GPT-2 draws it: a matrix is normal with deviation 0.02, smaller
+    where its output is added to the residual stream; zeros instead without rng."""
+    if len(shape) == 1:
+        return np.full(shape, 0 if name.endswith("bias") else 1, np.float32)
+    if rng is None:
+        return np.zeros(shape, np.float32)
+    std = 0.02 / math.sqrt(2 * config.n_layer) if name.endswith("c_proj.weight") else 0.02
+    return rng.standard_normal(shape, np.float32) * np.float32(std)
+
+
 class GPT(LanguageModel):
     """The model. Weights are float32 tensors drawn as GPT-2's are, from `seed`; None: not drawn.
 
@@ -305,24 +317,18 @@ class GPT(LanguageModel):
         device.default()
         config.check_memory()
         super().__init__(config)
-        rng = np.random.default_rng(seed)
+        self._build(config)
+        rng = None if seed is None else np.random.default_rng(seed)
+        for name, weight in self.state_dict().items():
+            weight.replace(Tensor(initial_weight(name, weight.shape, config, rng)).realize())
 
-        def draw(shape: tuple[int, ...], std: float | None) -> Tensor:
-            """Normal with that deviation; ones where it is None."""
-            if not std or seed is None:
-                array = np.full(shape, 1.0 if std is None else 0.0, dtype=np.float32)
-            else:
-                array = rng.standard_normal(shape, dtype=np.float32) * np.float32(std)
-            return Tensor(array).realize()
-        self._build(config, draw)
-
-    def _build(self, config: GPTConfig, draw) -> None:
+    def _build(self, config: GPTConfig) -> None:
         C = config.n_embd
-        self.wte = Embedding(draw, config.vocab_size, C)
-        self.wpe = Embedding(draw, config.block_size, C) if config.position == "learned" else None
-        self.h = [Block(draw, config) for _ in range(config.n_layer)]
-        self.ln_f = Norm(draw, config, C)
-        self.lm_head = None if config.tie_weights else Linear(draw, C, config.vocab_size, False)
+        self.wte = Embedding(config.vocab_size, C)
+        self.wpe = Embedding(config.block_size, C) if config.position == "learned" else None
+        self.h = [Block(config) for _ in range(config.n_layer)]
+        self.ln_f = Norm(config, C)
+        self.lm_head = None if config.tie_weights else Linear(C, config.vocab_size, False)
 
     def __call__(self, idx: Tensor, targets: Tensor | None = None,
                  dropout_key: Tensor | None = None, label_smoothing: float = 0.0,
@@ -447,14 +453,9 @@ class GPT(LanguageModel):
     def shapes(cls, config: GPTConfig) -> dict[str, tuple[int, ...]]:
         """The shape of every weight of a model of that configuration, by its name; allocates
         nothing."""
-        model, shapes = cls.__new__(cls), {}
-
-        def draw(shape: tuple[int, ...], std: float | None) -> Tensor:
-            weight = Tensor.empty(0)
-            shapes[weight] = shape
-            return weight
-        model._build(config, draw)
-        return {name: shapes[weight] for name, weight in model.state_dict().items()}
+        model = cls.__new__(cls)
+        model._build(config)
+        return {name: weight.shape for name, weight in model.state_dict().items()}
 
     @classmethod
     def _undrawn(cls, config: GPTConfig) -> "GPT":
