@@ -64,7 +64,7 @@ def exchanged_block(model, _) -> None:
 def wrapped_layer(model, _) -> None:
     """The same weight in the same memory, computed with in another way."""
     mlp = model.h[0].mlp
-    model.h[0].mlp = lambda x, run, residual: mlp(-x, run, residual)
+    model.h[0].mlp = lambda x, ctx, residual: mlp(-x, ctx, residual)
 
 
 def trained_adapter(model, _) -> None:

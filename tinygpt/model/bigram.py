@@ -57,7 +57,7 @@ class Bigram(LanguageModel):
     def _new_cache(self, batch_size: int, start: Tensor | None = None) -> None:
         """None: a token is all that is seen."""
 
-    def _next_logits(self, tokens: Tensor, cache: None, position, row) -> Tensor:
+    def _next_logits(self, tokens: Tensor, cache: None, start_pos, row) -> Tensor:
         return kernels.embedding(tokens[:, row:row + 1], self.table)[:, 0]
 
     def quantize(self, kind: str) -> "Bigram":

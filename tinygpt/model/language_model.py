@@ -52,9 +52,9 @@ class LanguageModel:
         of row b begins at index start[b], and what is before it is padding."""
         raise NotImplementedError
 
-    def _next_logits(self, tokens: Tensor, cache, position: UOp | int, row: UOp | int) -> Tensor:
+    def _next_logits(self, tokens: Tensor, cache, start_pos: UOp | int, row: UOp | int) -> Tensor:
         """The logits (B, V) float32 after that row of tokens (B, T), the first of which is at index
-        `position`; tokens before it are read from the cache, and these are written to it."""
+        start_pos; tokens before it are read from the cache, and these are written to it."""
         raise NotImplementedError
 
     @classmethod
