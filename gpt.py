@@ -25,7 +25,7 @@ from tinygpt.kernels.loss import Loss
 from tinygpt.kernels.random import counter, new_key, next_key
 from tinygpt.kernels.training import is_training
 from tinygpt.model import lora
-from tinygpt.model.language_model import LanguageModel
+from tinygpt.model.language_model import LanguageModel, LossFunction
 from tinygpt.model.quantize import quantize, refuse_quantized
 from tinygpt.model.recompute import Chain
 
@@ -340,15 +340,17 @@ class GPT(LanguageModel):
         self.lm_head = None if config.tie_weights else Linear(C, config.vocab_size, False)
 
     def __call__(self, idx: Tensor, targets: Tensor | None = None,
-                 dropout_key: Tensor | None = None, label_smoothing: float = 0.0,
-                 z_loss: float = 0.0) -> Tensor | tuple[Tensor, Tensor]:
+                 dropout_key: Tensor | None = None,
+                 loss_fn: LossFunction = kernels.cross_entropy) -> Tensor | tuple[Tensor, Tensor]:
         """Logits (B, T, V) of the token after each position of idx (B, T) int, T <= block_size.
 
-        With targets (B, T) int, negative where none counts: (logits, loss), the loss a scalar in
-        nats. Dropout follows dropout_key (1,) uint32; without one it acts where Tensor.training is
-        set (Context(TRAINING=1) from tinygrad 0.14 on) and is drawn by tinygrad's generator. Raises
-        ValueError on a wrong shape, and on an id outside the vocabulary, except while a TinyJit
-        captures the call and no value can be read.
+        With targets (B, T) int, negative where a token is not to be predicted: (logits, loss), the
+        loss a scalar in nats, loss_fn(logits (B T, V), targets (B T,)).
+
+        Dropout is drawn from dropout_key (1,) uint32; without one, from tinygrad's generator where
+        Tensor.training is set (Context(TRAINING=1) from tinygrad 0.14 on). Raises ValueError on a
+        wrong shape, and on an id outside the vocabulary, except while a TinyJit captures the call
+        and no value can be read.
         """
         if idx.ndim != 2 or not 1 <= idx.shape[1] <= self.config.block_size:
             raise ValueError(f"idx has shape {idx.shape}: give (B, T) with 1 <= T <= "
@@ -363,11 +365,10 @@ class GPT(LanguageModel):
         logits = self._head(self._features(idx, ctx))
         if targets is None:
             return logits
-        return logits, Loss(self._loss(logits, targets, label_smoothing, z_loss), self.state_dict)
+        return logits, Loss(self._loss(logits, targets, loss_fn), self.state_dict)
 
-    def loss_in_little_memory(self, idx: Tensor, targets: Tensor,
-                              dropout_key: Tensor | None = None, label_smoothing: float = 0.0,
-                              z_loss: float = 0.0) -> tuple[Tensor, Chain]:
+    def checkpointed_loss(self, idx: Tensor, targets: Tensor, dropout_key: Tensor | None = None,
+                          loss_fn: LossFunction = kernels.cross_entropy) -> tuple[Tensor, Chain]:
         """The loss as above, and the chain of blocks whose `gradients` of that loss compute every
         block a second time (see `tinygpt.model.recompute`)."""
         ctx = ForwardContext(self.config, idx.shape[1], dropout_key=dropout_key)
@@ -376,13 +377,7 @@ class GPT(LanguageModel):
             again = copy.copy(ctx)  # with the same dropout keys to come
             chain.append(functools.partial(block, ctx=ctx, layer=layer),
                          functools.partial(block, ctx=again, layer=layer))
-        return self._loss(self._head(chain.end), targets, label_smoothing, z_loss), chain
-
-    def _loss(self, logits: Tensor, targets: Tensor, label_smoothing: float,
-              z_loss: float) -> Tensor:
-        logits = logits.reshape(-1, self.config.vocab_size)  # (B T, V)
-        targets = targets.reshape(-1)  # (B T,)
-        return kernels.cross_entropy(logits, targets, label_smoothing, z_loss)
+        return self._loss(self._head(chain.end), targets, loss_fn), chain
 
     def _features(self, idx: Tensor, ctx: ForwardContext) -> Tensor:
         """The output of the last block: idx (B, T) -> (B, T, C)."""

@@ -8,7 +8,7 @@ from tinygrad import Tensor
 from tinygpt import device, kernels
 from tinygpt.config import check, setting
 from tinygpt.kernels.loss import Loss
-from tinygpt.model.language_model import LanguageModel
+from tinygpt.model.language_model import LanguageModel, LossFunction
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,15 +40,13 @@ class Bigram(LanguageModel):
         self.table = Tensor.zeros(config.vocab_size, config.vocab_size).contiguous().realize()
 
     def __call__(self, idx: Tensor, targets: Tensor | None = None, dropout_key=None,
-                 label_smoothing: float = 0.0, z_loss: float = 0.0):
+                 loss_fn: LossFunction = kernels.cross_entropy) -> Tensor | tuple[Tensor, Tensor]:
         """Logits (B, T, V) for idx (B, T) int32; with targets (B, T) int32 also the loss."""
         self._check_tokens(idx, targets)
         logits = kernels.embedding(idx, self.table)  # (B, T, V)
         if targets is None:
             return logits
-        loss = kernels.cross_entropy(logits.reshape(-1, self.config.vocab_size),
-                                     targets.reshape(-1), label_smoothing, z_loss)
-        return logits, Loss(loss, self.state_dict)
+        return logits, Loss(self._loss(logits, targets, loss_fn), self.state_dict)
 
     @property
     def device(self) -> str | tuple[str, ...]:

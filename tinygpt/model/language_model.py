@@ -1,7 +1,7 @@
 """What every model of tokens does besides its forward pass: it generates text, and is saved and
 loaded."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, fields
 from numbers import Integral
 from pathlib import Path
@@ -18,6 +18,7 @@ from tinygpt.model import lora
 from tinygpt.stock_optim import adapted, check_owner
 
 MOST_TOKENS = 10**8  # that `generate` returns at once
+LossFunction = Callable[[Tensor, Tensor], Tensor]  # of logits (N, V) and targets (N,)
 
 
 class LanguageModel:
@@ -67,6 +68,9 @@ class LanguageModel:
     def _undrawn(cls, config) -> "LanguageModel":
         """A model whose weights are yet to be loaded."""
         raise NotImplementedError
+
+    def _loss(self, logits: Tensor, targets: Tensor, loss_fn: LossFunction) -> Tensor:
+        return loss_fn(logits.reshape(-1, self.config.vocab_size), targets.reshape(-1))
 
     # ---- writing text
 
