@@ -119,18 +119,14 @@ class GPTConfig:
 
 
 class Linear:
-    """y = x W^T + b, from C numbers to N. weight (N, C), bias (N,) or None, float32; lora adds to
-    it where there is one (see tinygpt/model/lora.py).
-    """
+    """y = x W^T + b, from C numbers to N. weight (N, C), bias (N,) or None, float32."""
 
     def __init__(self, n_in: int, n_out: int, bias: bool):
         self.weight = Tensor.empty(n_out, n_in)
         self.bias = Tensor.empty(n_out) if bias else None
-        self.lora: lora.LoRA | None = None
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        y = kernels.linear(x, self.weight, self.bias, residual)
-        return y if self.lora is None else y + self.lora(x)
+        return kernels.linear(x, self.weight, self.bias, residual)
 
 
 class Norm:

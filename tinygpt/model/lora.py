@@ -13,12 +13,13 @@ from tinygrad import Tensor
 
 from tinygpt import checkpoint, device, kernels
 from tinygpt.data.tokenizer import Tokenizer, fingerprint
+from tinygpt.model.layers import linear_layers, replace_linear_layers
 
 FILE = "lora.safetensors"
 
 
 class LoRA:
-    """What is added to a linear layer's output: x (..., C) -> (..., N)."""
+    """An adapter, which is added to a linear layer's output: x (..., C) -> (..., N)."""
 
     def __init__(self, a: np.ndarray, b: np.ndarray, alpha: float):
         self.a, self.b = Tensor(a).realize(), Tensor(b).realize()
@@ -28,23 +29,43 @@ class LoRA:
         return kernels.linear(kernels.linear(x, self.a), self.b) * self._scale()
 
     def matrix(self) -> np.ndarray:
-        """What it adds to the layer's weight, (N, C) float32."""
+        """What it adds to the layer's weight when it is merged, (N, C) float32."""
         return (self.b.numpy() @ self.a.numpy()) * np.float32(self._scale())
 
     def _scale(self) -> float:
         return self.alpha / self.a.shape[0]
 
 
-def linear_layers(model) -> dict[str, object]:
-    """The linear layers in a GPT's blocks, by their names; a bigram model has none."""
-    return {f"h.{i}.{part}.{name}": layer for i, block in enumerate(getattr(model, "h", ()))
-            for part in ("attn", "mlp") for name, layer in vars(getattr(block, part)).items()
-            if hasattr(layer, "lora")}
+class LoRALinear:
+    """In the place of a Linear: its output plus that of an adapter."""
+
+    __slots__ = ("__dict__", "linear")  # linear has the same weights: get_state_dict finds no slots
+
+    def __init__(self, linear, lora: LoRA):
+        self.linear = linear
+        self.weight, self.bias, self.lora = linear.weight, linear.bias, lora
+
+    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        return kernels.linear(x, self.weight, self.bias, residual) + self.lora(x)
+
+    def merged(self):
+        """The Linear, with the adapter added to its weight."""
+        device.write(self.weight, self.weight.numpy() + self.lora.matrix())
+        self.linear.weight, self.linear.bias = self.weight, self.bias
+        return self.linear
 
 
 def adapters(model) -> tuple[LoRA, ...]:
     """The adapters that a GPT has."""
-    return tuple(layer.lora for layer in linear_layers(model).values() if layer.lora is not None)
+    return tuple(layer.lora for layer in linear_layers(model).values()
+                 if isinstance(layer, LoRALinear))
+
+
+def _put(model, found: dict[str, LoRA]) -> None:
+    """Merges the adapters that a GPT has, and gives it others, by the names of their layers."""
+    merge(model)
+    replace_linear_layers(model, lambda name, layer: LoRALinear(layer, found[name])
+                          if name in found else layer)
 
 
 def attach(model, rank: int, alpha: float, targets: str, seed: int) -> None:
@@ -52,23 +73,21 @@ def attach(model, rank: int, alpha: float, targets: str, seed: int) -> None:
 
     Those that are there are merged first. Raises ValueError where a pattern matches none.
     """
-    merge(model)
-    layers, rng = linear_layers(model), np.random.default_rng([seed, rank])
+    layers, rng, found = linear_layers(model), np.random.default_rng([seed, rank]), {}
     for name in _matching(targets, layers, "lora_targets"):
         N, C = layers[name].weight.shape
         if rank > min(N, C):
             raise ValueError(f"lora_rank={rank} is above {min(N, C)}, the highest rank that {name} "
                              "can have: choose a smaller one")
         a = rng.standard_normal((rank, C), dtype=np.float32) / np.float32(np.sqrt(C))
-        layers[name].lora = LoRA(a, np.zeros((N, rank), np.float32), alpha)
+        found[name] = LoRA(a, np.zeros((N, rank), np.float32), alpha)
+    _put(model, found)
 
 
 def merge(model) -> None:
-    """Adds every adapter to its layer's weight, and takes it away."""
-    for layer in linear_layers(model).values():
-        if layer.lora is not None:
-            device.write(layer.weight, layer.weight.numpy() + layer.lora.matrix())
-            layer.lora = None
+    """Adds every adapter to its layer's weight, and puts the Linear back."""
+    replace_linear_layers(model, lambda _, layer: layer.merged()
+                          if isinstance(layer, LoRALinear) else layer)
 
 
 def is_adapter(name: str) -> bool:
@@ -87,16 +106,15 @@ def adopt(model, arrays: dict[str, np.ndarray], alpha: float | None, path: str |
                                          "metadata: use another one")
     for name in arrays:
         prefix, _, kind = name.rpartition(".")
-        layer = layers.get(prefix.removesuffix(".lora"))
+        layer = layers.get(layer_name := prefix.removesuffix(".lora"))
         a, b = arrays.get(f"{prefix}.a"), arrays.get(f"{prefix}.b")
         if layer is None or a is None or b is None or a.ndim != 2 or b.ndim != 2 or (
                 (b.shape[0], a.shape[1]) != layer.weight.shape or not a.shape[0] == b.shape[1] > 0):
             raise checkpoint.CheckpointError(f"{path} has {name}, which does not fit the model: "
                                              "use the one that it was trained on")
         if kind == "a":
-            found[name] = layer, LoRA(a.astype(np.float32), b.astype(np.float32), alpha)
-    for layer, adapter in found.values():
-        layer.lora = adapter
+            found[layer_name] = LoRA(a.astype(np.float32), b.astype(np.float32), alpha)
+    _put(model, found)
 
 
 def check_same(model, file: checkpoint.Checkpoint) -> None:

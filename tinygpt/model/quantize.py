@@ -5,6 +5,7 @@ import numpy as np
 from tinygrad import Tensor
 
 from tinygpt import device, kernels
+from tinygpt.model.layers import replace_linear_layers
 
 KINDS = ("int8", "fp16")
 
@@ -19,11 +20,7 @@ def quantize(model, kind: str) -> None:
     if kind not in KINDS:
         raise ValueError(f"quantize={kind!r} is unknown: choose one of {', '.join(KINDS)}")
     refuse_quantized(model, "quantized again")
-    for block in model.h:
-        for part in (block.attn, block.mlp):
-            for name, layer in list(vars(part).items()):
-                if getattr(layer, "weight", None) is not None and layer.weight.ndim == 2:
-                    setattr(part, name, QuantizedLinear(layer, kind))
+    replace_linear_layers(model, lambda _, layer: QuantizedLinear(layer, kind))
     if model.lm_head is None:
         model.wte = QuantizedEmbedding(model.wte, kind)
     else:
