@@ -361,12 +361,20 @@ def test_options_of_a_wrong_kind_are_refused(options, says):
             model.stream(PROMPT, **options)
 
 
+def test_generate_and_stream_have_the_defaults_of_the_config():
+    model, default = small(), SampleConfig()
+    expected = model.generate(PROMPT, default.max_new_tokens, temperature=default.temperature)
+    assert model.generate(PROMPT).tolist() == expected.tolist()
+    assert list(model.stream(PROMPT)) == expected.tolist()[0][3:]
+
+
 def test_a_stream_takes_one_row_and_its_options_once():
     model = small()
     with pytest.raises(ValueError, match="one sequence, not 2"):
         model.stream([[1, 2], [3]])
-    with pytest.raises(ValueError, match="not both: put top_k"):
-        model.stream(PROMPT, SampleConfig(), top_k=3)
+    for write in (model.stream, model.generate):
+        with pytest.raises(ValueError, match="put top_k, max_new_tokens into the config"):
+            write(PROMPT, 5, config=SampleConfig(), top_k=3)
     endless = model.stream(PROMPT, max_new_tokens=10**12, temperature=0)  # in little memory
     assert [next(endless) for _ in range(6)] == text(model, 0)[3:]
 

@@ -74,30 +74,26 @@ class LanguageModel:
 
     # ---- writing text
 
-    def generate(self, idx, max_new_tokens: int | None = None, *, max_tokens: int | None = None,
-                 temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None,
-                 min_p: float | None = None, repetition_penalty: float = 1.0,
-                 window_hop: int = 1, seed: int = 1337) -> Tensor | list[list[int]]:
+    def generate(self, idx, max_new_tokens: int | None = None, *,
+                 config: SampleConfig | None = None, **options) -> Tensor | list[list[int]]:
         """Continues each row of idx (B, T): int32 (B, T + max_new_tokens).
 
         idx is a Tensor, array or nested list of token ids. Rows of different lengths, as in
         [[5, 1], [7]], are one batch too; then the result is a list of lists, each row followed by
-        its new tokens. The model sees the last block_size tokens at most. temperature 0 takes the
-        likeliest token; the other options are those of `tinygpt.config.SampleConfig`. `max_tokens`
-        is another name of max_new_tokens, 100 where neither is given.
+        its new tokens. The model sees the last block_size tokens at most.
+
+        config has the sampling parameters. Instead of it, options are fields of
+        `tinygpt.config.SampleConfig`, whose defaults hold for what is not given: generate(idx, 100,
+        temperature=0) takes the likeliest token. `max_tokens` is another name of max_new_tokens.
 
         What a row gets depends on its own tokens, its place in the batch and the seed, not on the
-        other rows (but for the rounding of sums); the first row gets what it would get alone.
+        other rows (except for the rounding of sums); the first row gets what it would get alone.
         Weights may be assigned or replaced, and layers exchanged, between two calls.
 
         Raises ValueError on ids outside the vocabulary, an option out of range, or a text of more
         than MOST_TOKENS tokens in all.
         """
-        if max_new_tokens is None and max_tokens is None:
-            max_new_tokens = 100
-        config = _sample_config(max_new_tokens, max_tokens, temperature=temperature, top_k=top_k,
-                                top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty,
-                                window_hop=window_hop, seed=seed)
+        config = _sample_config(max_new_tokens, config, options)
         prompts = self._check_ids(idx)
         total = sum(map(len, prompts)) + len(prompts) * config.max_new_tokens
         if total > MOST_TOKENS:
@@ -111,26 +107,22 @@ class LanguageModel:
             return [row.tolist() for row in rows]
         return Tensor(np.stack(rows), dtype="int32")
 
-    def stream(self, idx, config: SampleConfig | None = None, **options) -> Iterator[int]:
+    def stream(self, idx, max_new_tokens: int | None = None, *,
+               config: SampleConfig | None = None, **options) -> Iterator[int]:
         """Yields the ids that continue idx, (T,) or (1, T), one by one as they are drawn.
 
-        Options are those of `generate`, or a SampleConfig that holds them. Several streams may be
-        read in turn. Raises ValueError as `generate` does, but for long texts.
+        The sampling parameters are given as for `generate`. Several streams may be read in turn.
+        Raises ValueError as `generate` does, except for long texts.
         """
-        if config is not None and options:
-            raise ValueError(f"stream takes a SampleConfig or options, not both: put "
-                             f"{', '.join(options)} into the config")
+        config = _sample_config(max_new_tokens, config, options)
         prompts = self._check_ids(idx, flat=True)
         if len(prompts) != 1:
             raise ValueError(f"stream takes one sequence, not {len(prompts)}: use generate")
-        if config is None:
-            config = _sample_config(options.pop("max_new_tokens", None),
-                                    options.pop("max_tokens", None), **options)
         return (int(t[0]) for t in self._decoders.run(self, prompts, config))
 
     def free_decoders(self) -> None:
         """Frees the caches and compiled steps of `generate` and `stream`, and the memory of
-        replaced weights that the steps hold; they are made anew when they are needed."""
+        replaced weights that the steps hold; the next call compiles them again."""
         self._decoders.clear()
 
     def _check_ids(self, idx, flat: bool = False) -> list[np.ndarray]:
@@ -306,10 +298,17 @@ class LanguageModel:
         return model
 
 
-def _sample_config(max_new_tokens: int | None, max_tokens: int | None, **options) -> SampleConfig:
-    """A SampleConfig of options, and of a number of tokens under one of its two names."""
-    if max_new_tokens is not None and max_tokens is not None:
-        raise ValueError(f"max_new_tokens={max_new_tokens} and max_tokens={max_tokens} are two "
-                         "names of one option: give one of them")
-    count = max_new_tokens if max_tokens is None else max_tokens
-    return SampleConfig(**options | ({} if count is None else {"max_new_tokens": count}))
+def _sample_config(max_new_tokens: int | None, config: SampleConfig | None,
+                   options: dict) -> SampleConfig:
+    """The SampleConfig that is given, or that of options and max_new_tokens, which has two names.
+    """
+    other = options.pop("max_tokens", None)
+    if None not in (max_new_tokens, other):
+        raise ValueError(f"max_new_tokens={max_new_tokens} and max_tokens={other} are two names of "
+                         "one option: give one of them")
+    count = max_new_tokens if other is None else other
+    options |= {} if count is None else {"max_new_tokens": count}
+    if config is not None and options:
+        raise ValueError(f"both a SampleConfig and options are given: put {', '.join(options)} "
+                         "into the config")
+    return config or SampleConfig(**options)
