@@ -1,4 +1,4 @@
-"""The baseline that a GPT has to beat: the next token is guessed from the last one alone."""
+"""The baseline that a GPT has to beat: the next token is predicted from the last one alone."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,14 +25,15 @@ class BigramConfig:
 
 
 class Bigram(LanguageModel):
-    """A table (V, V) float32 whose row i has the logits of what follows token i.
+    """A table (V, V) float32 whose row i has the logits of the token after token i.
 
-    It is trained, saved and sampled as a GPT is. Zeros at first: every token is as likely.
+    It is trained, saved and sampled as a GPT is. It begins as zeros whatever the seed, so that all
+    tokens are equally likely.
     """
 
     kind, config_class = "bigram", BigramConfig
 
-    def __init__(self, config: BigramConfig):
+    def __init__(self, config: BigramConfig, seed: int | None = None):
         device.default()
         device.check_memory(4 * config.vocab_size ** 2, "the table of a bigram model",
                             "choose a smaller vocab_size")
@@ -53,7 +54,7 @@ class Bigram(LanguageModel):
         return self.table.device
 
     def _new_cache(self, batch_size: int, start: Tensor | None = None) -> None:
-        """None: a token is all that is seen."""
+        """None: only the last token matters."""
 
     def _next_logits(self, tokens: Tensor, cache: None, start_pos, row) -> Tensor:
         return kernels.embedding(tokens[:, row:row + 1], self.table)[:, 0]
@@ -62,14 +63,11 @@ class Bigram(LanguageModel):
         raise ValueError("a bigram model is not quantized: leave out --quantize")
 
     def save_pretrained(self, folder: str | Path) -> Path:
-        raise ValueError("transformers has no home for a bigram model: leave out --export")
+        raise ValueError("transformers has no bigram model: leave out --export")
 
     def state_dict(self) -> dict[str, Tensor]:
         """The table, by its name."""
         return {"table": self.table}
-
-    def num_params(self) -> int:
-        return self.table.numel()
 
     def estimate_flops(self, length: int | None = None) -> int:
         """0: a row is looked up, nothing is multiplied."""
@@ -77,9 +75,4 @@ class Bigram(LanguageModel):
 
     @classmethod
     def shapes(cls, config: BigramConfig) -> dict[str, tuple[int, ...]]:
-        """The shape of the table, by its name."""
         return {"table": (config.vocab_size, config.vocab_size)}
-
-    @classmethod
-    def _undrawn(cls, config: BigramConfig) -> "Bigram":
-        return cls(config)

@@ -15,6 +15,7 @@ from tinygpt.data.tokenizer import Tokenizer
 from tinygpt.inference.decoder import Decoders
 from tinygpt.kernels.jit import is_capturing
 from tinygpt.model import lora
+from tinygpt.model.quantize import quantize
 from tinygpt.stock_optim import adapted, check_owner
 
 MOST_TOKENS = 10**8  # that `generate` returns at once
@@ -62,11 +63,6 @@ class LanguageModel:
     def shapes(cls, config) -> dict[str, tuple[int, ...]]:
         """The shape of every weight of a model of that configuration, by its name; allocates
         nothing."""
-        raise NotImplementedError
-
-    @classmethod
-    def _undrawn(cls, config) -> "LanguageModel":
-        """A model whose weights are yet to be loaded."""
         raise NotImplementedError
 
     def _loss(self, logits: Tensor, targets: Tensor, loss_fn: LossFunction) -> Tensor:
@@ -164,6 +160,22 @@ class LanguageModel:
                                  f"{self.config.vocab_size - 1}: was it made by another tokenizer?")
 
     # ---- weights and checkpoints
+
+    def num_params(self, non_embedding: bool = False) -> int:
+        """The number of weights, tied ones counted once; with non_embedding those of the position
+        table are left out."""
+        return sum(w.numel() for name, w in self.state_dict().items()
+                   if not (non_embedding and name == "wpe.weight"))
+
+    def quantize(self, kind: str) -> "LanguageModel":
+        """Quantizes the matrices to "int8" or "fp16", to generate text with; returns the model.
+
+        It can then be neither trained nor saved. Raises ValueError where it is quantized already.
+        """
+        self.free_decoders()  # whose compiled steps hold the matrices
+        lora.merge(self)
+        quantize(self, kind)
+        return self
 
     def load_state_dict(self, arrays: dict[str, np.ndarray]) -> None:
         """Puts arrays of the same names and shapes in place of the weights.
@@ -263,7 +275,7 @@ class LanguageModel:
             raise checkpoint.CheckpointError(f"{path} has n_layer={layers}, but only {len(shapes)} "
                                              "tensors: use another one")
         checkpoint.check_shapes(shapes, cls.shapes(config), path)
-        return cls._undrawn(config)
+        return cls(config, seed=None)
 
     @classmethod
     def _fitting_file(cls, config, file: checkpoint.Checkpoint) -> "LanguageModel":
