@@ -1,5 +1,4 @@
-"""What every model of tokens does besides its forward pass: it generates text, and is saved and
-loaded."""
+"""What every language model does besides its forward pass: generating text, saving and loading."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, fields
@@ -23,12 +22,11 @@ LossFunction = Callable[[Tensor, Tensor], Tensor]  # of logits (N, V) and target
 
 
 class LanguageModel:
-    """A subclass names its weights in `state_dict`, gives the logits of a text in
-    `_next_logits`, and says what it is in `kind` and `config_class`, a dataclass with block_size
-    and vocab_size.
+    """A subclass has the constructor (config, seed), `state_dict`, `_next_logits`, `kind`, and
+    `config_class`, a dataclass with block_size and vocab_size.
 
-    `compute_dtype` ("float32", "bfloat16" or "float16") is what activations are kept in;
-    `tokenizer` is what the weights were trained with, where that is known.
+    `compute_dtype` ("float32", "bfloat16" or "float16") is the dtype of activations; `tokenizer` is
+    the one that the weights were trained with, where it is known.
     """
 
     kind: str  # in a checkpoint's metadata
@@ -50,25 +48,25 @@ class LanguageModel:
         raise NotImplementedError
 
     def _new_cache(self, batch_size: int, start: Tensor | None = None):
-        """What `_next_logits` keeps of the tokens that it has seen. With start (B,) int32 the text
-        of row b begins at index start[b], and what is before it is padding."""
+        """A cache for `_next_logits`. With start (B,) int32 the text of row b begins at index
+        start[b], after padding."""
         raise NotImplementedError
 
     def _next_logits(self, tokens: Tensor, cache, start_pos: UOp | int, row: UOp | int) -> Tensor:
-        """The logits (B, V) float32 after that row of tokens (B, T), the first of which is at index
-        start_pos; tokens before it are read from the cache, and these are written to it."""
+        """The logits (B, V) float32 after column `row` of tokens (B, T). The tokens begin at index
+        start_pos of the text: those before are read from the cache, these are written to it."""
         raise NotImplementedError
 
     @classmethod
     def shapes(cls, config) -> dict[str, tuple[int, ...]]:
-        """The shape of every weight of a model of that configuration, by its name; allocates
+        """The shape of every weight by its name, for a model of that configuration; allocates
         nothing."""
         raise NotImplementedError
 
     def _loss(self, logits: Tensor, targets: Tensor, loss_fn: LossFunction) -> Tensor:
         return loss_fn(logits.reshape(-1, self.config.vocab_size), targets.reshape(-1))
 
-    # ---- writing text
+    # ---- generating text
 
     def generate(self, idx, max_new_tokens: int | None = None, *,
                  config: SampleConfig | None = None, **options) -> Tensor | list[list[int]]:
@@ -146,8 +144,8 @@ class LanguageModel:
         return ids.astype(np.int32)
 
     def _check_tokens(self, idx: Tensor, targets: Tensor | None) -> None:
-        """Raises ValueError where idx, or targets, has an id outside the vocabulary; of targets
-        the negative ones are none."""
+        """Raises ValueError where idx or targets has an id outside the vocabulary; negative targets
+        are allowed."""
         if is_capturing():
             return
         for name, ids, low in (("idx", idx, 0), ("targets", targets, None)):
@@ -178,9 +176,9 @@ class LanguageModel:
         return self
 
     def load_state_dict(self, arrays: dict[str, np.ndarray]) -> None:
-        """Puts arrays of the same names and shapes in place of the weights.
+        """Loads arrays of the same names and shapes into the weights.
 
-        Raises ValueError, before anything is changed, where a name or a shape differs.
+        Raises ValueError, with nothing changed, where a name or a shape differs.
         """
         weights = self.state_dict()
         checkpoint.check_arrays(arrays, weights)
@@ -189,12 +187,12 @@ class LanguageModel:
 
     def save_checkpoint(self, iter_num: int, optimizer=None, out_dir: str | Path = "checkpoints",
                         metadata: dict | None = None, ema=None) -> Path:
-        """Writes out_dir/ckpt_<iter_num>.safetensors, whole or not at all, and returns its path.
+        """Writes out_dir/ckpt_<iter_num>.safetensors, atomically, and returns its path.
 
-        It holds the weights, the state of the optimizer (one of ours or of tinygrad's
-        `nn.optim`) and of the EMA where they are given, and in its metadata the configuration, the
-        tokenizer and whatever `metadata` adds. Raises ValueError where it cannot be written, or
-        where a number in it is not finite.
+        It has the weights, the state of the optimizer (one of ours or of tinygrad's `nn.optim`) and
+        of the EMA where they are given, and as metadata the configuration, the tokenizer and what
+        `metadata` adds. Raises ValueError where it cannot be written, or where a number in it is
+        not finite.
         """
         if not isinstance(iter_num, Integral) or isinstance(iter_num, bool) or iter_num < 0:
             raise ValueError(f"iter_num={iter_num!r} is no number of steps")
@@ -207,19 +205,18 @@ class LanguageModel:
                                self._header() | {"iter_num": int(iter_num)} | (metadata or {}))
 
     def _header(self) -> dict:
-        """What a checkpoint's metadata says about the model."""
+        """The metadata of a checkpoint that describes the model."""
         return {"model": self.kind, "model_config": asdict(self.config),
                 "tokenizer": self.tokenizer and self.tokenizer.to_json(),
                 "lora_alpha": lora.alpha_of(self)}
 
     def load_checkpoint(self, path: str | Path, optimizer=None, ema=None) -> dict:
-        """Takes weights, and the state of optimizer and EMA, from a checkpoint; returns its
+        """Loads weights, and the state of optimizer and EMA, from a checkpoint; returns its
         metadata. Where the checkpoint has no average, the EMA starts at its weights.
 
-        The optimizer is one of ours or of tinygrad's `nn.optim`, of the same kind and
-        for the same weights as the one that was saved. Raises ValueError, with nothing changed,
-        where the file is missing, damaged or of another architecture, or has no optimizer though
-        one is given.
+        The optimizer is one of ours or of tinygrad's `nn.optim`, of the same kind and for the same
+        weights as the one that was saved. Raises ValueError, with nothing changed, where the file
+        is missing, damaged or of another architecture, or lacks the optimizer that is given.
         """
         mine = self.state_dict()
         with checkpoint.Checkpoint(path) as file:
@@ -266,10 +263,10 @@ class LanguageModel:
 
     @classmethod
     def fitting(cls, config, shapes: dict[str, tuple], path: str | Path) -> "LanguageModel":
-        """A model for weights of those shapes, by name, that are yet to be loaded.
+        """A model of that configuration, to load weights of those shapes into.
 
-        Raises CheckpointError, before anything is allocated, where they are not those of config: a
-        file can claim any size.
+        Raises CheckpointError, before anything is allocated, where the shapes are not those of the
+        configuration: a file can claim any size.
         """
         if (layers := getattr(config, "n_layer", 0)) > len(shapes):
             raise checkpoint.CheckpointError(f"{path} has n_layer={layers}, but only {len(shapes)} "
@@ -279,7 +276,7 @@ class LanguageModel:
 
     @classmethod
     def _fitting_file(cls, config, file: checkpoint.Checkpoint) -> "LanguageModel":
-        """A model, with adapters, for the weights in a checkpoint, which are yet to be loaded."""
+        """A model, with the adapters of a checkpoint, to load its weights into."""
         shapes = file.part("model.")
         adapters = {k: file.read_float(f"model.{k}") for k in shapes if lora.is_adapter(k)}
         weights = {k: shape for k, shape in shapes.items() if k not in adapters}
@@ -289,9 +286,8 @@ class LanguageModel:
 
     @classmethod
     def from_checkpoint(cls, path: str | Path, ema: bool = False) -> "LanguageModel":
-        """The model that a checkpoint holds, with its tokenizer, and LoRA merged; with ema the
-        moving average of its weights. Raises ValueError.
-        """
+        """The model in a checkpoint, with its tokenizer, and LoRA merged; with ema the moving
+        average of its weights. Raises ValueError."""
         prefix = "ema." if ema else "model."
         with checkpoint.Checkpoint(path) as file:
             config = cls._config_of(file.header, path)

@@ -1,7 +1,7 @@
 """Which weights a run changes: low-rank adapters of linear layers, and frozen weights.
 
 LoRA (arXiv:2106.09685): y = W x + alpha / rank * B A x, of which only A (rank, C) and B (N, rank)
-are trained. A is drawn, B begins as zeros, so that the model begins as it was.
+are trained. A is drawn and B begins as zeros, so that the model does not change at first.
 """
 
 from dataclasses import asdict
@@ -37,9 +37,9 @@ class LoRA:
 
 
 class LoRALinear:
-    """In the place of a Linear: its output plus that of an adapter."""
+    """Replaces a Linear: its output plus that of an adapter."""
 
-    __slots__ = ("__dict__", "linear")  # linear has the same weights: get_state_dict finds no slots
+    __slots__ = ("__dict__", "linear")  # get_state_dict skips slots: linear has the same weights
 
     def __init__(self, linear, lora: LoRA):
         self.linear = linear
@@ -85,7 +85,7 @@ def attach(model, rank: int, alpha: float, targets: str, seed: int) -> None:
 
 
 def merge(model) -> None:
-    """Adds every adapter to its layer's weight, and puts the Linear back."""
+    """Adds every adapter to the weight of its Linear, and puts the Linear back."""
     replace_linear_layers(model, lambda _, layer: layer.merged()
                           if isinstance(layer, LoRALinear) else layer)
 
@@ -96,7 +96,7 @@ def is_adapter(name: str) -> bool:
 
 
 def adopt(model, arrays: dict[str, np.ndarray], alpha: float | None, path: str | Path) -> None:
-    """Gives a GPT the adapters among arrays, `<layer>.lora.a` and `.lora.b`.
+    """Gives a GPT the adapters in arrays, `<layer>.lora.a` and `.lora.b`.
 
     Raises CheckpointError where they do not fit its layers, or have no alpha.
     """
@@ -118,8 +118,8 @@ def adopt(model, arrays: dict[str, np.ndarray], alpha: float | None, path: str |
 
 
 def check_same(model, file: checkpoint.Checkpoint) -> None:
-    """Raises CheckpointError that names the setting in which the adapters of a model, which has
-    been trained no further than `attach`, differ from those in a checkpoint of it."""
+    """Raises CheckpointError, which names the setting, where the adapters of a model have another
+    rank or alpha than those in a checkpoint."""
     ranks = [sum(shape[:1]) for name, shape in file.shapes.items() if name.endswith(".lora.a")]
     theirs = {"lora_rank": ranks[0] if ranks else 0, "lora_alpha": file.header.get("lora_alpha")}
     ours = {"lora_rank": next((a.a.shape[0] for a in adapters(model)), 0),
@@ -128,15 +128,15 @@ def check_same(model, file: checkpoint.Checkpoint) -> None:
 
 
 def save(model, weights: dict[str, Tensor], metadata: dict, out_dir: Path) -> Path:
-    """Writes the adapters alone, of weights by name, into out_dir; returns the file's path."""
+    """Writes the adapters among weights into out_dir/lora.safetensors; returns its path."""
     tensors = {f"lora.{k}": w.numpy() for k, w in weights.items() if is_adapter(k)}
     return checkpoint.save(out_dir / FILE, tensors, metadata | {
         "lora_alpha": alpha_of(model), "lora_tokenizer": _identity(model.tokenizer)})
 
 
 def load(model, path: str | Path) -> None:
-    """Merges the adapters that `save` wrote into a GPT. Raises CheckpointError, with nothing
-    changed, where they were trained on a model of another configuration or tokenizer."""
+    """Merges adapters in a file that `save` wrote into a GPT. Raises CheckpointError, with nothing
+    changed, where they were trained with another configuration or tokenizer."""
     with checkpoint.Checkpoint(path) as file:
         if not file.part("lora.") or file.header.get("lora_alpha") is None:
             raise checkpoint.CheckpointError(f"{path} has no LoRA adapters: name the {FILE} of a "
@@ -148,8 +148,8 @@ def load(model, path: str | Path) -> None:
 
 
 def _check_base(model, file: checkpoint.Checkpoint) -> None:
-    """Raises CheckpointError where adapters belong to another model; neither a context that was
-    cropped nor dropout makes it another."""
+    """Raises CheckpointError where the adapters were trained on another model; block_size and
+    dropout may differ."""
     theirs, ours = file.header["model_config"], asdict(model.config)
     for key in theirs.keys() & ours.keys() - {"block_size", "dropout"}:
         if theirs[key] != ours[key]:
@@ -182,9 +182,9 @@ def alpha_of(model) -> float | None:
 
 
 def trainable(weights: dict[str, Tensor], freeze: str | None) -> dict[str, Tensor]:
-    """Those of the weights that training changes: the adapters where there are any, else all; but
-    for those whose names a pattern of freeze matches. Raises ValueError where none is left, or
-    where a pattern matches nothing."""
+    """The weights that training changes: the adapters where there are any, else all, without those
+    whose names a pattern of freeze matches. Raises ValueError where none is left, or where a
+    pattern matches nothing."""
     adapted = any(".lora." in name for name in weights)
     left = {name: w for name, w in weights.items() if ".lora." in name or not adapted}
     frozen = set(_matching(freeze, left, "freeze")) if freeze else set()

@@ -1,5 +1,4 @@
-"""A trained model's matrices in 8 or 16 bits, to write text with: less memory, and less of it to
-read for every token."""
+"""Matrices of 8 or 16 bits, to generate text with: a token reads less memory."""
 
 import numpy as np
 from tinygrad import Tensor
@@ -11,11 +10,11 @@ KINDS = ("int8", "fp16")
 
 
 def quantize(model, kind: str) -> None:
-    """Puts quantized layers in the place of a GPT's linear layers and of its output layer.
+    """Replaces a GPT's linear layers and its output layer by quantized ones.
 
-    Embeddings that are not the output layer too, norms and biases stay float32. The replaced
-    matrices are freed one by one. Raises ValueError where kind is none of KINDS, or the model is
-    quantized already.
+    Norms, biases and embeddings other than a tied output layer stay float32. The replaced matrices
+    are freed one by one. Raises ValueError where kind is none of KINDS, or the model is quantized
+    already.
     """
     if kind not in KINDS:
         raise ValueError(f"quantize={kind!r} is unknown: choose one of {', '.join(KINDS)}")
@@ -35,9 +34,9 @@ def refuse_quantized(model, what: str) -> None:
 
 
 class QuantizedMatrix:
-    """A matrix (N, C): `weight` int8 with a float32 `scale` (N,) a row, or float16 without.
+    """A matrix (N, C): `weight` int8 with a float32 `scale` (N,) for its rows, or float16.
 
-    int8 rounds each row to 255 steps of its largest magnitude / 127, to the nearest.
+    int8 rounds to the nearest multiple of scale, the largest magnitude of the row / 127.
     """
 
     def __init__(self, matrix: Tensor, kind: str):
@@ -54,7 +53,7 @@ class QuantizedMatrix:
 
 
 class QuantizedLinear(QuantizedMatrix):
-    """In the place of a Linear."""
+    """Replaces a Linear."""
 
     def __init__(self, linear, kind: str):
         super().__init__(linear.weight, kind)
@@ -65,7 +64,7 @@ class QuantizedLinear(QuantizedMatrix):
 
 
 class QuantizedEmbedding(QuantizedMatrix):
-    """In the place of an Embedding that is the output layer too."""
+    """Replaces an Embedding that is the output layer too."""
 
     def __init__(self, embedding, kind: str):
         super().__init__(embedding.weight, kind)
