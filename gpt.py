@@ -113,8 +113,7 @@ class GPTConfig:
 
 
 class Linear:
-    """y = x W^T + b. weight (n_out, n_in), bias (n_out,) or None, float32; GPT initializes them.
-    """
+    """y = x W^T + b. weight (n_out, n_in) and bias (n_out,) or None are initialized by GPT."""
 
     def __init__(self, n_in: int, n_out: int, bias: bool):
         self.weight = Tensor.empty(n_out, n_in)
@@ -152,8 +151,7 @@ class Embedding:
 
 
 class CausalSelfAttention:
-    """Each position averages the values of the positions up to its own, weighted by how well its
-    query matches their keys."""
+    """Each position averages the values up to its own, weighted by how its query fits the keys."""
 
     def __init__(self, config: GPTConfig):
         self.config = config
@@ -289,8 +287,7 @@ def rope_tables(length: int, head_size: int, theta: float,
     """cos and sin (length, D/2) float32 of position * theta^(-2i/D)."""
     frequency = theta ** (-np.arange(0, head_size, 2) / head_size)
     angle = np.outer(np.arange(length), frequency)
-    return (constant(np.cos(angle).astype(np.float32), device),
-            constant(np.sin(angle).astype(np.float32), device))
+    return tuple(constant(f(angle).astype(np.float32), device) for f in (np.cos, np.sin))
 
 
 def initial_weight(name: str, shape: tuple[int, ...], config: GPTConfig,
