@@ -12,7 +12,7 @@ import json
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -135,7 +135,7 @@ def write_one(model: GPT, ids: list[int], config: SampleConfig, stop: Sequence[s
 
     def timed() -> Iterator[int]:
         start = time.perf_counter()
-        for token in model.stream([ids], config):
+        for token in model.stream([ids], config=config):
             seconds.append(time.perf_counter() - start)
             tokens.append(token)
             yield token
@@ -151,7 +151,7 @@ def write_one(model: GPT, ids: list[int], config: SampleConfig, stop: Sequence[s
 def draw_many(model: GPT, ids: list[int], config: SampleConfig, stop: Sequence[str],
               count: int) -> list[tuple[str, int]]:
     """`count` continuations, drawn as one batch, and how many tokens of each are told."""
-    rows = model.generate([ids] * count, **asdict(config)).numpy()
+    rows = model.generate([ids] * count, config=config).numpy()
     found = []
     for row in rows[:, len(ids):].tolist():
         pieces = list(told(model, row, stop))

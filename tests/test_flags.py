@@ -335,7 +335,7 @@ def drawn(monkeypatch):
     SampleConfig."""
     given = []
 
-    def run(decoder, model, prompts, config):
+    def run(decoder, prompts, config):
         given.append((tuple(map(len, prompts)), config))
         yield from np.full((config.max_new_tokens, len(prompts)), ord("a"))
 

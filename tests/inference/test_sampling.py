@@ -12,7 +12,7 @@ from tinygrad import Tensor, TinyJit
 
 from tinygpt.config import SampleConfig
 from tinygpt.inference import sampling
-from tinygpt.inference.sampling import Controls, sample
+from tinygpt.inference.sampling import SamplingParameters, sample
 from tinygpt.kernels.random import make_key
 
 NONE = -np.inf
@@ -121,7 +121,7 @@ def padded(row) -> np.ndarray:
 
 def test_p_of_one_keeps_everything():
     assert (filtered("top_p", padded([5.0, 4, 3, 2, -60]), 1.0) != NONE)[:, :4].all()
-    assert not Controls.of(SampleConfig(top_p=1.0)).has("top_p")  # the draw does not even look
+    assert not SamplingParameters.of(SampleConfig(top_p=1.0)).has("top_p")  # it is not computed
     assert (filtered("min_p", padded([5.0, 4, 3, 2]), 1.0) != NONE).sum(1).tolist() == [1] * ROWS
 
 
@@ -169,7 +169,7 @@ def draws(logits, seed: int = 0, seen=None, **options) -> np.ndarray:
     logits = np.tile(logits, (MANY, 1)) if logits.ndim == 1 else logits
     seen = np.broadcast_to(False if seen is None else seen, logits.shape)
     return sample(Tensor(logits), Tensor(seen.copy()).realize(), Tensor(make_key(seed)),
-                  Controls.of(SampleConfig(**options))).numpy()
+                  SamplingParameters.of(SampleConfig(**options))).numpy()
 
 
 def shares(keys: int, **options) -> np.ndarray:
@@ -244,8 +244,8 @@ def test_no_random_word_draws_a_token_that_was_taken_away(word):
     logits[0, :2] = -200, 50  # of probability e^-250
     seen = Tensor(np.zeros(logits.shape, bool)).realize()
     for options in ({}, {"top_k": 3}):
-        controls = Controls.of(SampleConfig(temperature=1.0, **options))
-        assert sample(Tensor(logits), seen, key, controls).numpy()[0] == 1
+        parameters = SamplingParameters.of(SampleConfig(temperature=1.0, **options))
+        assert sample(Tensor(logits), seen, key, parameters).numpy()[0] == 1
 
 
 # ---- the order of operations
@@ -290,26 +290,26 @@ def test_the_penalty_acts_on_greedy_too_and_remembers_what_was_drawn():
     start = np.zeros((MANY, 6), bool)
     start[0, 0] = True
     seen = Tensor(start).realize()
-    controls = Controls.of(SampleConfig(temperature=0, repetition_penalty=4.0))
+    parameters = SamplingParameters.of(SampleConfig(temperature=0, repetition_penalty=4.0))
     key = Tensor(make_key(0))
-    found = [sample(logits, seen, key, controls).numpy()[:2].tolist() for _ in range(3)]
+    found = [sample(logits, seen, key, parameters).numpy()[:2].tolist() for _ in range(3)]
     assert found == [[1, 0], [2, 1], [0, 2]]  # 3/4, 2/4 and 1/4 once all were drawn
     assert seen.numpy()[:2].tolist() == [[True] * 3 + [False] * 3] * 2
 
 
-# ---- controls
+# ---- parameters
 
-def test_new_values_need_no_new_controls():
-    controls = Controls.of(SampleConfig(temperature=1.0, top_k=4))
+def test_new_values_need_no_new_parameters():
+    parameters = SamplingParameters.of(SampleConfig(temperature=1.0, top_k=4))
     logits = Tensor(np.tile(LOGITS.astype(np.float32), (MANY, 1)))
     seen, key = Tensor(np.zeros((MANY, 6), bool)).realize(), Tensor(make_key(0))
     for k in (1, 2, 3):
-        controls.set(SampleConfig(temperature=1.0, top_k=k))
-        assert set(sample(logits, seen, key, controls).tolist()) == set(range(k))
+        parameters.set(SampleConfig(temperature=1.0, top_k=k))
+        assert set(sample(logits, seen, key, parameters).tolist()) == set(range(k))
 
 
 def test_greedy_needs_no_filters():
     everything = SampleConfig(temperature=0, top_k=3, top_p=0.5, min_p=0.5, repetition_penalty=2.0)
-    assert Controls.of(everything).enabled == ("repetition_penalty",)
-    assert Controls.of(SampleConfig()).enabled == ("temperature",)
-    assert not Controls.of(SampleConfig(min_p=0.0)).has("min_p")
+    assert SamplingParameters.of(everything).enabled == ("repetition_penalty",)
+    assert SamplingParameters.of(SampleConfig()).enabled == ("temperature",)
+    assert not SamplingParameters.of(SampleConfig(min_p=0.0)).has("min_p")

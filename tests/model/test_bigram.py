@@ -39,7 +39,7 @@ def test_trained_it_is_the_table_of_counts(config, rng, without_samples):
     np.add.at(counts, (ids[:18_000], ids[1:18_001]), 1)
     shares = counts / counts.sum(1, keepdims=True)
     assert np.allclose(model.table.softmax(-1).numpy(), shares, atol=0.05)
-    drawn = model.generate(np.zeros((1, 1), int), 400, seed=1).numpy()[0]
+    drawn = model.generate(np.zeros((1, 1), int), 400, temperature=1.0, seed=1).numpy()[0]
     follow = np.zeros((4, 4))
     np.add.at(follow, (drawn[:-1], drawn[1:]), 1)
     assert np.abs(follow / 400 - shares * follow.sum(1, keepdims=True) / 400).max() < 0.1

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from conftest import ROOT
 from tinygrad import Tensor
 
 from gpt import GPT, GPTConfig
-from tinygpt.kernels import use
+from tinygpt.kernels import cross_entropy, use
 from tinygpt.kernels.random import make_key
 
 SHAPE = GPTConfig(block_size=8, vocab_size=50, n_layer=2, n_head=2, n_embd=16)
@@ -28,9 +29,10 @@ def test_the_gradients_are_those_without(rng, kind, kernels):
     params = model.state_dict()
     try:
         use(kernels)
-        loss = model(x, y, key, 0.1, 1e-3)[1]
+        loss_fn = partial(cross_entropy, label_smoothing=0.1, z_loss=1e-3)
+        loss = model(x, y, key, loss_fn)[1]
         expected = [loss, *loss.gradient(*params.values())]
-        again, chain = model.loss_in_little_memory(x, y, key, 0.1, 1e-3)
+        again, chain = model.checkpointed_loss(x, y, key, loss_fn)
         grads = chain.gradients(again, params)
         Tensor.realize(*expected, again, *grads)
         for name, a, b in zip(["loss", *params], expected, [again, *grads], strict=True):
@@ -46,7 +48,7 @@ def test_frozen_weights_need_no_gradient(rng):
     x, y = (Tensor(rng.integers(0, 50, (2, 8)), dtype="int32") for _ in range(2))
     some = {k: p for k, p in model.state_dict().items() if k.startswith(("h.0.", "ln_f"))}
     expected = model(x, y)[1].gradient(*some.values())
-    loss, chain = model.loss_in_little_memory(x, y)
+    loss, chain = model.checkpointed_loss(x, y)
     found = chain.gradients(loss, some)
     Tensor.realize(*expected, *found)
     for a, b in zip(expected, found, strict=True):

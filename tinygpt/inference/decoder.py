@@ -11,19 +11,19 @@ from tinygrad import Tensor, UOp, dtypes
 
 from tinygpt import device, kernels
 from tinygpt.config import SampleConfig
-from tinygpt.inference.sampling import Controls, enabled_options, sample
+from tinygpt.inference.sampling import SamplingParameters, enabled_options, sample
 from tinygpt.kernels.jit import compiled
 from tinygpt.kernels.random import make_key
 
 CHUNK = 64  # tokens of a prompt that are read at once
-MOST_IDLE = 8  # decoders that a model keeps, each with a cache
+MOST_IDLE = 8  # decoders that are kept for a model, each with a cache
 
 
 class Decoders:
-    """The decoders of one model, kept from one text to the next since they take long to compile.
+    """The decoders of one model, kept between texts since compiling them takes seconds.
 
-    A decoder is taken out while it writes, so that texts which grow in turn have a cache each.
-    They belong to the model and do not refer to it, so that they are freed with it.
+    A decoder that is writing is not among them, so that texts which grow in turn have a cache each.
+    Idle ones do not refer to the model, so that they are freed with it.
     """
 
     __slots__ = ("_idle",)  # instead of a __dict__, in which get_state_dict would look for weights
@@ -38,31 +38,33 @@ class Decoders:
         """Yields the tokens (B,) int32 that follow B prompts, each (T,) int32 with its own T,
         max_new_tokens times."""
         decoder = self._take(model, Needs.of(model, prompts, config))
-        with suppress(GeneratorExit):  # the reader has had enough
-            yield from decoder.run(model, prompts, config)
-        self._idle.append(decoder)  # unless something else was raised, perhaps half-way in a step
+        with suppress(GeneratorExit):  # the caller stopped reading
+            yield from decoder.run(prompts, config)
+        decoder.model = None
+        self._idle.append(decoder)  # not after an exception, which may have stopped half a step
 
     def clear(self) -> None:
-        """Frees all that no text is being written with."""
+        """Frees the idle decoders."""
         self._idle.clear()
 
     def _take(self, model, needs: "Needs") -> "Decoder":
         for decoder in self._idle:
             if decoder.needs == needs:
                 self._idle.remove(decoder)
+                decoder.model = model
                 return decoder
         return Decoder(model, needs)
 
 
 class Needs(NamedTuple):
-    """What the buffers and the steps of a decoder depend on, besides the model's weights."""
+    """What the buffers and steps of a decoder depend on, besides the model's weights."""
 
     config: object
     compute_dtype: str
     device: str | tuple[str, ...]
     kernels: str
     batch_size: int
-    vocab_size: int  # only ids below are drawn, however many logits there are
+    vocab_size: int  # only ids below it are drawn, even where there are more logits
     ragged: bool  # prompts of several lengths
     enabled: tuple[str, ...]
 
@@ -76,20 +78,20 @@ class Needs(NamedTuple):
 
 
 class Decoder:
-    """Writes texts with a model that keeps what it has seen in a cache.
+    """Writes texts with a model, over a key-value cache.
 
-    Prompts are read in chunks of a fixed length, new tokens one at a time; position and row are
-    symbolic numbers, so that neither step is compiled again as the text grows. Steps read the
-    weights' memory: they are compiled again where the model has got other weights or layers.
+    Prompts are read in chunks of a fixed length, new tokens one at a time; start_pos and row are
+    symbolic, so that neither step is compiled again as the text grows. Steps read the memory of the
+    weights: they are compiled again after weights or layers of the model were replaced.
 
-    Prompts of several lengths are aligned at their ends. `start` (B,) int32 has the number of
-    tokens that stand before each in the window; attention does not see them.
+    Prompts of several lengths are aligned at their ends. `start` (B,) int32 is the number of
+    padding tokens before each in the window, which attention does not see.
     """
 
     def __init__(self, model, needs: Needs):
-        self.needs = needs
+        self.model, self.needs = model, needs
         self.block_size = model.config.block_size
-        self.controls = Controls(needs.enabled)
+        self.parameters = SamplingParameters(needs.enabled)
         B, chunk = needs.batch_size, min(CHUNK, self.block_size)
 
         def buffer(*shape: int, dtype, device=None) -> Tensor:
@@ -102,18 +104,18 @@ class Decoder:
         self.cache = model._new_cache(B, self.start)
         self.chunk, self.parts, self.steps = chunk, [], {}
 
-    def run(self, model, prompts: list[np.ndarray], config: SampleConfig) -> Iterator[np.ndarray]:
+    def run(self, prompts: list[np.ndarray], config: SampleConfig) -> Iterator[np.ndarray]:
         """Yields the tokens (B,) int32 that follow the prompts, max_new_tokens times."""
-        self._follow(model)
-        self.controls.set(config)
-        self._note_seen(prompts)
+        self._follow_model()
+        self.parameters.set(config)
+        self._mark_seen(prompts)
         lengths = [len(prompt) for prompt in prompts]
         if not self.needs.ragged:
             lengths = lengths[:1]  # one key for all rows
         window, start = aligned(prompts, self.block_size)
-        cached = 0  # how many tokens of the window the cache holds
+        cached = 0  # number of tokens of the window that are in the cache
         for new in range(config.max_new_tokens):
-            if window.shape[1] > self.block_size:  # windows move, and all positions in them change
+            if window.shape[1] > self.block_size:  # the window moves, and with it all positions
                 full = window.shape[1] - start > self.block_size
                 hop = min(config.window_hop, self.block_size)
                 start[full] = window.shape[1] - self.block_size + hop - 1
@@ -122,58 +124,59 @@ class Decoder:
                 device.write(self.start, start)
             device.write(self.key, np.concatenate([make_key(config.seed, length + new)
                                                    for length in lengths]))
-            tokens = self._next(model, window, cached)
+            tokens = self._next(window, cached)
             cached = window.shape[1]
             window = np.concatenate([window, tokens[:, None]], axis=1)
             yield tokens
 
-    def _follow(self, model) -> None:
-        """Drops steps that were compiled with other weights or layers than the model has."""
-        if not _same(parts := _parts(model), self.parts):
+    def _follow_model(self) -> None:
+        """Drops the steps where the model has other weights or layers than they were compiled with.
+        """
+        if not _same(parts := _parts(self.model), self.parts):
             Tensor.realize(*_weights(parts))  # what was assigned, or loaded from a file
-            if not _same(parts := _parts(model), self.parts):
+            if not _same(parts := _parts(self.model), self.parts):
                 self.parts, self.steps = parts, {}
 
-    def _note_seen(self, prompts: list[np.ndarray]) -> None:
-        if self.controls.has("repetition_penalty"):
+    def _mark_seen(self, prompts: list[np.ndarray]) -> None:
+        if self.parameters.has("repetition_penalty"):
             seen = np.zeros(self.seen.shape, dtype=bool)
             for row, ids in zip(seen, prompts, strict=True):
                 row[ids[ids < self.needs.vocab_size]] = True
             device.write(self.seen, seen)
 
-    def _next(self, model, window: np.ndarray, cached: int) -> np.ndarray:
-        """The tokens (B,) after window (B, n), of which the cache holds the first `cached`."""
+    def _next(self, window: np.ndarray, cached: int) -> np.ndarray:
+        """The tokens (B,) after window (B, n), the first `cached` columns of which are cached."""
         n = window.shape[1]
         if n - cached == 1 and n > 1:
-            return self._call(model, window[:, -1:], n - 1, row=0)
+            return self._call(window[:, -1:], n - 1, row=0)
         T = self.chunk
         for begin in range(cached, n - T, T):
-            self._call(model, window[:, begin:begin + T], begin, row=T - 1)
+            self._call(window[:, begin:begin + T], begin, row=T - 1)
         begin = max(0, n - T)  # the last chunk may overlap what is cached: it writes the same
         padded = np.zeros((len(window), T), np.int32)
         padded[:, :n - begin] = window[:, begin:]
-        return self._call(model, padded, begin, row=n - begin - 1)
+        return self._call(padded, begin, row=n - begin - 1)
 
-    def _call(self, model, tokens: np.ndarray, position: int, row: int) -> np.ndarray:
+    def _call(self, tokens: np.ndarray, start_pos: int, row: int) -> np.ndarray:
         T, last = tokens.shape[1], self.block_size - tokens.shape[1]
         device.write(self.tokens[T], tokens)
-        where = UOp.variable("position", 0, last).bind(position) if last else 0
+        where = UOp.variable("start_pos", 0, last).bind(start_pos) if last else 0
         which = UOp.variable("row", 0, T - 1).bind(row) if T > 1 else 0
         if T not in self.steps:
-            self._follow(model)  # the weights may have been replaced since the text began
+            self._follow_model()  # the weights may have been replaced since the text began
             self.steps[T] = compiled(self._step)
-        return device.read(self.steps[T](model, self.tokens[T], where, which))
+        return device.read(self.steps[T](self.tokens[T], where, which))
 
-    def _step(self, model, tokens: Tensor, position: UOp | int, row: UOp | int) -> Tensor:
+    def _step(self, tokens: Tensor, start_pos: UOp | int, row: UOp | int) -> Tensor:
         """Draws the tokens (B,) int32 after `row` of tokens (B, T)."""
-        logits = model._next_logits(tokens, self.cache, position, row)  # (B, V)
+        logits = self.model._next_logits(tokens, self.cache, start_pos, row)  # (B, V)
         logits = logits[:, :self.needs.vocab_size].to(self.seen.device)
-        return sample(logits, self.seen, self.key, self.controls).realize()
+        return sample(logits, self.seen, self.key, self.parameters).realize()
 
 
 def aligned(prompts: list[np.ndarray], length: int) -> tuple[np.ndarray, np.ndarray]:
-    """The last tokens of prompts, `length` at most, in the rows of (B, T) int32, aligned at their
-    ends; and where each begins there, (B,)."""
+    """The last `length` tokens of each prompt as rows (B, T) int32 that are aligned at their ends,
+    and the column in which each begins, (B,)."""
     prompts = [prompt[-length:] for prompt in prompts]
     T = max(map(len, prompts))
     window = np.zeros((len(prompts), T), np.int32)
@@ -184,8 +187,8 @@ def aligned(prompts: list[np.ndarray], length: int) -> tuple[np.ndarray, np.ndar
 
 
 def _parts(model) -> list:
-    """All that the model computes with, each in its place: layers, settings, weights, and the
-    graph of each weight, which is another one where the weight lies in other memory."""
+    """All that the model computes with, in a fixed order: layers, settings, weights, and the graph
+    (uop) of each weight, which changes when the weight is moved to other memory."""
     found = []
     todo = [value for name, value in vars(model).items() if name not in ("tokenizer", "_decoders")]
     while todo:

@@ -1,7 +1,7 @@
 """Drawing the next token: repetition penalty -> temperature -> top-k -> top-p -> min-p -> draw.
 
-Everything happens on the device, inside the decode step. What a token needs to stay in the draw
-is always a threshold on its logit, found by a search over the bits of a float: nothing is sorted.
+Everything happens on the device, inside the decode step. Top-k and top-p keep the logits above a
+threshold, which is found by a search over the bits of a float: nothing is sorted.
 """
 
 from tinygrad import Tensor, dtypes
@@ -13,19 +13,19 @@ OPTIONS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
 
 def enabled_options(config: SampleConfig) -> tuple[str, ...]:
-    """The names of the options that change a draw."""
+    """The names of the parameters that change a draw."""
     on = {"temperature": config.temperature > 0, "top_k": config.top_k is not None,
           "top_p": config.top_p is not None and config.top_p < 1,
           "min_p": bool(config.min_p), "repetition_penalty": config.repetition_penalty != 1}
-    if not on["temperature"]:  # greedy: what could be cut away would not be drawn anyway
+    if not on["temperature"]:  # greedy: the filters keep the likeliest token anyway
         on |= {"top_k": False, "top_p": False, "min_p": False}
     return tuple(name for name in OPTIONS if on[name])
 
 
-class Controls:
-    """The options of a draw as one float32 tensor, so that new values need no new compilation.
+class SamplingParameters:
+    """Sampling parameters as one float32 tensor, so that new values need no new compilation.
 
-    `enabled` names the options that the compiled step contains; the others cost nothing.
+    `enabled` names those that the compiled step contains; the others cost nothing.
     """
 
     def __init__(self, enabled: tuple[str, ...]):
@@ -33,11 +33,11 @@ class Controls:
         self.values = Tensor.zeros(len(OPTIONS)).contiguous().realize()
 
     @classmethod
-    def of(cls, config: SampleConfig) -> "Controls":
-        """Controls that hold what config asks for."""
-        controls = cls(enabled_options(config))
-        controls.set(config)
-        return controls
+    def of(cls, config: SampleConfig) -> "SamplingParameters":
+        """The parameters of a configuration."""
+        parameters = cls(enabled_options(config))
+        parameters.set(config)
+        return parameters
 
     def set(self, config: SampleConfig) -> None:
         device.write(self.values, [float(getattr(config, name) or 0) for name in OPTIONS])
@@ -50,26 +50,26 @@ class Controls:
         return self.values[i:i + 1]  # (1,)
 
 
-def sample(logits: Tensor, seen: Tensor, key: Tensor, controls: Controls) -> Tensor:
+def sample(logits: Tensor, seen: Tensor, key: Tensor, parameters: SamplingParameters) -> Tensor:
     """One token id for each row of logits (B, V) float32: (B,) int32.
 
     seen (B, V) bool marks the tokens of the text so far and gains the drawn ones; key (1,) uint32,
     or one for each row (B,), decides the draw. Without a temperature the likeliest token is taken.
     """
-    temperature = controls["temperature"] if controls.has("temperature") else None
+    temperature = parameters["temperature"] if parameters.has("temperature") else None
     key = None if temperature is None else key
-    if controls.has("repetition_penalty"):
-        logits = penalize(logits, seen, controls["repetition_penalty"])
-    if any(controls.has(cut) for cut in ("top_k", "top_p", "min_p")):
+    if parameters.has("repetition_penalty"):
+        logits = penalize(logits, seen, parameters["repetition_penalty"])
+    if any(parameters.has(cut) for cut in ("top_k", "top_p", "min_p")):
         logits, temperature = (logits / temperature).contiguous(), None
-    if controls.has("top_k"):
-        logits = keep_top_k(logits, controls["top_k"])
-    if controls.has("top_p"):
-        logits = keep_top_p(logits, controls["top_p"])
-    if controls.has("min_p"):
-        logits = keep_min_p(logits, controls["min_p"])
+    if parameters.has("top_k"):
+        logits = keep_top_k(logits, parameters["top_k"])
+    if parameters.has("top_p"):
+        logits = keep_top_p(logits, parameters["top_p"])
+    if parameters.has("min_p"):
+        logits = keep_min_p(logits, parameters["min_p"])
     token = kernels.stored(kernels.draw(logits, key, temperature))  # (B,)
-    if controls.has("repetition_penalty"):
+    if parameters.has("repetition_penalty"):
         drawn = Tensor.arange(logits.shape[1]) == token.unsqueeze(-1)
         Tensor.realize(token, seen.assign(seen | drawn))
     return token

@@ -1,4 +1,4 @@
-"""The baseline that a GPT has to beat: the next token is guessed from the last one alone."""
+"""The baseline that a GPT has to beat: the next token is predicted from the last one alone."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +8,7 @@ from tinygrad import Tensor
 from tinygpt import device, kernels
 from tinygpt.config import check, setting
 from tinygpt.kernels.loss import Loss
-from tinygpt.model.language_model import LanguageModel
+from tinygpt.model.language_model import LanguageModel, LossFunction
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,14 +25,15 @@ class BigramConfig:
 
 
 class Bigram(LanguageModel):
-    """A table (V, V) float32 whose row i has the logits of what follows token i.
+    """A table (V, V) float32 whose row i has the logits of the token after token i.
 
-    It is trained, saved and sampled as a GPT is. Zeros at first: every token is as likely.
+    It is trained, saved and sampled as a GPT is. It begins as zeros whatever the seed, so that all
+    tokens are equally likely.
     """
 
     kind, config_class = "bigram", BigramConfig
 
-    def __init__(self, config: BigramConfig):
+    def __init__(self, config: BigramConfig, seed: int | None = None):
         device.default()
         device.check_memory(4 * config.vocab_size ** 2, "the table of a bigram model",
                             "choose a smaller vocab_size")
@@ -40,38 +41,33 @@ class Bigram(LanguageModel):
         self.table = Tensor.zeros(config.vocab_size, config.vocab_size).contiguous().realize()
 
     def __call__(self, idx: Tensor, targets: Tensor | None = None, dropout_key=None,
-                 label_smoothing: float = 0.0, z_loss: float = 0.0):
+                 loss_fn: LossFunction = kernels.cross_entropy) -> Tensor | tuple[Tensor, Tensor]:
         """Logits (B, T, V) for idx (B, T) int32; with targets (B, T) int32 also the loss."""
         self._check_tokens(idx, targets)
         logits = kernels.embedding(idx, self.table)  # (B, T, V)
         if targets is None:
             return logits
-        loss = kernels.cross_entropy(logits.reshape(-1, self.config.vocab_size),
-                                     targets.reshape(-1), label_smoothing, z_loss)
-        return logits, Loss(loss, self.state_dict)
+        return logits, Loss(self._loss(logits, targets, loss_fn), self.state_dict)
 
     @property
     def device(self) -> str | tuple[str, ...]:
         return self.table.device
 
     def _new_cache(self, batch_size: int, start: Tensor | None = None) -> None:
-        """None: a token is all that is seen."""
+        """None: only the last token matters."""
 
-    def _next_logits(self, tokens: Tensor, cache: None, position, row) -> Tensor:
+    def _next_logits(self, tokens: Tensor, cache: None, start_pos, row) -> Tensor:
         return kernels.embedding(tokens[:, row:row + 1], self.table)[:, 0]
 
     def quantize(self, kind: str) -> "Bigram":
         raise ValueError("a bigram model is not quantized: leave out --quantize")
 
     def save_pretrained(self, folder: str | Path) -> Path:
-        raise ValueError("transformers has no home for a bigram model: leave out --export")
+        raise ValueError("transformers has no bigram model: leave out --export")
 
     def state_dict(self) -> dict[str, Tensor]:
         """The table, by its name."""
         return {"table": self.table}
-
-    def num_params(self) -> int:
-        return self.table.numel()
 
     def estimate_flops(self, length: int | None = None) -> int:
         """0: a row is looked up, nothing is multiplied."""
@@ -79,9 +75,4 @@ class Bigram(LanguageModel):
 
     @classmethod
     def shapes(cls, config: BigramConfig) -> dict[str, tuple[int, ...]]:
-        """The shape of the table, by its name."""
         return {"table": (config.vocab_size, config.vocab_size)}
-
-    @classmethod
-    def _undrawn(cls, config: BigramConfig) -> "Bigram":
-        return cls(config)

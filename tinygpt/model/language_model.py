@@ -1,7 +1,6 @@
-"""What every model of tokens does besides its forward pass: it generates text, and is saved and
-loaded."""
+"""What every language model does besides its forward pass: generating text, saving and loading."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, fields
 from numbers import Integral
 from pathlib import Path
@@ -15,18 +14,19 @@ from tinygpt.data.tokenizer import Tokenizer
 from tinygpt.inference.decoder import Decoders
 from tinygpt.kernels.jit import is_capturing
 from tinygpt.model import lora
+from tinygpt.model.quantize import quantize
 from tinygpt.stock_optim import check_optimizer, with_state_dict
 
 MOST_TOKENS = 10**8  # that `generate` returns at once
+LossFunction = Callable[[Tensor, Tensor], Tensor]  # of logits (N, V) and targets (N,)
 
 
 class LanguageModel:
-    """A subclass names its weights in `state_dict`, gives the logits of a text in
-    `_next_logits`, and says what it is in `kind` and `config_class`, a dataclass with block_size
-    and vocab_size.
+    """A subclass has the constructor (config, seed), `state_dict`, `_next_logits`, `kind`, and
+    `config_class`, a dataclass with block_size and vocab_size.
 
-    `compute_dtype` ("float32", "bfloat16" or "float16") is what activations are kept in;
-    `tokenizer` is what the weights were trained with, where that is known.
+    `compute_dtype` ("float32", "bfloat16" or "float16") is the dtype of activations; `tokenizer` is
+    the one that the weights were trained with, where it is known.
     """
 
     kind: str  # in a checkpoint's metadata
@@ -48,52 +48,46 @@ class LanguageModel:
         raise NotImplementedError
 
     def _new_cache(self, batch_size: int, start: Tensor | None = None):
-        """What `_next_logits` keeps of the tokens that it has seen. With start (B,) int32 the text
-        of row b begins at index start[b], and what is before it is padding."""
+        """A cache for `_next_logits`. With start (B,) int32 the text of row b begins at index
+        start[b], after padding."""
         raise NotImplementedError
 
-    def _next_logits(self, tokens: Tensor, cache, position: UOp | int, row: UOp | int) -> Tensor:
-        """The logits (B, V) float32 after that row of tokens (B, T), the first of which is at index
-        `position`; tokens before it are read from the cache, and these are written to it."""
+    def _next_logits(self, tokens: Tensor, cache, start_pos: UOp | int, row: UOp | int) -> Tensor:
+        """The logits (B, V) float32 after column `row` of tokens (B, T). The tokens begin at index
+        start_pos of the text: those before are read from the cache, these are written to it."""
         raise NotImplementedError
 
     @classmethod
     def shapes(cls, config) -> dict[str, tuple[int, ...]]:
-        """The shape of every weight of a model of that configuration, by its name; allocates
+        """The shape of every weight by its name, for a model of that configuration; allocates
         nothing."""
         raise NotImplementedError
 
-    @classmethod
-    def _undrawn(cls, config) -> "LanguageModel":
-        """A model whose weights are yet to be loaded."""
-        raise NotImplementedError
+    def _loss(self, logits: Tensor, targets: Tensor, loss_fn: LossFunction) -> Tensor:
+        return loss_fn(logits.reshape(-1, self.config.vocab_size), targets.reshape(-1))
 
-    # ---- writing text
+    # ---- generating text
 
-    def generate(self, idx, max_new_tokens: int | None = None, *, max_tokens: int | None = None,
-                 temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None,
-                 min_p: float | None = None, repetition_penalty: float = 1.0,
-                 window_hop: int = 1, seed: int = 1337) -> Tensor | list[list[int]]:
+    def generate(self, idx, max_new_tokens: int | None = None, *,
+                 config: SampleConfig | None = None, **options) -> Tensor | list[list[int]]:
         """Continues each row of idx (B, T): int32 (B, T + max_new_tokens).
 
         idx is a Tensor, array or nested list of token ids. Rows of different lengths, as in
         [[5, 1], [7]], are one batch too; then the result is a list of lists, each row followed by
-        its new tokens. The model sees the last block_size tokens at most. temperature 0 takes the
-        likeliest token; the other options are those of `tinygpt.config.SampleConfig`. `max_tokens`
-        is another name of max_new_tokens, 100 where neither is given.
+        its new tokens. The model sees the last block_size tokens at most.
+
+        config has the sampling parameters. Instead of it, options are fields of
+        `tinygpt.config.SampleConfig`, whose defaults hold for what is not given: generate(idx, 100,
+        temperature=0) takes the likeliest token. `max_tokens` is another name of max_new_tokens.
 
         What a row gets depends on its own tokens, its place in the batch and the seed, not on the
-        other rows (but for the rounding of sums); the first row gets what it would get alone.
+        other rows (except for the rounding of sums); the first row gets what it would get alone.
         Weights may be assigned or replaced, and layers exchanged, between two calls.
 
         Raises ValueError on ids outside the vocabulary, an option out of range, or a text of more
         than MOST_TOKENS tokens in all.
         """
-        if max_new_tokens is None and max_tokens is None:
-            max_new_tokens = 100
-        config = _sample_config(max_new_tokens, max_tokens, temperature=temperature, top_k=top_k,
-                                top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty,
-                                window_hop=window_hop, seed=seed)
+        config = _sample_config(max_new_tokens, config, options)
         prompts = self._check_ids(idx)
         total = sum(map(len, prompts)) + len(prompts) * config.max_new_tokens
         if total > MOST_TOKENS:
@@ -107,26 +101,22 @@ class LanguageModel:
             return [row.tolist() for row in rows]
         return Tensor(np.stack(rows), dtype="int32")
 
-    def stream(self, idx, config: SampleConfig | None = None, **options) -> Iterator[int]:
+    def stream(self, idx, max_new_tokens: int | None = None, *,
+               config: SampleConfig | None = None, **options) -> Iterator[int]:
         """Yields the ids that continue idx, (T,) or (1, T), one by one as they are drawn.
 
-        Options are those of `generate`, or a SampleConfig that holds them. Several streams may be
-        read in turn. Raises ValueError as `generate` does, but for long texts.
+        The sampling parameters are given as for `generate`. Several streams may be read in turn.
+        Raises ValueError as `generate` does, except for long texts.
         """
-        if config is not None and options:
-            raise ValueError(f"stream takes a SampleConfig or options, not both: put "
-                             f"{', '.join(options)} into the config")
+        config = _sample_config(max_new_tokens, config, options)
         prompts = self._check_ids(idx, flat=True)
         if len(prompts) != 1:
             raise ValueError(f"stream takes one sequence, not {len(prompts)}: use generate")
-        if config is None:
-            config = _sample_config(options.pop("max_new_tokens", None),
-                                    options.pop("max_tokens", None), **options)
         return (int(t[0]) for t in self._decoders.run(self, prompts, config))
 
     def free_decoders(self) -> None:
         """Frees the caches and compiled steps of `generate` and `stream`, and the memory of
-        replaced weights that the steps hold; they are made anew when they are needed."""
+        replaced weights that the steps hold; the next call compiles them again."""
         self._decoders.clear()
 
     def _check_ids(self, idx, flat: bool = False) -> list[np.ndarray]:
@@ -154,8 +144,8 @@ class LanguageModel:
         return ids.astype(np.int32)
 
     def _check_tokens(self, idx: Tensor, targets: Tensor | None) -> None:
-        """Raises ValueError where idx, or targets, has an id outside the vocabulary; of targets
-        the negative ones are none."""
+        """Raises ValueError where idx or targets has an id outside the vocabulary; negative targets
+        are allowed."""
         if is_capturing():
             return
         for name, ids, low in (("idx", idx, 0), ("targets", targets, None)):
@@ -169,10 +159,26 @@ class LanguageModel:
 
     # ---- weights and checkpoints
 
-    def load_state_dict(self, arrays: dict[str, np.ndarray]) -> None:
-        """Puts arrays of the same names and shapes in place of the weights.
+    def num_params(self, non_embedding: bool = False) -> int:
+        """The number of weights, tied ones counted once; with non_embedding those of the position
+        table are left out."""
+        return sum(w.numel() for name, w in self.state_dict().items()
+                   if not (non_embedding and name == "wpe.weight"))
 
-        Raises ValueError, before anything is changed, where a name or a shape differs.
+    def quantize(self, kind: str) -> "LanguageModel":
+        """Quantizes the matrices to "int8" or "fp16", to generate text with; returns the model.
+
+        It can then be neither trained nor saved. Raises ValueError where it is quantized already.
+        """
+        self.free_decoders()  # whose compiled steps hold the matrices
+        lora.merge(self)
+        quantize(self, kind)
+        return self
+
+    def load_state_dict(self, arrays: dict[str, np.ndarray]) -> None:
+        """Loads arrays of the same names and shapes into the weights.
+
+        Raises ValueError, with nothing changed, where a name or a shape differs.
         """
         weights = self.state_dict()
         checkpoint.check_arrays(arrays, weights)
@@ -181,12 +187,12 @@ class LanguageModel:
 
     def save_checkpoint(self, iter_num: int, optimizer=None, out_dir: str | Path = "checkpoints",
                         metadata: dict | None = None, ema=None) -> Path:
-        """Writes out_dir/ckpt_<iter_num>.safetensors, whole or not at all, and returns its path.
+        """Writes out_dir/ckpt_<iter_num>.safetensors, atomically, and returns its path.
 
-        It holds the weights, the state of the optimizer (one of ours or of tinygrad's
-        `nn.optim`) and of the EMA where they are given, and in its metadata the configuration, the
-        tokenizer and whatever `metadata` adds. Raises ValueError where it cannot be written, or
-        where a number in it is not finite.
+        It has the weights, the state of the optimizer (one of ours or of tinygrad's `nn.optim`) and
+        of the EMA where they are given, and as metadata the configuration, the tokenizer and what
+        `metadata` adds. Raises ValueError where it cannot be written, or where a number in it is
+        not finite.
         """
         if not isinstance(iter_num, Integral) or isinstance(iter_num, bool) or iter_num < 0:
             raise ValueError(f"iter_num={iter_num!r} is no number of steps")
@@ -199,19 +205,18 @@ class LanguageModel:
                                self._header() | {"iter_num": int(iter_num)} | (metadata or {}))
 
     def _header(self) -> dict:
-        """What a checkpoint's metadata says about the model."""
+        """The metadata of a checkpoint that describes the model."""
         return {"model": self.kind, "model_config": asdict(self.config),
                 "tokenizer": self.tokenizer and self.tokenizer.to_json(),
                 "lora_alpha": lora.alpha_of(self)}
 
     def load_checkpoint(self, path: str | Path, optimizer=None, ema=None) -> dict:
-        """Takes weights, and the state of optimizer and EMA, from a checkpoint; returns its
+        """Loads weights, and the state of optimizer and EMA, from a checkpoint; returns its
         metadata. Where the checkpoint has no average, the EMA starts at its weights.
 
-        The optimizer is one of ours or of tinygrad's `nn.optim`, of the same kind and
-        for the same weights as the one that was saved. Raises ValueError, with nothing changed,
-        where the file is missing, damaged or of another architecture, or has no optimizer though
-        one is given.
+        The optimizer is one of ours or of tinygrad's `nn.optim`, of the same kind and for the same
+        weights as the one that was saved. Raises ValueError, with nothing changed, where the file
+        is missing, damaged or of another architecture, or lacks the optimizer that is given.
         """
         mine = self.state_dict()
         with checkpoint.Checkpoint(path) as file:
@@ -258,20 +263,20 @@ class LanguageModel:
 
     @classmethod
     def fitting(cls, config, shapes: dict[str, tuple], path: str | Path) -> "LanguageModel":
-        """A model for weights of those shapes, by name, that are yet to be loaded.
+        """A model of that configuration, to load weights of those shapes into.
 
-        Raises CheckpointError, before anything is allocated, where they are not those of config: a
-        file can claim any size.
+        Raises CheckpointError, before anything is allocated, where the shapes are not those of the
+        configuration: a file can claim any size.
         """
         if (layers := getattr(config, "n_layer", 0)) > len(shapes):
             raise checkpoint.CheckpointError(f"{path} has n_layer={layers}, but only {len(shapes)} "
                                              "tensors: use another one")
         checkpoint.check_shapes(shapes, cls.shapes(config), path)
-        return cls._undrawn(config)
+        return cls(config, seed=None)
 
     @classmethod
     def _fitting_file(cls, config, file: checkpoint.Checkpoint) -> "LanguageModel":
-        """A model, with adapters, for the weights in a checkpoint, which are yet to be loaded."""
+        """A model, with the adapters of a checkpoint, to load its weights into."""
         shapes = file.part("model.")
         adapters = {k: file.read_float(f"model.{k}") for k in shapes if lora.is_adapter(k)}
         weights = {k: shape for k, shape in shapes.items() if k not in adapters}
@@ -281,9 +286,8 @@ class LanguageModel:
 
     @classmethod
     def from_checkpoint(cls, path: str | Path, ema: bool = False) -> "LanguageModel":
-        """The model that a checkpoint holds, with its tokenizer, and LoRA merged; with ema the
-        moving average of its weights. Raises ValueError.
-        """
+        """The model in a checkpoint, with its tokenizer, and LoRA merged; with ema the moving
+        average of its weights. Raises ValueError."""
         prefix = "ema." if ema else "model."
         with checkpoint.Checkpoint(path) as file:
             config = cls._config_of(file.header, path)
@@ -302,10 +306,17 @@ class LanguageModel:
         return model
 
 
-def _sample_config(max_new_tokens: int | None, max_tokens: int | None, **options) -> SampleConfig:
-    """A SampleConfig of options, and of a number of tokens under one of its two names."""
-    if max_new_tokens is not None and max_tokens is not None:
-        raise ValueError(f"max_new_tokens={max_new_tokens} and max_tokens={max_tokens} are two "
-                         "names of one option: give one of them")
-    count = max_new_tokens if max_tokens is None else max_tokens
-    return SampleConfig(**options | ({} if count is None else {"max_new_tokens": count}))
+def _sample_config(max_new_tokens: int | None, config: SampleConfig | None,
+                   options: dict) -> SampleConfig:
+    """The SampleConfig that is given, or that of options and max_new_tokens, which has two names.
+    """
+    other = options.pop("max_tokens", None)
+    if None not in (max_new_tokens, other):
+        raise ValueError(f"max_new_tokens={max_new_tokens} and max_tokens={other} are two names of "
+                         "one option: give one of them")
+    count = max_new_tokens if other is None else other
+    options |= {} if count is None else {"max_new_tokens": count}
+    if config is not None and options:
+        raise ValueError(f"both a SampleConfig and options are given: put {', '.join(options)} "
+                         "into the config")
+    return config or SampleConfig(**options)

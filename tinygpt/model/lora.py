@@ -1,7 +1,7 @@
 """Which weights a run changes: low-rank adapters of linear layers, and frozen weights.
 
 LoRA (arXiv:2106.09685): y = W x + alpha / rank * B A x, of which only A (rank, C) and B (N, rank)
-are trained. A is drawn, B begins as zeros, so that the model begins as it was.
+are trained. A is drawn and B begins as zeros, so that the model does not change at first.
 """
 
 from dataclasses import asdict
@@ -13,12 +13,13 @@ from tinygrad import Tensor
 
 from tinygpt import checkpoint, device, kernels
 from tinygpt.data.tokenizer import Tokenizer, fingerprint
+from tinygpt.model.layers import linear_layers, replace_linear_layers
 
 FILE = "lora.safetensors"
 
 
 class LoRA:
-    """What is added to a linear layer's output: x (..., C) -> (..., N)."""
+    """An adapter, which is added to a linear layer's output: x (..., C) -> (..., N)."""
 
     def __init__(self, a: np.ndarray, b: np.ndarray, alpha: float):
         self.a, self.b = Tensor(a).realize(), Tensor(b).realize()
@@ -28,23 +29,43 @@ class LoRA:
         return kernels.linear(kernels.linear(x, self.a), self.b) * self._scale()
 
     def matrix(self) -> np.ndarray:
-        """What it adds to the layer's weight, (N, C) float32."""
+        """What it adds to the layer's weight when it is merged, (N, C) float32."""
         return (self.b.numpy() @ self.a.numpy()) * np.float32(self._scale())
 
     def _scale(self) -> float:
         return self.alpha / self.a.shape[0]
 
 
-def linear_layers(model) -> dict[str, object]:
-    """The linear layers in a GPT's blocks, by their names; a bigram model has none."""
-    return {f"h.{i}.{part}.{name}": layer for i, block in enumerate(getattr(model, "h", ()))
-            for part in ("attn", "mlp") for name, layer in vars(getattr(block, part)).items()
-            if hasattr(layer, "lora")}
+class LoRALinear:
+    """Replaces a Linear: its output plus that of an adapter."""
+
+    __slots__ = ("__dict__", "linear")  # get_state_dict skips slots: linear has the same weights
+
+    def __init__(self, linear, lora: LoRA):
+        self.linear = linear
+        self.weight, self.bias, self.lora = linear.weight, linear.bias, lora
+
+    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        return kernels.linear(x, self.weight, self.bias, residual) + self.lora(x)
+
+    def merged(self):
+        """The Linear, with the adapter added to its weight."""
+        device.write(self.weight, self.weight.numpy() + self.lora.matrix())
+        self.linear.weight, self.linear.bias = self.weight, self.bias
+        return self.linear
 
 
 def adapters(model) -> tuple[LoRA, ...]:
     """The adapters that a GPT has."""
-    return tuple(layer.lora for layer in linear_layers(model).values() if layer.lora is not None)
+    return tuple(layer.lora for layer in linear_layers(model).values()
+                 if isinstance(layer, LoRALinear))
+
+
+def _put(model, found: dict[str, LoRA]) -> None:
+    """Merges the adapters that a GPT has, and gives it others, by the names of their layers."""
+    merge(model)
+    replace_linear_layers(model, lambda name, layer: LoRALinear(layer, found[name])
+                          if name in found else layer)
 
 
 def attach(model, rank: int, alpha: float, targets: str, seed: int) -> None:
@@ -52,23 +73,21 @@ def attach(model, rank: int, alpha: float, targets: str, seed: int) -> None:
 
     Those that are there are merged first. Raises ValueError where a pattern matches none.
     """
-    merge(model)
-    layers, rng = linear_layers(model), np.random.default_rng([seed, rank])
+    layers, rng, found = linear_layers(model), np.random.default_rng([seed, rank]), {}
     for name in _matching(targets, layers, "lora_targets"):
         N, C = layers[name].weight.shape
         if rank > min(N, C):
             raise ValueError(f"lora_rank={rank} is above {min(N, C)}, the highest rank that {name} "
                              "can have: choose a smaller one")
         a = rng.standard_normal((rank, C), dtype=np.float32) / np.float32(np.sqrt(C))
-        layers[name].lora = LoRA(a, np.zeros((N, rank), np.float32), alpha)
+        found[name] = LoRA(a, np.zeros((N, rank), np.float32), alpha)
+    _put(model, found)
 
 
 def merge(model) -> None:
-    """Adds every adapter to its layer's weight, and takes it away."""
-    for layer in linear_layers(model).values():
-        if layer.lora is not None:
-            device.write(layer.weight, layer.weight.numpy() + layer.lora.matrix())
-            layer.lora = None
+    """Adds every adapter to the weight of its Linear, and puts the Linear back."""
+    replace_linear_layers(model, lambda _, layer: layer.merged()
+                          if isinstance(layer, LoRALinear) else layer)
 
 
 def is_adapter(name: str) -> bool:
@@ -77,7 +96,7 @@ def is_adapter(name: str) -> bool:
 
 
 def adopt(model, arrays: dict[str, np.ndarray], alpha: float | None, path: str | Path) -> None:
-    """Gives a GPT the adapters among arrays, `<layer>.lora.a` and `.lora.b`.
+    """Gives a GPT the adapters in arrays, `<layer>.lora.a` and `.lora.b`.
 
     Raises CheckpointError where they do not fit its layers, or have no alpha.
     """
@@ -87,21 +106,20 @@ def adopt(model, arrays: dict[str, np.ndarray], alpha: float | None, path: str |
                                          "metadata: use another one")
     for name in arrays:
         prefix, _, kind = name.rpartition(".")
-        layer = layers.get(prefix.removesuffix(".lora"))
+        layer = layers.get(layer_name := prefix.removesuffix(".lora"))
         a, b = arrays.get(f"{prefix}.a"), arrays.get(f"{prefix}.b")
         if layer is None or a is None or b is None or a.ndim != 2 or b.ndim != 2 or (
                 (b.shape[0], a.shape[1]) != layer.weight.shape or not a.shape[0] == b.shape[1] > 0):
             raise checkpoint.CheckpointError(f"{path} has {name}, which does not fit the model: "
                                              "use the one that it was trained on")
         if kind == "a":
-            found[name] = layer, LoRA(a.astype(np.float32), b.astype(np.float32), alpha)
-    for layer, adapter in found.values():
-        layer.lora = adapter
+            found[layer_name] = LoRA(a.astype(np.float32), b.astype(np.float32), alpha)
+    _put(model, found)
 
 
 def check_same(model, file: checkpoint.Checkpoint) -> None:
-    """Raises CheckpointError that names the setting in which the adapters of a model, which has
-    been trained no further than `attach`, differ from those in a checkpoint of it."""
+    """Raises CheckpointError, which names the setting, where the adapters of a model have another
+    rank or alpha than those in a checkpoint."""
     ranks = [sum(shape[:1]) for name, shape in file.shapes.items() if name.endswith(".lora.a")]
     theirs = {"lora_rank": ranks[0] if ranks else 0, "lora_alpha": file.header.get("lora_alpha")}
     ours = {"lora_rank": next((a.a.shape[0] for a in adapters(model)), 0),
@@ -110,15 +128,15 @@ def check_same(model, file: checkpoint.Checkpoint) -> None:
 
 
 def save(model, weights: dict[str, Tensor], metadata: dict, out_dir: Path) -> Path:
-    """Writes the adapters alone, of weights by name, into out_dir; returns the file's path."""
+    """Writes the adapters among weights into out_dir/lora.safetensors; returns its path."""
     tensors = {f"lora.{k}": w.numpy() for k, w in weights.items() if is_adapter(k)}
     return checkpoint.save(out_dir / FILE, tensors, metadata | {
         "lora_alpha": alpha_of(model), "lora_tokenizer": _identity(model.tokenizer)})
 
 
 def load(model, path: str | Path) -> None:
-    """Merges the adapters that `save` wrote into a GPT. Raises CheckpointError, with nothing
-    changed, where they were trained on a model of another configuration or tokenizer."""
+    """Merges adapters in a file that `save` wrote into a GPT. Raises CheckpointError, with nothing
+    changed, where they were trained with another configuration or tokenizer."""
     with checkpoint.Checkpoint(path) as file:
         if not file.part("lora.") or file.header.get("lora_alpha") is None:
             raise checkpoint.CheckpointError(f"{path} has no LoRA adapters: name the {FILE} of a "
@@ -130,8 +148,8 @@ def load(model, path: str | Path) -> None:
 
 
 def _check_base(model, file: checkpoint.Checkpoint) -> None:
-    """Raises CheckpointError where adapters belong to another model; neither a context that was
-    cropped nor dropout makes it another."""
+    """Raises CheckpointError where the adapters were trained on another model; block_size and
+    dropout may differ."""
     theirs, ours = file.header["model_config"], asdict(model.config)
     for key in theirs.keys() & ours.keys() - {"block_size", "dropout"}:
         if theirs[key] != ours[key]:
@@ -164,9 +182,9 @@ def alpha_of(model) -> float | None:
 
 
 def trainable(weights: dict[str, Tensor], freeze: str | None) -> dict[str, Tensor]:
-    """Those of the weights that training changes: the adapters where there are any, else all; but
-    for those whose names a pattern of freeze matches. Raises ValueError where none is left, or
-    where a pattern matches nothing."""
+    """The weights that training changes: the adapters where there are any, else all, without those
+    whose names a pattern of freeze matches. Raises ValueError where none is left, or where a
+    pattern matches nothing."""
     adapted = any(".lora." in name for name in weights)
     left = {name: w for name, w in weights.items() if ".lora." in name or not adapted}
     frozen = set(_matching(freeze, left, "freeze")) if freeze else set()

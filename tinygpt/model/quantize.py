@@ -1,29 +1,25 @@
-"""A trained model's matrices in 8 or 16 bits, to write text with: less memory, and less of it to
-read for every token."""
+"""Matrices of 8 or 16 bits, to generate text with: a token reads less memory."""
 
 import numpy as np
 from tinygrad import Tensor
 
 from tinygpt import device, kernels
+from tinygpt.model.layers import replace_linear_layers
 
 KINDS = ("int8", "fp16")
 
 
 def quantize(model, kind: str) -> None:
-    """Puts quantized layers in the place of a GPT's linear layers and of its output layer.
+    """Replaces a GPT's linear layers and its output layer by quantized ones.
 
-    Embeddings that are not the output layer too, norms and biases stay float32. The replaced
-    matrices are freed one by one. Raises ValueError where kind is none of KINDS, or the model is
-    quantized already.
+    Norms, biases and embeddings other than a tied output layer stay float32. The replaced matrices
+    are freed one by one. Raises ValueError where kind is none of KINDS, or the model is quantized
+    already.
     """
     if kind not in KINDS:
         raise ValueError(f"quantize={kind!r} is unknown: choose one of {', '.join(KINDS)}")
     refuse_quantized(model, "quantized again")
-    for block in model.h:
-        for part in (block.attn, block.mlp):
-            for name, layer in list(vars(part).items()):
-                if getattr(layer, "weight", None) is not None and layer.weight.ndim == 2:
-                    setattr(part, name, QuantizedLinear(layer, kind))
+    replace_linear_layers(model, lambda _, layer: QuantizedLinear(layer, kind))
     if model.lm_head is None:
         model.wte = QuantizedEmbedding(model.wte, kind)
     else:
@@ -38,9 +34,9 @@ def refuse_quantized(model, what: str) -> None:
 
 
 class QuantizedMatrix:
-    """A matrix (N, C): `weight` int8 with a float32 `scale` (N,) a row, or float16 without.
+    """A matrix (N, C): `weight` int8 with a float32 `scale` (N,) for its rows, or float16.
 
-    int8 rounds each row to 255 steps of its largest magnitude / 127, to the nearest.
+    int8 rounds to the nearest multiple of scale, the largest magnitude of the row / 127.
     """
 
     def __init__(self, matrix: Tensor, kind: str):
@@ -57,7 +53,7 @@ class QuantizedMatrix:
 
 
 class QuantizedLinear(QuantizedMatrix):
-    """In the place of a Linear."""
+    """Replaces a Linear."""
 
     def __init__(self, linear, kind: str):
         super().__init__(linear.weight, kind)
@@ -68,7 +64,7 @@ class QuantizedLinear(QuantizedMatrix):
 
 
 class QuantizedEmbedding(QuantizedMatrix):
-    """In the place of an Embedding that is the output layer too."""
+    """Replaces an Embedding that is the output layer too."""
 
     def __init__(self, embedding, kind: str):
         super().__init__(embedding.weight, kind)

@@ -1,34 +1,31 @@
-"""Gradients of a chain of blocks that keep nothing of a block but its input.
+"""Gradient checkpointing (arXiv:1604.06174): of each block only the input is kept.
 
-What a block computes on the way is computed again when its gradient is due (gradient
-checkpointing, arXiv:1604.06174): one more forward pass, and memory for one block instead of all.
+All else is computed again for the gradient of the block: one more forward pass, and memory for one
+block instead of all.
 """
 
-from collections.abc import Callable
+import copy
+from functools import partial
 
 from tinygrad import Tensor
 
 
 class Chain:
-    """Blocks one after another, each called here for its output and later for its gradient."""
+    """The blocks of a model on x (B, T, C): `end` is their output, to compute the loss from."""
 
-    def __init__(self, x: Tensor):
-        self.start = x
-        self.inputs: list[Tensor] = []
-        self.blocks: list[Callable[[Tensor], Tensor]] = []
-        self.end = x.detach().contiguous()  # where the loss is to be computed from
-
-    def append(self, block: Callable[[Tensor], Tensor], again: Callable[[Tensor], Tensor]) -> None:
-        """Puts a block at the end. again computes the same, whenever it is called."""
-        self.inputs.append(self.end)
-        self.blocks.append(again)
-        self.end = block(self.end).detach().contiguous()
+    def __init__(self, x: Tensor, blocks: list, ctx):
+        self.start, self.end = x, x.detach().contiguous()
+        self.inputs, self.blocks = [], []
+        for layer, block in enumerate(blocks):
+            self.inputs.append(self.end)
+            again = copy.copy(ctx)  # from which the same dropout keys follow
+            self.blocks.append(partial(block, ctx=again, layer=layer))
+            self.end = block(self.end, ctx, layer).detach().contiguous()
 
     def gradients(self, loss: Tensor, params: dict[str, Tensor]) -> list[Tensor]:
-        """Gradients of a scalar loss, which `end` goes into, by params.
+        """Gradients by params of a scalar loss that was computed from `end`.
 
-        Those of block i have names that begin with "h.i."; all others may be anywhere outside the
-        blocks.
+        The weights of block i have names that begin with "h.i.", those outside the blocks others.
         """
         total: dict[str, Tensor] = {}
 
@@ -48,9 +45,10 @@ class Chain:
 
 
 def _wait_for(grad: Tensor, x: Tensor) -> Tensor:
-    """A copy of x that cannot be made before grad is there.
+    """A copy of x that depends on grad.
 
-    Without it the graph of the second computation would be that of the first, and be the first.
+    Without it the second computation would have the graph of the first, so that tinygrad would keep
+    the results of the first instead.
     """
     first = grad.detach()[(slice(None), *(slice(1) for _ in range(x.ndim - 1)))].cast(x.dtype)
-    return (first != first).where(first, x).contiguous()  # where it is no number, nor is the result
+    return (first != first).where(first, x).contiguous()  # NaN makes the result NaN

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from tinygpt import checkpoint, device
-from tinygpt.config import SampleConfig, TrainConfig
+from tinygpt.config import TrainConfig
 from tinygpt.data.load import Batches, TokenData
 from tinygpt.data.tokenizer import up_to_end
 from tinygpt.flags import to_json
@@ -280,7 +280,7 @@ class Run:
             prompt = tokenizer.encode("\n")
         except ValueError:  # a tokenizer of characters that knows no line break
             prompt = [int(self.data.val[0])]
-        ids = self.model.stream([prompt], SampleConfig(max_new_tokens=200, seed=self.config.seed))
+        ids = self.model.stream([prompt], 200, seed=self.config.seed)
         with self._averaged(), self.devices.on_first(self.model):
             return tokenizer.decode(list(up_to_end(tokenizer, ids)))
 

@@ -1,5 +1,7 @@
 """The compiled steps of training a model: gradients, accumulation, update, evaluation."""
 
+from functools import partial
+
 import numpy as np
 from tinygrad import Tensor, dtypes
 
@@ -105,12 +107,14 @@ class Steps:
     def _gradients(self, x: Tensor, y: Tensor, key: Tensor) -> tuple[Tensor, list[Tensor]]:
         """The loss, and the gradients of the scaled loss."""
         config, model = self.config, self.model
-        options = (key if model.config.dropout else None, config.label_smoothing, config.z_loss)
+        loss_fn = partial(kernels.cross_entropy, label_smoothing=config.label_smoothing,
+                          z_loss=config.z_loss)
+        key = key if model.config.dropout else None
         if config.grad_checkpoint:
-            loss, chain = model.loss_in_little_memory(x, y, *options)
+            loss, chain = model.checkpointed_loss(x, y, key, loss_fn)
             grads = chain.gradients(self._scaled(loss), self.params)
         else:
-            _, loss = model(x, y, *options)
+            _, loss = model(x, y, key, loss_fn)
             grads = self._scaled(loss).gradient(*self.params.values())
         return loss, [kernels.stored(g.cast(dtypes.float32)) for g in grads]
 
