@@ -12,19 +12,18 @@ import json
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
 
 from gpt import GPT
-from tinygpt import checkpoint, command, device, kernels
-from tinygpt.config import SampleConfig, check, setting
+from tinygpt import checkpoint, command, device
+from tinygpt.config import LoadConfig, SampleConfig, check, setting
 from tinygpt.data.tokenizer import StreamDecoder, up_to_end
 from tinygpt.flags import parse_flags, read_file
-from tinygpt.huggingface.pretrained import is_pretrained, tokenizer_needed
+from tinygpt.huggingface.pretrained import tokenizer_needed
 from tinygpt.model import lora
-from tinygpt.model.bigram import Bigram
 from tinygpt.model.quantize import KINDS
 from tinygpt.training.signals import pending_signals
 
@@ -32,26 +31,19 @@ PROMPT = "> "  # where a line is typed
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerateConfig:
+class GenerateConfig(LoadConfig):
     """What to write with, and what to write on."""
 
     prompt: str = setting("\n",
         "text to continue; FILE:path reads it from a file, - from standard input", empty=True,
-        positional="optional", section="model and prompt")
+        positional="optional", section="model")
     checkpoint: str | None = setting(None,
         "a .safetensors file, gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a folder in Hugging "
         "Face's layout; unset: the best one of the newest run in checkpoints/")
-    offline: bool = setting(False, "take what --checkpoint names from the cache only",
-        needs=("--checkpoint", lambda c: c.checkpoint))
     lora: str | None = setting(None,
         "a lora.safetensors of a run with --lora_rank, to put on top of --checkpoint")
-    ema: bool = setting(False,
-        "write with the moving average of the weights, of a run with --ema")
     quantize: str = setting("none",
         "keep the matrices in memory as int8 or fp16 instead of float32", choices=("none", *KINDS))
-    device: str = setting("auto", "auto, cpu, cuda, metal, or another that tinygrad knows")
-    threads: int | None = setting(None,
-        "threads of the CPU kernels; unset: one for each CPU of this process", low=1, high=64)
 
     interactive: bool = setting(False,
         "read lines from the keyboard and continue each; Ctrl-C ends a text, Ctrl-D the command",
@@ -77,7 +69,7 @@ class GenerateConfig:
                              "--num_samples, --json, --out_dir and --prompt -")
 
 
-EXPORTING = {"export", "checkpoint", "offline", "lora", "ema", "device", "threads"}
+EXPORTING = {"export", "checkpoint", "lora", *(f.name for f in fields(LoadConfig))}
 
 
 def read_prompt(prompt: str) -> str:
@@ -279,21 +271,10 @@ def _check_memory(model: GPT, length: int, count: int) -> None:
 def run(what: GenerateConfig, config: SampleConfig) -> None:
     if sys.stdin is None and (what.interactive or what.prompt == "-"):
         raise ValueError("standard input is closed: give the text as --prompt")
-    device.choose(what.device)
-    if what.threads:
-        kernels.set_threads(what.threads)
+    command.use_machine(what)
     path = what.checkpoint or checkpoint.best_of_newest_run(Path("checkpoints"))
-    if what.offline and not is_pretrained(path):
-        raise ValueError(f"{path} is a checkpoint here, which is never downloaded: leave out "
-                         "--offline")
-    if is_pretrained(path):
-        if what.ema:
-            raise ValueError(f"{path} has no moving average of the weights: leave out --ema")
-        with tokenizer_needed(what.export is None):
-            model = GPT.from_pretrained(path, offline=what.offline)
-    else:
-        kind = checkpoint.model_kind(checkpoint.load_metadata(path))
-        model = (Bigram if kind == "bigram" else GPT).from_checkpoint(path, what.ema)
+    with tokenizer_needed(what.export is None):
+        model = command.load_model(path, what.ema, what.offline)
     if what.lora is not None:
         lora.load(model, what.lora)
     if what.export is not None:

@@ -152,6 +152,9 @@ def _settings(argv: list[str]) -> Settings:
     if config.model == "bigram" and (unused := flags.typed & TABLELESS):
         raise ValueError(f"--{min(unused)} has no effect on --model bigram, a table: leave one of "
                          "them out")
+    if "offline" in flags.typed and config.init_from == "scratch":
+        raise ValueError("--offline has no effect without --init_from: add it, or leave out "
+                         "--offline")
     context_length(0, config, shape.block_size)
     check_loggers(config.tensorboard, config.wandb)
     checkpoint.check_out_dir(Path(config.out_dir))

@@ -16,6 +16,7 @@ from gpt import GPT, GPTConfig
 from tinygpt import evaluate
 from tinygpt.data.load import read_tokens
 from tinygpt.data.tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer
+from tinygpt.model.bigram import Bigram, BigramConfig
 
 BLOCK = 8
 
@@ -87,6 +88,20 @@ def test_a_file_of_token_ids_scores_as_its_text(model, tmp_path):
                                                       stride=2))
         assert scores.items() <= expected.items()
         assert ("bits_per_byte" in scores) == (checkpoint == paths[0])
+
+
+def test_a_bigram_is_scored_to_compare_with(rng, tmp_path, capsys):
+    bigram = Bigram(BigramConfig(block_size=BLOCK, vocab_size=256))
+    table = rng.standard_normal((256, 256))
+    bigram.load_state_dict({"table": table})
+    bigram.tokenizer = ByteTokenizer()
+    path = bigram.save_checkpoint(1, None, tmp_path)
+    ids = list(b"the harbour sleeps")
+    (tmp_path / "t.txt").write_bytes(bytes(ids))
+    log_z = np.log(np.exp(table).sum(-1))
+    loss = np.mean([log_z[a] - table[a, b] for a, b in itertools.pairwise(ids)])
+    assert evaluate.main([str(path), str(tmp_path / "t.txt"), "--stride", "1"]) == 0
+    assert f"loss {loss:.4f}\n" in capsys.readouterr().out
 
 
 def test_token_files_of_another_tokenizer_or_damaged_are_refused(model, tmp_path):

@@ -88,13 +88,15 @@ EXERCISED = {
             "offline",
         "test_lora.py::test_generate_takes_adapters_on_top": "lora export",
         "test_flags.py::test_a_text_ends_before_each_stop": "stop",
-        "test_flags.py::test_what_generate_does_with_the_machine": "device quantize threads"},
+        "test_flags.py::test_what_generate_does_with_the_machine":
+            "device quantize kernels threads"},
     evaluate.EvaluateConfig: {
         "test_evaluate.py::test_the_command": "checkpoint text stride",
         "test_evaluate.py::test_a_mistake_gets_one_line_and_status_2": "task",
-        "test_flags.py::test_what_evaluate_scores": "limit ema offline device"},
+        "test_flags.py::test_what_evaluate_scores": "limit ema offline device kernels threads"},
     check.CheckConfig: {
         "test_check.py::test_a_trained_model": "checkpoint",
+        "test_check.py::test_a_bigram_and_what_it_does_not_have": "ema offline",
         "test_check.py::test_a_mistake_gets_one_line_and_status_2": "device kernels",
         "test_check.py::test_threads_are_those_asked_for": "threads"},
 }
@@ -366,10 +368,11 @@ def test_a_text_ends_before_each_stop(saved, drawn, samples, capsys):
 
 def test_what_generate_does_with_the_machine(saved, drawn, monkeypatch, capsys):
     told = []
-    monkeypatch.setattr(kernels, "set_threads", lambda n: told.append(n))
+    for function in ("use", "set_threads"):
+        monkeypatch.setattr(kernels, function, told.append)
     monkeypatch.setattr(GPT, "quantize", lambda model, kind: told.append(kind))
-    assert generate.main(["--threads", "3", "--quantize", "int8"]) == 0
-    assert told == [3, "int8"]
+    assert generate.main(["--kernels=portable", "--threads=3", "--quantize=int8"]) == 0
+    assert told == ["portable", 3, "int8"]
     assert generate.main(["--device", "nonsense"]) == 2
     assert "there is no device 'nonsense'" in capsys.readouterr().err
     assert "'null' cannot compute" in refusal(generate.main, ["--device", "null"], capsys)
@@ -381,8 +384,12 @@ def test_what_evaluate_scores(saved, tmp_path, monkeypatch, capsys):
         told.append((model.wte.weight.numpy(), questions)), {"questions": 0})[1])
     (tmp_path / "l.jsonl").write_text("".join(f'{{"text": "a {n}"}}\n' for n in range(5)))
     flags = ["l.jsonl", "--task", "lambada"]
+    machine = []
+    for function in ("use", "set_threads"):
+        monkeypatch.setattr(kernels, function, machine.append)
     assert evaluate.main([saved, *flags, "--limit", "2", "--ema"]) == 0
-    assert evaluate.main([saved, *flags]) == 0
+    assert evaluate.main([saved, *flags, "--kernels", "reference", "--threads", "2"]) == 0
+    assert machine == ["auto", "reference", 2]
     (average, two), (plain, five) = told
     assert [q["text"] for q in two] == ["a 0", "a 1"] and len(five) == 5
     assert np.array_equal(average, GPT(TINY, seed=2).wte.weight.numpy())
@@ -398,6 +405,8 @@ def test_what_evaluate_scores(saved, tmp_path, monkeypatch, capsys):
 
 def test_a_flag_that_could_do_nothing_is_refused(saved, tmp_path, capsys):
     folder = str(GPT(TINY).save_pretrained(tmp_path / "pretrained"))
+    for name in ("t.txt", "l.jsonl"):
+        (tmp_path / name).write_text("some text")
     for main, flags, says in (
             (generate.main, ["--checkpoint", folder, "--ema"], "leave out --ema"),
             (generate.main, ["--export", "x", "--quantize", "int8"], "leave out --quantize"),
@@ -438,6 +447,7 @@ def refusal(main, flags, capsys) -> str:
     ("--resume --n_embd 32", "n_embd=16, but n_embd=32"),
     ("--resume --norm layernorm", "norm=rmsnorm, but norm=layernorm"),
     ("--resume --tokenizer bpe", "tokenizer=byte, but tokenizer=bpe"),
+    ("--out_dir new --offline", "--offline has no effect without --init_from"),
     ("--resume --init_from x", "init_from=scratch, but init_from=x"),
     ("--resume --lora_alpha 3", "lora_alpha=16.0, but lora_alpha=3.0"),
     ("--resume --lora_rank 0", "lora_rank=1, but lora_rank=0"),
@@ -485,8 +495,9 @@ def test_an_export_writes_no_text(saved, capsys, tmp_path, flags, says):
     assert not (tmp_path / "x").exists()
 
 
-def test_offline_without_anything_to_fetch_is_refused(saved, capsys):
-    assert "without --checkpoint" in refusal(generate.main, ["--offline"], capsys)
+def test_offline_without_anything_to_fetch_is_refused(saved, tmp_path, capsys):
+    (tmp_path / "t.txt").write_text("some text")
+    assert "never downloaded" in refusal(generate.main, ["--offline"], capsys)
     for main, words in ((generate.main, ["--checkpoint"]), (evaluate.main, ["t.txt"])):
         flags = ["--offline", *words, saved] if main is generate.main else [saved, *words]
         assert "never downloaded" in refusal(main, [*flags, "--offline"], capsys)

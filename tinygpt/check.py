@@ -1,4 +1,5 @@
-"""Is this machine, and is this copy of the code right? `python -m tinygpt.check`.
+"""Is this machine, and is this copy of the code right? `python -m tinygpt.check`. It checks all
+kernels that run here, or with --kernels those of one implementation.
 
 Measures what everything else relies on, and prints a line for each check: ok or FAILED, the largest
 error and the tolerance. It is for whoever changed gpt.py or a kernel, or has a new device. With
@@ -23,13 +24,14 @@ from tinygrad.helpers import Context
 
 from gpt import GPT, GPTConfig
 from tinygpt import checkpoint, command, device, kernels
-from tinygpt.config import TrainConfig, check, setting
+from tinygpt.config import LoadConfig, TrainConfig, check, setting
 from tinygpt.data.tokenizer import ByteTokenizer
 from tinygpt.flags import parse_flags
 from tinygpt.huggingface.pretrained import is_pretrained
 from tinygpt.kernels import cases
 from tinygpt.kernels.jit import compiled
 from tinygpt.kernels.random import make_key
+from tinygpt.model.language_model import LanguageModel
 from tinygpt.training.optim import make_optimizer
 
 # Of the loss as a share of itself; of a slope as a share of what a random slope of such a gradient
@@ -55,21 +57,18 @@ MODELS = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class CheckConfig:
+class CheckConfig(LoadConfig):
     """What is checked, and on what."""
 
     checkpoint: str | None = setting(None,
         "check this trained model, as evaluate takes one: its weights, its gradients and its "
-        "cached decoding; unset: the device, the kernels and tiny models", section="check")
-    device: str = setting("auto", "auto, cpu, cuda, metal, or another that tinygrad knows")
-    kernels: str = setting("auto",
-        "implementation of the operations to check; auto: all that can run",
-        choices=("auto", *kernels.IMPLEMENTATIONS))
-    threads: int | None = setting(None,
-        "threads of the CPU kernels; unset: one for each CPU of this process", low=1, high=64)
+        "cached decoding; unset: the device, the kernels and tiny models", section="model")
 
     def __post_init__(self):
         check(self)
+        if self.checkpoint is None and (self.ema or self.offline):
+            raise ValueError("ema and offline are of a trained model: name a --checkpoint, or "
+                             "leave them out")
 
 
 @dataclass(frozen=True)
@@ -180,12 +179,13 @@ def the_reference_in_use():
 class Twin:
     """The loss of a model on a batch as a function of its weights, in float64.
 
-    It is gpt.py's own model on float64 tensors on the CPU, which every machine has and which has
+    It is the model's own class on float64 tensors on the CPU, which every machine has and which has
     float64, by the reference kernels. batch is ids, targets and dropout key, if any.
     """
 
-    def __init__(self, model: GPT, batch: list[np.ndarray]):
-        self.model = GPT(model.config, seed=None)
+    def __init__(self, model: LanguageModel, batch: list[np.ndarray]):
+        kind, config = type(model), model.config
+        self.model = kind.fitting(config, kind.shapes(config), "the model")
         self.model.compute_dtype = "float64"
         self.weights = self.model.state_dict()
         for weight in self.weights.values():
@@ -204,7 +204,7 @@ class Twin:
         return loss_of(self.model, batch).realize()
 
 
-def loss_of(model: GPT, batch) -> Tensor:
+def loss_of(model: LanguageModel, batch) -> Tensor:
     ids, targets, *key = batch
     return model(ids, targets, *(key or [None]), LABEL_SMOOTHING, Z_LOSS)[1]
 
@@ -233,7 +233,7 @@ def slopes(twin: Twin, weights: dict[str, np.ndarray], grads: dict[str, np.ndarr
     return (up - down) / (2 * STEP), ours, max(usual, 1e-30)
 
 
-def check_gradients(model: GPT) -> Finding:
+def check_gradients(model: LanguageModel) -> Finding:
     """The loss against that in float64, and its gradient against finite differences there."""
     config = model.config
     rng, T = np.random.default_rng(2), min(config.block_size, 12)
@@ -265,7 +265,7 @@ def check_gradients(model: GPT) -> Finding:
         f"; of {len(blamed) - 3} more" if blamed[3:] else "") if blamed else bad.where)
 
 
-def check_decoding(model: GPT, prompt: int, written: int) -> Finding:
+def check_decoding(model: LanguageModel, prompt: int, written: int) -> Finding:
     """Text written over the key-value cache, whose every token has to be the likeliest one by the
     full forward pass over the same window."""
     block, V = model.config.block_size, model.config.vocab_size
@@ -311,7 +311,7 @@ def check_saving(folder: Path) -> Finding:
     return Finding(len(differing), 0, ", ".join(differing[:3]))
 
 
-def check_weights(model: GPT) -> Finding:
+def check_weights(model: LanguageModel) -> Finding:
     """How many numbers in the weights are not finite."""
     bad = {name: int((~np.isfinite(w.numpy())).sum()) for name, w in model.state_dict().items()}
     return Finding(sum(bad.values()), 0, ", ".join(
@@ -335,15 +335,13 @@ def code_checks(config: CheckConfig, folder: Path) -> list[Check]:
 def checkpoint_checks(config: CheckConfig) -> list[Check]:
     """Of a model that can be read at all. Raises ValueError where there is none."""
     path = config.checkpoint
-    if is_pretrained(path):
-        model = GPT.from_pretrained(path)
-    else:
+    if not is_pretrained(path):
         checkpoint.load_metadata(path)
-        try:
-            model = GPT.from_checkpoint(path)
-        except checkpoint.CheckpointError as error:
-            damage = Finding(math.inf, 0, str(error))
-            return [("weights", lambda: damage)]
+    try:
+        model = command.load_model(path, config.ema, config.offline)
+    except checkpoint.CheckpointError as error:
+        damage = Finding(math.inf, 0, str(error))
+        return [("weights", lambda: damage)]
     prompt = max(1, min(PROMPT, model.config.block_size - WRITTEN // 2))
     return [("weights", lambda: check_weights(model)),
             ("gradients", lambda: check_gradients(model)),
@@ -380,9 +378,7 @@ def report(checks: list[Check]) -> list[str]:
 
 def run(config: CheckConfig) -> bool:
     """Makes all checks that config asks for and prints what they find; whether all are ok."""
-    device.choose(config.device)
-    kernels.use(config.kernels)
-    kernels.set_threads(config.threads or kernels.cpu.launch.cpu_count())
+    command.use_machine(config)
     with tempfile.TemporaryDirectory(prefix="tinygpt-") as folder:
         checks = [("compiler and device", check_compiler), *(
             checkpoint_checks(config) if config.checkpoint else code_checks(config, Path(folder)))]

@@ -1,12 +1,18 @@
-"""How the project's commands begin and end."""
+"""What the commands share: how they begin and end, and how they load a model."""
 
 import io
 import signal
 import sys
 import threading
 import warnings
+from pathlib import Path
 
-from tinygpt import device
+from gpt import GPT
+from tinygpt import checkpoint, device, kernels
+from tinygpt.config import MachineConfig
+from tinygpt.huggingface.pretrained import is_pretrained
+from tinygpt.model.bigram import Bigram
+from tinygpt.model.language_model import LanguageModel
 from tinygpt.streams import print_error, silence
 from tinygpt.training.signals import insist_on_ctrl_c
 
@@ -27,6 +33,34 @@ def prepare() -> None:
             setattr(sys, name, io.StringIO())
         elif hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
+
+
+def use_machine(config: MachineConfig) -> None:
+    """Chooses the device, the kernels and their threads."""
+    device.choose(config.device)
+    kernels.use(config.kernels)
+    if config.threads:
+        kernels.set_threads(config.threads)
+
+
+def load_model(path: str | Path, ema: bool = False, offline: bool = False) -> LanguageModel:
+    """The model in a checkpoint, a GPT or a bigram, or that `GPT.from_pretrained` finds.
+
+    With ema its weights are the moving average that the checkpoint has; with offline nothing is
+    downloaded. Raises ValueError, also where one of the two has no effect.
+    """
+    if is_pretrained(path):
+        if ema:
+            raise ValueError(f"{path} has no moving average of the weights: leave out --ema")
+        return GPT.from_pretrained(path, offline=offline)
+    if offline:
+        raise ValueError(f"{path} is never downloaded: leave out --offline")
+    with checkpoint.Checkpoint(path) as file:
+        if ema and not file.part("ema."):
+            raise ValueError(f"{path} has no moving average of the weights: leave out --ema, or "
+                             "train with it")
+        kind = checkpoint.model_kind(file.header)
+    return (Bigram if kind == Bigram.kind else GPT).from_checkpoint(path, ema)
 
 
 def tell(name: str, error: BaseException, remedy: str) -> int:

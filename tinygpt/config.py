@@ -12,6 +12,8 @@ from dataclasses import Field, InitVar, dataclass, field, fields
 from numbers import Integral, Real
 from typing import get_args
 
+from tinygpt.kernels import IMPLEMENTATIONS
+
 LARGEST = 2 ** 64  # of whole numbers: what no machine can count, and numpy cannot hold
 RULES = {"low", "high", "above", "below", "choices", "empty", "auto", "needs", "fixed", "section",
          "positional"}
@@ -27,7 +29,7 @@ def setting(default, text: str, **rules):
     needs                      (words, function of the configuration): where the function is false
                                the setting has no effect, and a flag that sets it is refused
     fixed                      whether it stays the same when a run is resumed
-    section                    the heading in --help from this field on
+    section                    the heading in --help of this field and those after it
     positional                 whether a command takes it by position: "required" or "optional"
 
     A flag whose default is a tuple can be given several times.
@@ -125,7 +127,29 @@ FALLS = ("a learning rate that falls: --decay_lr, and a --schedule other than co
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig:
+class MachineConfig:
+    """The settings of every command: what computes, and whether anything may be downloaded."""
+
+    device: str = setting("auto", "auto, cpu, cuda, metal, or another that tinygrad knows",
+        section="machine")
+    kernels: str = setting("auto",
+        "implementation of the operations; flash: attention in kernels for GPUs, all else "
+        "automatic", choices=("auto", *IMPLEMENTATIONS))
+    threads: int | None = setting(None,
+        "threads of the CPU kernels; unset: one for each CPU of this process", low=1, high=64)
+    offline: bool = setting(False, "take pretrained weights from the cache only")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadConfig(MachineConfig):
+    """The settings of a command that loads a trained model."""
+
+    ema: bool = setting(False, "use the moving average of the weights, of a run with --ema",
+        section="model")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(MachineConfig):
     """How a model is trained. The names are nanoGPT's where nanoGPT has one.
 
     `warmup_steps` is another name for `warmup_iters`.
@@ -144,8 +168,6 @@ class TrainConfig:
         "weights to begin with: scratch, gpt2, gpt2-medium, gpt2-large, gpt2-xl, a folder in "
         "Hugging Face's layout, or a .safetensors file; without a --preset, finetune_shakespeare "
         "is the recipe then", fixed=True)
-    offline: bool = setting(False, "take what --init_from names from the cache only",
-        needs=("--init_from", lambda c: c.init_from != "scratch"))
     freeze: str | None = setting(None,
         "weights that stay as they are: patterns of their names, comma-separated, such as "
         "'wte*,wpe*,h.[0-5].*'", fixed=True)
@@ -235,19 +257,12 @@ class TrainConfig:
         "log to TensorBoard too, in out_dir/tensorboard; needs tensorboardX")
     wandb: bool = setting(False, "log to Weights & Biases too; needs wandb")
 
-    device: str = setting("auto", "auto, cpu, cuda, metal, or another that tinygrad knows",
-        section="machine")
     devices: int = setting(1,
         "so many devices of that kind, cuda:0, cuda:1, ..., each with the weights and its part of "
-        "every micro-batch", low=1)
+        "every micro-batch", low=1, section="machine")
     shard_optimizer: bool = setting(False,
         "each of several devices keeps its part of the optimizer's state instead of all (ZeRO-1)",
         needs=("--devices 2 or more", lambda c: c.devices > 1))
-    kernels: str = setting("auto",
-        "implementation of the operations; flash: attention in kernels for GPUs, all else "
-        "automatic", choices=("auto", "cpu", "portable", "reference", "flash"))
-    threads: int | None = setting(None,
-        "threads of the CPU kernels; unset: one for each CPU of this process", low=1, high=64)
 
     warmup_steps: InitVar[int | None] = None
 

@@ -15,38 +15,35 @@ from pathlib import Path
 import numpy as np
 from tinygrad import Tensor
 
-from gpt import GPT
 from tinygpt import command, device
-from tinygpt.config import check, setting
+from tinygpt.config import LoadConfig, check, setting
 from tinygpt.data.documents import check_readable, is_jsonl, read_documents, read_text
 from tinygpt.data.load import is_token_file, mean_bytes, read_tokens
 from tinygpt.data.token_files import Ids, chunks
 from tinygpt.flags import parse_flags
-from tinygpt.huggingface.pretrained import is_pretrained, tokenizer_needed
+from tinygpt.huggingface.pretrained import tokenizer_needed
 from tinygpt.kernels.jit import compiled
+from tinygpt.model.language_model import LanguageModel
 from tinygpt.training.report import bits_per_byte
 
 TASKS = ("text", "hellaswag", "lambada")
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateConfig:
+class EvaluateConfig(LoadConfig):
     """What is scored, and on what."""
 
     checkpoint: str = setting(MISSING,
         "a .safetensors file, gpt2 and its kin, or a folder in Hugging Face's layout",
-        positional="required")
+        positional="required", section="model")
     text: str = setting(MISSING,
         "a UTF-8 text; a file of token ids, .bin, or a folder with val.bin; or the .jsonl file of "
-        "the task", positional="required")
-    task: str = setting("text", "what the text is", choices=TASKS, section="evaluation")
+        "the task", positional="required", section="evaluation")
+    task: str = setting("text", "what the text is", choices=TASKS)
     stride: int | None = setting(None,
         "tokens by which the window moves over a text: fewer give each token more context and take "
         "longer; unset: half of block_size", low=1)
     limit: int | None = setting(None, "questions of a task to ask; unset: all", low=1)
-    ema: bool = setting(False, "score the moving average of the weights")
-    offline: bool = setting(False, "take what CHECKPOINT names from the cache only")
-    device: str = setting("auto", "auto, cpu, cuda, metal, or another that tinygrad knows")
 
     def __post_init__(self):
         check(self)
@@ -59,7 +56,7 @@ class EvaluateConfig:
 class Scorer:
     """Scores texts with a model, in one compiled step of block_size tokens."""
 
-    def __init__(self, model: GPT):
+    def __init__(self, model: LanguageModel):
         self.model, self.block_size = model, model.config.block_size
         self.x, self.y = (Tensor.zeros(1, self.block_size, dtype="int32").contiguous().realize()
                           for _ in "xy")
@@ -100,7 +97,8 @@ class Scorer:
         return nats[-len(ending):], hits[-len(ending):]
 
 
-def score_text(model: GPT, text: str | Ids, stride: int | None = None) -> dict[str, float]:
+def score_text(model: LanguageModel, text: str | Ids,
+               stride: int | None = None) -> dict[str, float]:
     """loss (nats per token), perplexity, bits_per_byte and the tokens of a text or of its ids (n,).
 
     The first token, which nothing comes before, is not scored, nor are its bytes. A model without
@@ -123,7 +121,7 @@ def score_text(model: GPT, text: str | Ids, stride: int | None = None) -> dict[s
     return {"loss": loss, "perplexity": math.exp(min(loss, 700)), **bits, "tokens": len(ids) - 1}
 
 
-def score_hellaswag(model: GPT, questions: list[dict]) -> dict[str, float]:
+def score_hellaswag(model: LanguageModel, questions: list[dict]) -> dict[str, float]:
     """Shares of the questions whose right ending costs fewest nats: in all, and per token.
 
     A question has ctx, endings and label, the number of the right one.
@@ -139,7 +137,7 @@ def score_hellaswag(model: GPT, questions: list[dict]) -> dict[str, float]:
     return {"accuracy": accuracy, "accuracy_norm": normalized, "questions": len(questions)}
 
 
-def score_lambada(model: GPT, questions: list[dict]) -> dict[str, float]:
+def score_lambada(model: LanguageModel, questions: list[dict]) -> dict[str, float]:
     """Share of the texts whose last word is the likeliest, and its perplexity.
 
     A question has a text; the last word is what follows its last blank.
@@ -204,22 +202,13 @@ def _is_text(value) -> bool:
 
 def run(config: EvaluateConfig) -> dict[str, float]:
     """The scores that config asks for."""
-    is_theirs = is_pretrained(config.checkpoint)
-    if is_theirs and config.ema:
-        raise ValueError(f"{config.checkpoint} has no moving average of the weights: leave out "
-                         "--ema")
-    if config.offline and not is_theirs:
-        raise ValueError(f"{config.checkpoint} is never downloaded: leave out --offline")
     path = Path(config.text)
     if not is_token_file(path):
         check_readable(path)  # before the model is loaded, which may take long
-    device.choose(config.device)
+    command.use_machine(config)
     has_ids = config.task == "text" and is_token_file(path)
-    if is_theirs:
-        with tokenizer_needed(not has_ids):
-            model = GPT.from_pretrained(config.checkpoint, offline=config.offline)
-    else:
-        model = GPT.from_checkpoint(config.checkpoint, config.ema)
+    with tokenizer_needed(not has_ids):
+        model = command.load_model(config.checkpoint, config.ema, config.offline)
     if has_ids:
         return score_text(model, read_tokens(path, model.tokenizer), config.stride)
     if model.tokenizer is None:

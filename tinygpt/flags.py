@@ -9,7 +9,7 @@ import json
 import re
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import MISSING, Field, asdict, fields
 from pathlib import Path
 from typing import NoReturn
@@ -62,7 +62,7 @@ class _Parser(argparse.ArgumentParser):
     """A mistake gets one line on stderr and exit status 2."""
 
     def __init__(self, classes: dict[str, type], description: str, presets: dict | None):
-        self.settings = {f.name: f for cls in classes.values() for f in fields(cls)}
+        self.settings = {f.name: f for cls in classes.values() for f in _own_first(cls)}
         self.presets = presets or {}
         super().__init__(description=description.split("\n\n")[0], allow_abbrev=False,
                          add_help=False, formatter_class=_Help,
@@ -77,11 +77,9 @@ class _Parser(argparse.ArgumentParser):
             general.add_argument("--config", action=_Config, nargs="?", const="", metavar="FILE",
                                  help="settings from a JSON file, such as the config.json that a "
                                       "run saves with its checkpoints")
-        group = general
-        for cls in classes.values():
-            for f in fields(cls):
-                if heading := f.metadata.get("section"):
-                    group = self.add_argument_group(heading)
+        for heading, settings in _sections(self.settings.values()).items():
+            group = self.add_argument_group(heading)
+            for f in settings:
                 _add(group, f)
         positional = " ".join(f.name.upper() if how == "required" else f"[{f.name.upper()}]"
                               for f in self.settings.values()
@@ -131,6 +129,21 @@ class _Parser(argparse.ArgumentParser):
         known = [f.name for f in self.settings.values() if f.metadata.get("positional")
                  != "required"] + ["help"] + (["preset", "config"] if self.presets else [])
         return f"there is no flag {flag}{did_you_mean(flag.lstrip('-'), known, '--')}"
+
+
+def _own_first(cls: type) -> list[Field]:
+    """The fields of a dataclass, the inherited ones last."""
+    return sorted(fields(cls), key=lambda f: f.name not in cls.__annotations__)
+
+
+def _sections(settings: Iterable[Field]) -> dict[str, list[Field]]:
+    """The settings under each heading of --help; the machine's come last."""
+    found, heading = {}, ""
+    for f in settings:
+        heading = f.metadata.get("section", heading)
+        found.setdefault(heading, []).append(f)
+    machine = found.pop("machine", [])
+    return found | {"machine": machine} if machine else found
 
 
 def _add(group, f: Field) -> None:
