@@ -264,13 +264,16 @@ def test_help_has_plain_headings_kinds_choices_and_each_default_once(capsys, mon
     text = capsys.readouterr().out
     lines = text.splitlines()
     assert not re.search(r"\['|TrainConfig|GPTConfig|\bstr\b|\bbool\b|--nobias|default: None", text)
-    for heading in ("model:", "data:", "batches:", "optimizer:", "machine:"):
-        assert heading in lines
-    assert "  --n_layer INT " in text and "(default: 12)" in text  # the preset's
+    headings = [line for line in lines if re.fullmatch(r"\w.*:", line)]
+    assert headings == ["general:", "model:", "data:", "run:", "optimizer:", "schedule:",
+                        "logging:", "machine:"]
+    assert "  --n_layer INT " in text and "(at least 1; default: 12)" in text  # the preset's
     assert "--tokenizer {bpe,gpt2,char,byte}" in text and "--bias, --no_bias " in text
     assert "  --data TEXT " in text and "  --learning_rate FLOAT " in text
     assert all(line.count("default") <= 1 for line in lines)
-    assert next(line for line in lines if "--learning_rate" in line).endswith("(default: 0.0006)")
+    assert next(line for line in lines if "--learning_rate" in line).endswith(
+        "(above 0; default: 0.0006)")
+    assert "(at least 1 and at most 64)" in text
 
 
 # ---- presets, word for word as nanoGPT has them

@@ -6,6 +6,7 @@ values that it takes; the check, the flag and its place in --help follow from th
 
 import difflib
 import math
+import operator
 import os
 from collections.abc import Iterable
 from dataclasses import Field, InitVar, dataclass, field, fields
@@ -63,22 +64,30 @@ def check_value(f: Field, value):
     return checks[kind](f, value)
 
 
+BOUNDS = {"low": ("at least", operator.ge), "above": ("above", operator.gt),
+          "high": ("at most", operator.le), "below": ("below", operator.lt)}
+
+
+def range_of(f: Field) -> str:
+    """The bounds of a field's numbers in words, such as "at least 0 and below 1"; "" without any.
+    """
+    return " and ".join(f"{words} {f.metadata[rule]}" for rule, (words, _) in BOUNDS.items()
+                        if rule in f.metadata)
+
+
 def _check_number(f: Field, value) -> int | float:
     kind, _ = kind_of(f)
     if isinstance(value, bool) or not isinstance(value, Integral if kind is int else Real):
         raise ValueError(f"{f.name}={value!r} is no {'whole number' if kind is int else 'number'}: "
                          "choose one")
-    tests = {"low": ("at least", lambda v, b: v >= b), "high": ("at most", lambda v, b: v <= b),
-             "above": ("above", lambda v, b: v > b), "below": ("below", lambda v, b: v < b)}
-    given = [(*tests[rule], bound) for rule, bound in f.metadata.items() if rule in tests]
     try:
         finite = math.isfinite(value) and (kind is float or value < LARGEST)
     except OverflowError:
         finite = False
-    if not finite or not all(holds(value, bound) for _, holds, bound in given):
-        wanted = " and ".join(f"{words} {bound}" for words, _, bound in given)
+    if not finite or not all(holds(value, f.metadata[rule]) for rule, (_, holds) in BOUNDS.items()
+                             if rule in f.metadata):
         raise ValueError(f"{f.name}={str(value)[:40]} is out of range: choose a finite value "
-                         f"{wanted}".rstrip())
+                         f"{range_of(f)}".rstrip())
     return kind(value)
 
 
@@ -161,15 +170,28 @@ class TrainConfig(MachineConfig):
     text_field: str = setting("text", "where the text is in each object of a .jsonl file")
     tokenizer: str = setting("bpe", "bpe is trained on the data", fixed=True,
         choices=("bpe", "gpt2", "char", "byte"))
+    batch_size: int = setting(12,
+        "sequences in a micro-batch; auto: the same as --auto_batch_size", low=1,
+        auto="auto_batch_size")
+    auto_batch_size: bool = setting(False,
+        "use the largest micro-batch that fits into memory, and as many as make up batch_size "
+        "times gradient_accumulation_steps sequences")
+    gradient_accumulation_steps: int = setting(1, "micro-batches in a step", low=1)
+    curriculum: bool = setting(False,
+        "train on short contexts first: lengths that double up to block_size over the first half "
+        "of the steps, with as many tokens a step")
+    curriculum_start_block_size: int = setting(32,
+        "the first length of --curriculum: a half, a quarter, an eighth ... of block_size", low=1,
+        needs=("--curriculum", lambda c: c.curriculum))
 
     model: str = setting("gpt", "bigram is a table of what follows each token, to compare with",
-        choices=("gpt", "bigram"), fixed=True, section="what is trained")
+        choices=("gpt", "bigram"), fixed=True, section="model")
     init_from: str = setting("scratch",
-        "weights to begin with: scratch, gpt2, gpt2-medium, gpt2-large, gpt2-xl, a folder in "
-        "Hugging Face's layout, or a .safetensors file; without a --preset, finetune_shakespeare "
-        "is the recipe then", fixed=True)
+        "initial weights: scratch, gpt2, gpt2-medium, gpt2-large, gpt2-xl, a folder in Hugging "
+        "Face's layout, or a .safetensors file; without --preset, any but scratch implies the "
+        "preset finetune_shakespeare", fixed=True)
     freeze: str | None = setting(None,
-        "weights that stay as they are: patterns of their names, comma-separated, such as "
+        "weights that are not trained: patterns of their names, comma-separated, such as "
         "'wte*,wpe*,h.[0-5].*'", fixed=True)
     lora_rank: int = setting(0,
         "train low-rank adapters of that rank and nothing else (LoRA); 0: all weights", low=0,
@@ -180,86 +202,72 @@ class TrainConfig(MachineConfig):
         "linear layers that get an adapter: patterns of their names, comma-separated", fixed=True,
         needs=("--lora_rank", lambda c: c.lora_rank))
 
-    out_dir: str = setting("checkpoints", "where the run is saved", section="the run")
+    out_dir: str = setting("checkpoints", "where the run is saved", section="run")
     resume: bool = setting(False, "continue the newest checkpoint in out_dir")
     eval_only: bool = setting(False,
-        "evaluate the best checkpoint in out_dir, or the newest where there is no best, and end; "
-        "changes nothing there")
+        "evaluate the best checkpoint in out_dir, or the newest if there is no best, and exit; "
+        "writes nothing")
     max_iters: int = setting(2000, "training steps", low=1)
     max_minutes: float | None = setting(None,
-        "stop after so many minutes as if max_iters were reached; the schedule is by steps all the "
-        "same", above=0)
+        "stop after so many minutes as if max_iters were reached; the schedule still follows the "
+        "steps", above=0)
     patience: int = setting(0,
         "stop after so many evaluations in a row without a new best; 0: never", low=0)
     keep: int = setting(2, "newest checkpoints to keep besides the best", low=1)
-    seed: int = setting(1337, "of weights, batches, dropout and samples", low=0)
+    seed: int = setting(1337, "random seed of weights, batches, dropout and samples", low=0)
 
-    batch_size: int = setting(12,
-        "sequences in a micro-batch; auto: what --auto_batch_size takes", low=1,
-        auto="auto_batch_size", section="batches")
-    auto_batch_size: bool = setting(False,
-        "take the largest micro-batch that fits into memory, and as many as make up batch_size "
-        "times gradient_accumulation_steps sequences")
-    gradient_accumulation_steps: int = setting(1, "micro-batches in a step", low=1)
-    grad_checkpoint: bool = setting(False,
-        "keep only the inputs of the blocks and compute the rest again in the backward pass: "
-        "slower, and memory for one block instead of all")
-    curriculum: bool = setting(False,
-        "train on short contexts first: lengths that double up to block_size over the first half "
-        "of the steps, with as many tokens a step")
-    curriculum_start_block_size: int = setting(32,
-        "the first length of --curriculum: a half, a quarter, an eighth ... of block_size", low=1,
-        needs=("--curriculum", lambda c: c.curriculum))
-
-    optimizer: str = setting("adamw", "muon is AdamW but for the matrices of the blocks",
+    optimizer: str = setting("adamw", "muon uses AdamW for all but the matrices of the blocks",
         choices=("adamw", "lion", "muon", "adamw8bit"), fixed=True, section="optimizer")
-    learning_rate: float = setting(1e-3, "the highest learning rate", above=0)
+    weight_decay: float = setting(0.1, "decay of matrices; vectors have none", low=0)
+    beta1: float = setting(0.9, "AdamW's decay of the first moment", low=0, below=1)
+    beta2: float = setting(0.99, "AdamW's decay of the second moment", low=0, below=1)
+    grad_clip: float = setting(1.0, "largest norm of the gradient; 0: unlimited", low=0)
+    skip_spikes: float = setting(0.0,
+        "skip a step whose gradient norm is above so many times the median of the last 100; 0: "
+        "never", low=0)
+    ema: bool = setting(False,
+        "also keep a moving average of the weights, and evaluate and sample from it")
+    ema_decay: float = setting(0.999,
+        "share of the average that a step keeps; less in the first steps", low=0, below=1,
+        needs=("--ema", lambda c: c.ema))
+    label_smoothing: float = setting(0.0, "share of the target spread over the vocabulary", low=0,
+        below=1)
+    z_loss: float = setting(0.0, "weight of log(Z)^2 in the loss, which keeps logits small", low=0)
+
+    learning_rate: float = setting(1e-3, "peak learning rate", above=0, section="schedule")
     decay_lr: bool = setting(True, "let the learning rate fall after the warm-up")
     schedule: str = setting("cosine",
-        "how the learning rate falls; wsd: late and linear, constant: not at all",
+        "how the learning rate decays; wsd: late and linearly, constant: not at all",
         choices=("cosine", "linear", "wsd", "constant"),
         needs=("--decay_lr", lambda c: c.decay_lr or c.schedule == "constant"))
-    decay_fraction: float = setting(0.2, "share of the steps, the last ones, in which wsd falls",
+    decay_fraction: float = setting(0.2, "share of the steps, the last ones, in which wsd decays",
         above=0, high=1, needs=("--schedule wsd", lambda c: c.decay_lr and c.schedule == "wsd"))
     warmup_iters: int = setting(100, "steps over which the learning rate rises", low=0)
     lr_decay_iters: int | None = setting(None,
         "step at which min_lr is reached; unset: max_iters", low=1,
         needs=(FALLS[0], lambda c: FALLS[1](c) or c.curriculum))
     min_lr: float | None = setting(None,
-        "the lowest learning rate; unset: a tenth of learning_rate", low=0, needs=FALLS)
-    weight_decay: float = setting(0.1, "of matrices, not of vectors", low=0)
-    beta1: float = setting(0.9, "AdamW's decay of the first moment", low=0, below=1)
-    beta2: float = setting(0.99, "AdamW's decay of the second moment", low=0, below=1)
-    grad_clip: float = setting(1.0, "largest norm of the gradient; 0: unlimited", low=0)
-    skip_spikes: float = setting(0.0,
-        "skip a step whose gradient's norm is above so many times the median of the last 100; 0: "
-        "never", low=0)
-    ema: bool = setting(False,
-        "keep a moving average of the weights too, and evaluate and sample from it")
-    ema_decay: float = setting(0.999,
-        "share of the average that a step keeps; less in the first steps", low=0, below=1,
-        needs=("--ema", lambda c: c.ema))
-
-    label_smoothing: float = setting(0.0, "share of the target spread over the vocabulary", low=0,
-        below=1, section="loss and numbers")
-    z_loss: float = setting(0.0, "weight of log(Z)^2 in the loss, which keeps logits small", low=0)
-    dtype: str = setting("float32",
-        "of activations; weights are kept in float32, and with float16 the loss is scaled so that "
-        "gradients do not underflow", choices=("float32", "bfloat16", "float16"))
+        "lowest learning rate; unset: a tenth of learning_rate", low=0, needs=FALLS)
 
     eval_interval: int = setting(250,
-        "steps between evaluations, each of which saves a checkpoint", low=1,
-        section="evaluation and logs")
+        "steps between evaluations, each of which saves a checkpoint", low=1, section="logging")
     eval_iters: int = setting(20, "batches in an evaluation of a split", low=1)
     log_interval: int = setting(10, "steps between log lines", low=1)
     sample_interval: int = setting(0, "steps between samples; 0: only at the end", low=0)
     tensorboard: bool = setting(False,
-        "log to TensorBoard too, in out_dir/tensorboard; needs tensorboardX")
-    wandb: bool = setting(False, "log to Weights & Biases too; needs wandb")
+        "also log to TensorBoard, in out_dir/tensorboard; needs tensorboardX")
+    wandb: bool = setting(False, "also log to Weights & Biases; needs wandb")
 
+    dtype: str = setting("float32",
+        "dtype of activations; weights stay in float32, and with float16 the loss is scaled so "
+        "that gradients do not underflow", choices=("float32", "bfloat16", "float16"),
+        section="machine")
+    grad_checkpoint: bool = setting(False,
+        "keep only the inputs of the blocks and recompute the rest in the backward pass: slower, "
+        "with the memory of one block instead of all")
     devices: int = setting(1,
-        "so many devices of that kind, cuda:0, cuda:1, ..., each with the weights and its part of "
-        "every micro-batch", low=1, section="machine")
+        "number of devices of that kind, cuda:0, cuda:1, ..., each with the weights and its part "
+        "of every micro-batch", low=1)
     shard_optimizer: bool = setting(False,
         "each of several devices keeps its part of the optimizer's state instead of all (ZeRO-1)",
         needs=("--devices 2 or more", lambda c: c.devices > 1))

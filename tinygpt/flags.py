@@ -14,7 +14,7 @@ from dataclasses import MISSING, Field, asdict, fields
 from pathlib import Path
 from typing import NoReturn
 
-from tinygpt.config import FINETUNE, check_value, did_you_mean, kind_of
+from tinygpt.config import FINETUNE, check_value, did_you_mean, kind_of, range_of
 from tinygpt.hints import ALIASES, HINTS
 from tinygpt.streams import print_error
 
@@ -235,7 +235,7 @@ class _ShowHelp(argparse.Action):
 
 
 class _Help(argparse.HelpFormatter):
-    """Each flag with its kind of value, its choices, and its default once."""
+    """Each flag with its kind of value or its choices, its range and its default."""
 
     def __init__(self, prog: str):
         super().__init__(prog, max_help_position=34,
@@ -250,12 +250,15 @@ class _Help(argparse.HelpFormatter):
         return ", ".join(action.option_strings) + values
 
     def _get_help_string(self, action):
-        default = action.default
-        if not action.option_strings or default in (None, argparse.SUPPRESS, (), MISSING):
+        if not isinstance(action, _Set) or not action.option_strings:
             return action.help
-        shown = {True: "on", False: "off"}[default] if isinstance(default, bool) else (
-            default if str(default).isprintable() else repr(default))
-        return f"{action.help} (default: {str(shown).replace('%', '%%')})"
+        notes = [range_of(action.field)]
+        if (default := action.default) not in (None, argparse.SUPPRESS, (), MISSING):
+            shown = {True: "on", False: "off"}[default] if isinstance(default, bool) else (
+                default if str(default).isprintable() else repr(default))
+            notes.append(f"default: {str(shown).replace('%', '%%')}")
+        notes = "; ".join(filter(None, notes))
+        return f"{action.help} ({notes})" if notes else action.help
 
 
 def _converted(f: Field, word: str):
