@@ -51,7 +51,6 @@ EXERCISED = {
         "test_schedule.py::test_it_is_nanogpts_formula":
             "learning_rate warmup_iters lr_decay_iters min_lr",
         "test_schedule.py::test_values_computed_by_hand": "schedule decay_fraction",
-        "test_schedule.py::test_without_decay_it_stays_at_the_top": "decay_lr",
         "test_train.py::test_accumulation_equals_one_large_batch": "gradient_accumulation_steps",
         "test_train.py::test_the_command_trains_tells_and_resumes": "resume",
         "test_train.py::test_a_mistake_gets_one_line_and_status_2": "device",

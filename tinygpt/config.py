@@ -131,8 +131,7 @@ def did_you_mean(word: str, known: Iterable[str], prefix: str = "") -> str:
     return f"; did you mean {prefix}{by_lower[close[0]]}?" if close else ""
 
 
-FALLS = ("a learning rate that falls: --decay_lr, and a --schedule other than constant",
-         lambda c: c.decay_lr and c.schedule != "constant")
+DECAYS = ("--schedule other than constant", lambda c: c.schedule != "constant")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -235,19 +234,17 @@ class TrainConfig(MachineConfig):
     z_loss: float = setting(0.0, "weight of log(Z)^2 in the loss, which keeps logits small", low=0)
 
     learning_rate: float = setting(1e-3, "peak learning rate", above=0, section="schedule")
-    decay_lr: bool = setting(True, "let the learning rate fall after the warm-up")
     schedule: str = setting("cosine",
         "how the learning rate decays; wsd: late and linearly, constant: not at all",
-        choices=("cosine", "linear", "wsd", "constant"),
-        needs=("--decay_lr", lambda c: c.decay_lr or c.schedule == "constant"))
+        choices=("cosine", "linear", "wsd", "constant"))
     decay_fraction: float = setting(0.2, "share of the steps, the last ones, in which wsd decays",
-        above=0, high=1, needs=("--schedule wsd", lambda c: c.decay_lr and c.schedule == "wsd"))
+        above=0, high=1, needs=("--schedule wsd", lambda c: c.schedule == "wsd"))
     warmup_iters: int = setting(100, "steps over which the learning rate rises", low=0)
     lr_decay_iters: int | None = setting(None,
         "step at which min_lr is reached; unset: max_iters", low=1,
-        needs=(FALLS[0], lambda c: FALLS[1](c) or c.curriculum))
+        needs=(DECAYS[0], lambda c: DECAYS[1](c) or c.curriculum))
     min_lr: float | None = setting(None,
-        "lowest learning rate; unset: a tenth of learning_rate", low=0, needs=FALLS)
+        "lowest learning rate; unset: a tenth of learning_rate", low=0, needs=DECAYS)
 
     eval_interval: int = setting(250,
         "steps between evaluations, each of which saves a checkpoint", low=1, section="logging")
@@ -365,7 +362,7 @@ PRESETS: dict[str, dict] = {
     # nanoGPT's config/finetune_shakespeare.py, of the smallest model
     FINETUNE: dict(
         init_from="gpt2", data="shakespeare", tokenizer="gpt2", batch_size=1,
-        gradient_accumulation_steps=32, max_iters=20, learning_rate=3e-5, decay_lr=False,
+        gradient_accumulation_steps=32, max_iters=20, learning_rate=3e-5, schedule="constant",
         warmup_iters=0, beta1=0.9, beta2=0.95, weight_decay=0.1, grad_clip=1.0, eval_interval=5,
         eval_iters=40, log_interval=1),
 }

@@ -296,6 +296,8 @@ def read_settings(path: str | Path, known: dict[str, Field]) -> dict:
     if not isinstance(settings, dict):
         raise ValueError(f"{path} is no JSON object of settings")
     settings = {ALIASES.get(name, name): value for name, value in settings.items()}
+    if settings.pop("decay_lr", True) is False:  # of files older than schedule=constant
+        settings["schedule"] = "constant"
     for name, value in settings.items():
         if name not in known:
             raise ValueError(f"{path}: there is no setting {name!r}{did_you_mean(name, known)}")

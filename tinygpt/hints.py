@@ -69,6 +69,8 @@ _OURS = {  # a flag of ours: what it is called elsewhere
 }
 
 _WORDS = {  # what has no single flag here
+    "decay_lr": "use --schedule constant for a learning rate that does not decay",
+    "no_decay_lr": "use --schedule constant", "nodecay_lr": "use --schedule constant",
     "bpe_vocab_size": "--vocab_size is the size of the vocabulary that --tokenizer bpe trains",
     "mlp": "use --activation swiglu (or gelu, gelu_tanh) and --n_inner",
     "swiglu": "use --activation swiglu", "rmsnorm": "use --norm rmsnorm",

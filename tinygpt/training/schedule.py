@@ -10,14 +10,14 @@ def learning_rate(step: int, config: TrainConfig) -> float:
 
     Step 0 is the first. `cosine` is nanoGPT's, `linear` a straight line; `wsd` (warm-up, stable,
     decay: arXiv:2404.06395) stays up but for the last decay_fraction of the steps, in which it is
-    a line; `constant`, and any without decay_lr, stays up for ever.
+    a line; `constant` stays up for ever.
     """
     peak = config.learning_rate
     lowest = peak / 10 if config.min_lr is None else config.min_lr
     start, end = config.warmup_iters, config.lr_decay_iters or config.max_iters
     if step < start:
         return peak * (step + 1) / (start + 1)
-    if config.schedule == "constant" or not config.decay_lr:
+    if config.schedule == "constant":
         return peak
     if step >= end:
         return lowest
