@@ -14,7 +14,6 @@ from pathlib import Path
 
 from gpt import GPT, GPTConfig
 from tinygpt import checkpoint, command, device, kernels
-from tinygpt.config import PRESETS, TrainConfig
 from tinygpt.data.load import TokenData, load_data
 from tinygpt.flags import Settings, parse_flags, read_settings
 from tinygpt.huggingface.pretrained import tokenizer_needed
@@ -22,6 +21,7 @@ from tinygpt.model import lora
 from tinygpt.model.bigram import Bigram, BigramConfig
 from tinygpt.streams import print_error
 from tinygpt.training.batch_size import ADVICE, available_memory, largest_micro_batch
+from tinygpt.training.config import PRESETS, TrainConfig
 from tinygpt.training.loggers import check_loggers
 from tinygpt.training.ranks import Ranks, world
 from tinygpt.training.run import MOMENTS, Interrupted, Run, TrainResult

@@ -11,10 +11,11 @@ import pytest
 
 from generate import GenerateConfig
 from gpt import GPTConfig
-from tinygpt.config import PRESETS, SampleConfig, TrainConfig
+from tinygpt.config import SampleConfig
 from tinygpt.evaluate import EvaluateConfig
 from tinygpt.flags import parse_flags, to_json
 from tinygpt.hints import HINTS
+from tinygpt.training.config import PRESETS, TrainConfig
 
 CLASSES = {"model": GPTConfig, "train": TrainConfig}
 

@@ -16,15 +16,16 @@ import generate
 import train as command
 from gpt import GPT, GPTConfig
 from tinygpt import check, checkpoint, evaluate, kernels
-from tinygpt.config import SampleConfig, TrainConfig
+from tinygpt.config import SampleConfig
 from tinygpt.data.load import Batches, TokenData, load_data
 from tinygpt.data.tokenizer import ByteTokenizer
 from tinygpt.inference.decoder import Decoder
 from tinygpt.model import lora
 from tinygpt.model.bigram import Bigram, BigramConfig
-from tinygpt.training.optim import EMA
+from tinygpt.training.config import TrainConfig
+from tinygpt.training.optim import EMA, OPTIMIZERS
 from tinygpt.training.report import Report
-from tinygpt.training.schedule import learning_rate
+from tinygpt.training.schedule import SCHEDULES, learning_rate
 from tinygpt.training.steps import Steps
 from train import Run, train
 
@@ -252,11 +253,10 @@ def test_kernels_and_threads_are_those_asked_for(config, data, no_steps, monkeyp
 # ---- options together
 
 TRAINING = dict(
-    optimizer=["adamw", "lion", "muon", "adamw8bit"],
-    schedule=["cosine", "linear", "wsd", "constant"], ema=[False, True], curriculum=[False, True],
-    gradient_accumulation_steps=[1, 2], dtype=["float32", "bfloat16", "float16"],
-    label_smoothing=[0.0, 0.1], z_loss=[0.0, 1e-3], skip_spikes=[0.0, 2.0], grad_clip=[1.0, 0.0],
-    weight_decay=[0.1, 0.0])
+    optimizer=list(OPTIMIZERS), schedule=list(SCHEDULES), ema=[False, True],
+    curriculum=[False, True], gradient_accumulation_steps=[1, 2],
+    dtype=["float32", "bfloat16", "float16"], label_smoothing=[0.0, 0.1], z_loss=[0.0, 1e-3],
+    skip_spikes=[0.0, 2.0], grad_clip=[1.0, 0.0], weight_decay=[0.1, 0.0])
 OF_BLOCKS = dict(grad_checkpoint=[False, True], lora_rank=[0, 2], freeze=[None, "wte*,ln_f*"])
 SHAPES = MODEL | dict(dropout=[0.0, 0.2], activation=["gelu", "swiglu"], n_kv_head=[None, 2])
 

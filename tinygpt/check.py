@@ -24,7 +24,7 @@ from tinygrad.helpers import Context
 
 from gpt import GPT, GPTConfig
 from tinygpt import checkpoint, command, device, kernels
-from tinygpt.config import LoadConfig, TrainConfig, check, setting
+from tinygpt.config import LoadConfig, check, setting
 from tinygpt.data.tokenizer import ByteTokenizer
 from tinygpt.flags import parse_flags
 from tinygpt.huggingface.pretrained import is_pretrained
@@ -32,6 +32,7 @@ from tinygpt.kernels import cases
 from tinygpt.kernels.jit import compiled
 from tinygpt.kernels.random import make_key
 from tinygpt.model.language_model import LanguageModel
+from tinygpt.training.config import TrainConfig
 from tinygpt.training.optim import make_optimizer
 
 # Of the loss as a share of itself; of a slope as a share of what a random slope of such a gradient

@@ -14,7 +14,7 @@ from dataclasses import MISSING, Field, asdict, fields
 from pathlib import Path
 from typing import NoReturn
 
-from tinygpt.config import FINETUNE, check_value, did_you_mean, kind_of, range_of
+from tinygpt.config import check_value, did_you_mean, kind_of, range_of
 from tinygpt.hints import ALIASES, HINTS
 from tinygpt.streams import print_error
 
@@ -103,12 +103,13 @@ class _Parser(argparse.ArgumentParser):
         return sorted(found, key=lambda word: word in ("-h", "--help"))
 
     def base(self, words: list[str]) -> dict:
-        """The preset that holds where argv names none."""
+        """The preset that applies if argv names none: the first, or with --init_from the first that
+        sets it."""
         names = {word.partition("=")[0] for word in words}
         if not self.presets or "--preset" in names:
             return {}
-        finetune = "--init_from" in names and FINETUNE in self.presets
-        return self.presets[FINETUNE] if finetune else next(iter(self.presets.values()))
+        return next(preset for preset in self.presets.values()
+                    if "--init_from" not in names or "init_from" in preset)
 
     def read(self, words: list[str], base: dict) -> argparse.Namespace:
         """The value of every setting, and the names of those that are given and typed."""

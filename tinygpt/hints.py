@@ -104,7 +104,7 @@ _WORDS = {  # what has no single flag here
     "perplexity": "run python -m tinygpt.evaluate instead",
     "char": "use --tokenizer char", "bpe": "use --tokenizer bpe", "byte": "use --tokenizer byte",
     "muon": "use --optimizer muon", "adamw": "use --optimizer adamw",
-    "sgd": "use --optimizer adamw, lion, muon or adamw8bit",
+    "sgd": "use --optimizer adamw",
     "head_dim": "it is --n_embd divided by --n_head",
     "head_size": "it is --n_embd divided by --n_head",
     "early_stop": "use --patience 5", "save_best": "best.safetensors is always saved",

@@ -345,7 +345,7 @@ def test_without_files_and_network_gpt2_says_what_to_do(fresh_gpt2, monkeypatch,
 
 
 def test_a_kind_that_there_is_not_is_refused():
-    with pytest.raises(ValueError, match="no tokenizer 'foo': choose bpe, gpt2, char or byte"):
+    with pytest.raises(ValueError, match="no tokenizer 'foo': choose one of bpe, gpt2, char, byte"):
         make_tokenizer("foo", "text", 300)
 
 

@@ -11,10 +11,10 @@ from tinygrad import GlobalCounters, Tensor
 import train as command
 from gpt import GPT, GPTConfig
 from tinygpt import device
-from tinygpt.config import TrainConfig
 from tinygpt.data.load import load_data
 from tinygpt.training import batch_size
 from tinygpt.training.batch_size import available_memory, largest_micro_batch
+from tinygpt.training.config import TrainConfig
 from train import Run, fit_batch_size, train
 
 TINY = GPTConfig(block_size=32, vocab_size=256, n_layer=1, n_head=2, n_embd=16)

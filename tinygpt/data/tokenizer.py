@@ -183,6 +183,13 @@ class ByteTokenizer(_Base):
         return cls()
 
 
+# what makes a tokenizer of each kind, from a text and the size of a vocabulary
+TOKENIZERS = {
+    "bpe": BPETokenizer.train, "gpt2": lambda text, vocab_size: BPETokenizer(),
+    "char": lambda text, vocab_size: CharTokenizer.train(text),
+    "byte": lambda text, vocab_size: ByteTokenizer()}
+
+
 def load_tokenizer(data: dict) -> Tokenizer:
     """The tokenizer that to_json() described. Raises ValueError where it describes none."""
     kinds = {cls.kind: cls for cls in (BPETokenizer, CharTokenizer, ByteTokenizer)}
@@ -203,13 +210,9 @@ def fingerprint(tokenizer: Tokenizer | None) -> str | None:
 def make_tokenizer(kind: str, text: str, vocab_size: int) -> Tokenizer:
     """A tokenizer of that kind; text is what bpe and char learn from. Raises ValueError on a kind
     that there is not."""
-    if kind == "bpe":
-        return BPETokenizer.train(text, vocab_size)
-    if kind == "char":
-        return CharTokenizer.train(text)
-    if kind not in ("gpt2", "byte"):
-        raise ValueError(f"there is no tokenizer {kind!r}: choose bpe, gpt2, char or byte")
-    return BPETokenizer() if kind == "gpt2" else ByteTokenizer()
+    if kind not in TOKENIZERS:
+        raise ValueError(f"there is no tokenizer {kind!r}: choose one of {', '.join(TOKENIZERS)}")
+    return TOKENIZERS[kind](text, vocab_size)
 
 
 def up_to_end(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[int]:

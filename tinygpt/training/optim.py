@@ -12,7 +12,6 @@ from tinygrad import Tensor
 
 from tinygpt import kernels
 from tinygpt.checkpoint import CheckpointError, check_arrays
-from tinygpt.config import TrainConfig
 from tinygpt.kernels.blockwise import BLOCK
 
 
@@ -26,10 +25,9 @@ def clip_scale(norm: Tensor, limit: float) -> Tensor:
     return (limit / (norm + 1e-6)).minimum(1.0) if limit else norm.ones_like()
 
 
-def make_optimizer(params: dict[str, Tensor], config: TrainConfig) -> "Optimizer":
-    """The optimizer that config names, on float32 tensors by name."""
-    cls = {"adamw": AdamW, "lion": Lion, "muon": Muon, "adamw8bit": AdamW8bit}[config.optimizer]
-    return cls(params, config.beta1, config.beta2, config.weight_decay)
+def make_optimizer(params: dict[str, Tensor], config) -> "Optimizer":
+    """The optimizer that a TrainConfig names, on float32 tensors by name."""
+    return OPTIMIZERS[config.optimizer](params, config.beta1, config.beta2, config.weight_decay)
 
 
 class Optimizer:
@@ -74,7 +72,7 @@ class Optimizer:
 def _maker(state: dict) -> str:
     """The optimizer that a state belongs to: all but AdamW's have names that begin with it."""
     kinds = {name.split(".")[0] for name in state}
-    return next((kind for kind in ("lion", "muon", "adamw8bit") if kind in kinds), "adamw")
+    return next((kind for kind in OPTIMIZERS if kind in kinds), "adamw")
 
 
 class AdamW(Optimizer):
@@ -266,6 +264,9 @@ class AdamW8bit(Optimizer):
             for kind, codes, tops in zip("mv", self.codes[name], self.tops[name], strict=True):
                 state |= {f"adamw8bit.{kind}.{name}": codes, f"adamw8bit.{kind}_max.{name}": tops}
         return state
+
+
+OPTIMIZERS = {"adamw": AdamW, "lion": Lion, "muon": Muon, "adamw8bit": AdamW8bit}
 
 
 def _zeros(shape: tuple[int, ...], dtype=np.float32) -> Tensor:

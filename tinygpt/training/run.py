@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from tinygpt import checkpoint, device
-from tinygpt.config import SampleConfig, TrainConfig
+from tinygpt.config import SampleConfig
 from tinygpt.data.load import Batches, TokenData
 from tinygpt.data.tokenizer import up_to_end
 from tinygpt.flags import to_json
@@ -19,6 +19,7 @@ from tinygpt.kernels.cpu.launch import cpu_count
 from tinygpt.model import lora
 from tinygpt.model.language_model import LanguageModel
 from tinygpt.safetensors_file import BAD_VALUES
+from tinygpt.training.config import TrainConfig
 from tinygpt.training.devices import Devices
 from tinygpt.training.loggers import check_loggers, make_loggers
 from tinygpt.training.loss_scale import LossScale
