@@ -149,7 +149,8 @@ def test_a_cache_of_tinygrads_that_fails_is_done_without(tmp_path, damage):
     if damage == "garbage":
         cache.write_text("no database\n" * 100)
     fill = "helpers._db_connection.execute('PRAGMA max_page_count=1')" * (damage == "full")
-    program = ("import tinygpt; from tinygrad import Tensor, helpers\n" + fill +
+    program = ("from tinygpt import device; from tinygrad import Tensor, helpers\n"
+               "device.prepare()\n" + fill +
                "\nprint([(Tensor([1.0]).contiguous() + n).item() for n in (1, 2)])")
     done = python("-c", program, cwd=ROOT, env={"CACHEDB": str(cache)})
     assert (done.returncode, done.stdout) == (0, "[2.0, 3.0]\n"), done.stderr

@@ -5,6 +5,7 @@ import shlex
 import stat
 import subprocess
 import sys
+from importlib.util import find_spec
 from types import SimpleNamespace
 
 import numpy as np
@@ -82,12 +83,64 @@ def test_a_cache_that_cannot_be_made_is_not_needed(machine):
 
 def test_where_nothing_can_be_cached_it_runs_all_the_same(tmp_path):
     (tmp_path / "cache").write_text("in the way")
-    program = ("import tinygpt; from tinygrad import Tensor;"
+    program = ("from tinygpt import device; from tinygrad import Tensor; device.prepare();"
                "print((Tensor([1.0]).contiguous() + 1).tolist())")
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, text=True, timeout=120,
                           env=os.environ | {"XDG_CACHE_HOME": str(tmp_path / "cache")},
                           capture_output=True)
     assert (done.returncode, done.stdout) == (0, "[2.0]\n"), done.stderr
+
+
+IMPORT = """
+import os, signal, sys
+def state():
+    return (dict(os.environ), {s: signal.getsignal(s) for s in signal.valid_signals()},
+            sorted(os.walk(sys.argv[2])))
+before = state()
+__import__(sys.argv[1])
+after = state()
+assert before == after, [(a, b) for a, b in zip(before, after) if a != b]
+"""
+
+
+@pytest.mark.parametrize("module", ["tinygpt", "gpt", "train", "generate", "tinygpt.evaluate",
+                                    "tinygpt.check", "tinygpt.kernels"])
+@pytest.mark.parametrize("argv0", ["-c", "-m"])
+def test_an_import_changes_no_environment_signal_handler_or_file(machine, module, argv0):
+    """On a machine where ziglang's clang is the only one, and where a package that imports this
+    one is run by python -m."""
+    env = {"PATH": os.environ["PATH"], "HOME": str(machine), "PYTHONDONTWRITEBYTECODE": "1",
+           "PYTHONPATH": f"{ROOT}:{machine / 'site packages'}"}
+    program = f"import sys; sys.argv[0] = {argv0!r}\n{IMPORT}"
+    done = subprocess.run([sys.executable, "-c", program, module, machine], env=env, text=True,
+                          cwd=machine, capture_output=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+@pytest.mark.skipif(not find_spec("ziglang"), reason="ziglang is not installed")
+@pytest.mark.parametrize("before", [
+    "Tensor([1.0]).realize()", "fail()",
+    "device.prepare(); (Tensor.ones(2).contiguous() + 1).tolist()"])
+def test_a_model_finds_ziglangs_clang_whatever_was_computed_before_it(tmp_path, before):
+    program = f"""
+from gpt import GPT, GPTConfig
+from tinygrad import Tensor
+from tinygpt import device
+def fail():
+    try:
+        (Tensor([1.0]).contiguous() + 1).realize()  # for which tinygrad looks for a clang
+    except FileNotFoundError:
+        return
+    raise AssertionError("there is another clang")
+{before}
+model = GPT(GPTConfig(block_size=4, vocab_size=8, n_layer=1, n_head=1, n_embd=4))
+assert model(Tensor([[1, 2]])).numpy().shape == (1, 2, 8)
+assert Tensor([1.0]).device == model.device == "CPU"
+"""
+    env = {"PATH": "/nowhere", "HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", program], env=env, cwd=tmp_path, text=True,
+                          capture_output=True, timeout=120)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 def test_no_cache_is_made_in_the_repository(machine):

@@ -7,9 +7,16 @@ error and the tolerance. It is for whoever changed gpt.py or a kernel, or has a 
 something failed, and 2 where nothing could be checked: a wrong flag, no checkpoint, no device.
 """
 
+import os
+import signal
+import sys
+
+# Ctrl-C while modules are loaded; main() answers it better
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+
 import functools
 import math
-import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Iterable

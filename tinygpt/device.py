@@ -40,6 +40,19 @@ GPU_PEAKS = {
 }
 
 
+def _has_no_gpu() -> bool:
+    """Whether a Linux machine has no file of a GPU's driver."""
+    drivers = ("nvidia*", "kfd", "dri", "kgsl*", "dxg")
+    return sys.platform == "linux" and not any(any(Path("/dev").glob(d)) for d in drivers)
+
+
+# tinygrad would try every device that it knows, which takes half a second, and prefer CL to CPU.
+# At import, so that a tensor that is made before a model is on the model's device; not if DEV is in
+# the environment, where tinygrad also writes its choice for a tensor that was made before.
+if not DEV.device and not os.environ.get("DEV") and _has_no_gpu():
+    DEV.value = "CPU"
+
+
 class DeviceError(ValueError):
     """No device, or none of that name, can be used here."""
 
@@ -51,13 +64,26 @@ def cache_dir() -> Path:
     return Path.home() / ("Library/Caches" if sys.platform == "darwin" else ".cache") / "tinygpt"
 
 
+@functools.cache
+def prepare() -> None:
+    """Prepares tinygrad to compile on this machine; the first model, run or command does it too.
+
+    A script that computes with tinygrad before it makes a model has to call this first on a machine
+    whose only clang is in the wheel `ziglang`: tinygrad does not find that one by itself.
+    """
+    export_compiler()
+    check_cache()
+    shield_workers()
+
+
 def export_compiler() -> None:
-    """Names a C compiler in CC, where tinygrad's CPU device looks for one when it first compiles:
-    CC itself, clang on the PATH, or the clang inside the wheel `ziglang`."""
+    """Sets CC, in which tinygrad's CPU device looks for a C compiler, to the clang inside the wheel
+    `ziglang` if CC is not set and there is no clang on the PATH."""
     if "CC" in os.environ or shutil.which("clang"):
         return
     if zig := importlib.util.find_spec("ziglang"):
         os.environ["CC"] = str(_zig_script(Path(zig.origin).with_name("zig")))
+        helpers.getenv.cache_clear()  # of a CC that was not there when something failed to compile
 
 
 def _zig_script(zig: Path) -> Path:
@@ -144,15 +170,10 @@ def shield_workers() -> None:
     _WorkerProcess._Popen = staticmethod(shielded)
 
 
-def prefer_cpu() -> None:
-    """Makes the CPU the default device of a machine without a GPU, before any tensor is made."""
-    if not DEV.device and _has_no_gpu():
-        DEV.value = "CPU"
-
-
 @functools.cache
 def default() -> str:
     """The device that tensors live on, e.g. "CPU" or "CUDA". Raises DeviceError without one."""
+    prepare()
     try:
         name = Device.DEFAULT
     except (RuntimeError, AssertionError) as error:
@@ -189,13 +210,6 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def _has_no_gpu() -> bool:
-    """Whether a Linux machine has no file of a GPU's driver: tinygrad would try every device that
-    it knows, which takes half a second."""
-    drivers = ("nvidia*", "kfd", "dri", "kgsl*", "dxg")
-    return sys.platform == "linux" and not any(any(Path("/dev").glob(d)) for d in drivers)
-
-
 def launched() -> tuple[int, int]:
     """Which of how many processes this is that `mpirun`, or another launcher of MPI, started."""
     for name in ("OMPI_COMM_WORLD_", "PMI_", "MV2_COMM_WORLD_"):
@@ -211,6 +225,7 @@ def choose(name: str, index: int = 0) -> str:
     Where a machine has several of the kind and the name says none, it is that of `index`; there is
     one CPU. Returns its canonical name. Raises DeviceError where it cannot be opened.
     """
+    prepare()
     if index and ":" not in name and not (kind := choose(name)).startswith("CPU"):
         return choose(f"{kind}:{index}")
     if name.lower() != "auto":

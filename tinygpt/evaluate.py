@@ -6,9 +6,16 @@ test. A command like train.py and generate.py, and therefore above gpt.py: nothi
 imports it.
 """
 
+import os
+import signal
+import sys
+
+# Ctrl-C while modules are loaded; main() answers it better
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+
 import json
 import math
-import sys
 from dataclasses import MISSING, dataclass
 from pathlib import Path
 
