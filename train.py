@@ -8,7 +8,6 @@ import sys
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
-import tempfile
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from tinygpt.huggingface.pretrained import tokenizer_needed
 from tinygpt.model import lora
 from tinygpt.model.bigram import Bigram, BigramConfig
 from tinygpt.streams import print_error
-from tinygpt.training.batch_size import ADVICE, available_memory, largest_micro_batch
+from tinygpt.training.batch_size import ADVICE, fit_batch_size
 from tinygpt.training.config import PRESETS, TrainConfig
 from tinygpt.training.loggers import check_loggers
 from tinygpt.training.ranks import Ranks, world
@@ -90,28 +89,6 @@ def _check_model(model: GPT, config: TrainConfig) -> None:
     if wanted not in ("AUTO", there):
         raise ValueError(f"device={config.device!r}, but the model is on {there}: set DEV={wanted} "
                          "in the environment, before the model is made")
-
-
-def fit_batch_size(model: GPT, config: TrainConfig, data: TokenData) -> TrainConfig:
-    """config with the largest micro-batch that fits, and as many tokens a step."""
-    sequences = config.batch_size * config.gradient_accumulation_steps
-
-    def split(n: int, **changes) -> TrainConfig:
-        return replace(config, batch_size=n, gradient_accumulation_steps=sequences // n,
-                       auto_batch_size=False, **changes)
-
-    def trial(n: int) -> Run:
-        with tempfile.TemporaryDirectory() as folder:
-            run = Run(model, split(n, out_dir=folder, resume=False, curriculum=False), data)
-        run.steps.evaluate(run.batches.batch, 1)
-        for _ in range(2):  # compiled by the first
-            run._step(0.0)  # which leaves the weights as they are
-        return run
-
-    print("finding the largest micro-batch that fits", file=sys.stderr)
-    n = largest_micro_batch(sequences, trial, available_memory())
-    print(f"batch_size {n}, gradient_accumulation_steps {sequences // n}", file=sys.stderr)
-    return split(n)
 
 
 def main(argv: list[str] | None = None) -> int:
