@@ -4,20 +4,23 @@ import itertools
 import json
 import os
 import re
-from dataclasses import asdict, fields, replace
+from dataclasses import MISSING, Field, asdict, fields, replace
 
 import numpy as np
 import pytest
+from commands import COMMANDS
 
 from generate import GenerateConfig
 from gpt import GPTConfig
-from tinygpt.config import SampleConfig
+from tinygpt.config import SampleConfig, check_value, kind_of
 from tinygpt.evaluate import EvaluateConfig
 from tinygpt.flags import parse_flags, to_json
 from tinygpt.hints import HINTS
+from tinygpt.model.bigram import BigramConfig
 from tinygpt.training.config import PRESETS, TrainConfig
 
-CLASSES = {"model": GPTConfig, "train": TrainConfig}
+CLASSES = COMMANDS["train"]
+CONFIGS = [BigramConfig, *(cls for classes in COMMANDS.values() for cls in classes.values())]
 
 
 def parse(*argv: str) -> tuple[GPTConfig, TrainConfig]:
@@ -44,7 +47,7 @@ def complaint(capsys, *argv: str, classes=None) -> str:
 
 # ---- fields
 
-@pytest.mark.parametrize("cls", [GPTConfig, TrainConfig, SampleConfig])
+@pytest.mark.parametrize("cls", CONFIGS)
 def test_every_field_says_what_it_means(cls):
     for field in fields(cls):
         text = field.metadata["help"]
@@ -75,51 +78,98 @@ def test_help_lists_every_flag_with_its_words(capsys):
             assert field.metadata["help"][:20] in text
 
 
-NAN, INF = float("nan"), float("inf")
-OUT_OF_RANGE = {
-    TrainConfig: {
-        "batch_size": [0, -1], "gradient_accumulation_steps": [0], "max_iters": [0, -5],
-        "learning_rate": [0.0, -1e-3, NAN, INF], "warmup_iters": [-1], "lr_decay_iters": [0],
-        "min_lr": [-1e-9, NAN], "weight_decay": [-0.1, NAN, INF], "beta1": [-0.1, 1.0, NAN],
-        "beta2": [-0.1, 1.0, 1.5], "grad_clip": [-1.0, NAN], "label_smoothing": [-0.1, 1.0],
-        "z_loss": [-1e-4], "dtype": ["float64", ""], "eval_interval": [0], "eval_iters": [0],
-        "log_interval": [0], "sample_interval": [-1], "keep": [0], "seed": [-1],
-        "model": ["rnn", ""], "optimizer": ["sgd", "AdamW", ""], "schedule": ["step", "WSD"],
-        "decay_fraction": [0.0, -0.1, 1.01, NAN], "ema_decay": [-0.1, 1.0, NAN],
-        "lora_rank": [-1], "lora_alpha": [0.0, -1.0, NAN],
-        "curriculum_start_block_size": [0, -1], "patience": [-1],
-        "max_minutes": [0.0, -1.0, NAN], "skip_spikes": [-1.0, 0.5, NAN],
-        "tokenizer": ["word", "BPE"], "kernels": ["cuda", ""], "threads": [0, 65],
-        "devices": [0, -1]},
-    SampleConfig: {
-        "max_new_tokens": [-1], "temperature": [-0.1, NAN, INF], "top_k": [0, -3],
-        "top_p": [0.0, -0.1, 1.01, NAN], "min_p": [-0.1, 1.01], "repetition_penalty": [0.0, -1.0],
-        "seed": [-1], "window_hop": [0]},
-    GPTConfig: {
-        "block_size": [0, -1], "vocab_size": [0], "n_layer": [0, -1], "n_head": [0, -1],
-        "n_kv_head": [0, -2], "n_embd": [0, -8], "n_inner": [0], "dropout": [-0.1, 1.0, NAN],
-        "norm": ["batch", ""], "norm_eps": [0.0, -1e-5, NAN], "activation": ["relu"],
-        "position": ["alibi"], "rope_theta": [0.0, -1.0, INF], "sliding_window": [0, -1]},
-}
+def bad_values(f: Field) -> list:
+    """Values that the declaration of a field rules out."""
+    kind, optional = kind_of(f)
+    rules = f.metadata
+    bad = [] if optional else [None]
+    if kind is bool:
+        return [*bad, 1, "no"]
+    if kind is tuple:
+        return [*bad, "text", [""], [3]]
+    if kind is str:
+        bad += [3, "a\0b", "\ud800", *([] if rules.get("empty") else [""])]
+        return bad + (["nonsense", next(iter(rules["choices"])).title()] if "choices" in rules
+                      else [])
+    step = 1 if kind is int else 1e-6
+    bad += [rules[rule] + sign * step for rule, sign in (("low", -1), ("high", 1))
+            if rule in rules]
+    bad += [rules[rule] for rule in ("above", "below") if rule in rules]
+    return [*bad, float("nan"), float("inf"), "3", True, 10 ** 400]
 
 
-@pytest.mark.parametrize("cls, name, value", [
-    (cls, name, value) for cls, cases in OUT_OF_RANGE.items()
-    for name, values in cases.items() for value in values])
-def test_a_value_out_of_range_is_named_with_its_field(cls, name, value):
-    with pytest.raises(ValueError) as caught:
-        cls(**{name: value})
-    message = str(caught.value)
-    assert message.startswith(f"{name}={value!r}") and "choose" in message and "\n" not in message
+def good_values(f: Field) -> list:
+    """Values at the ends of what the declaration of a field allows."""
+    kind, optional = kind_of(f)
+    rules = f.metadata
+    good = [None] if optional else []
+    if kind is bool:
+        return [*good, True, False]
+    if kind is tuple:
+        return [*good, (), ("a", "b")]
+    if kind is str:
+        return [*good, *(rules.get("choices") or ["a = b, \u00e9"]),
+                *([""] if rules.get("empty") else [])]
+    step = 1 if kind is int else 1e-6
+    good += [rules[rule] for rule in ("low", "high") if rule in rules]
+    return good + [rules[rule] + sign * step for rule, sign in (("above", 1), ("below", -1))
+                   if rule in rules]
 
 
-def test_every_field_with_a_range_is_tested_above():
-    free = {"data", "text_field", "out_dir", "resume", "device", "bias", "qk_norm",
-            "parallel", "tie_weights", "ema", "eval_only", "curriculum", "grad_checkpoint",
-            "auto_batch_size", "tensorboard", "wandb", "init_from", "offline", "freeze",
-            "lora_targets", "shard_optimizer"}
-    for cls, cases in OUT_OF_RANGE.items():
-        assert {f.name for f in fields(cls)} - free == set(cases)
+FIELDS = {f"{cls.__name__}.{f.name}": (cls, f) for cls in CONFIGS for f in fields(cls)}
+
+
+@pytest.mark.parametrize("cls, field", FIELDS.values(), ids=FIELDS)
+def test_a_bad_value_is_named_with_its_field_and_the_remedy(cls, field):
+    required = {f.name: "x" for f in fields(cls) if f.default is MISSING}
+    for value in bad_values(field):
+        with pytest.raises(ValueError) as caught:
+            cls(**required | {field.name: value})
+        message = str(caught.value)
+        assert message.startswith(f"{field.name}=") and "choose" in message
+        assert "\n" not in message and len(message) < 250
+    for value in good_values(field):
+        assert check_value(field, value) == value
+
+
+def test_every_number_has_a_lowest_value():
+    numbers = [f for _, f in FIELDS.values() if kind_of(f)[0] in (int, float)]
+    assert len(numbers) > 40 and all({"low", "above"} & f.metadata.keys() for f in numbers)
+
+
+def bad_words(f: Field) -> list[str]:
+    """What a flag of the field refuses."""
+    kind, _ = kind_of(f)
+    if kind is bool:
+        return ["perhaps"]
+    if kind in (str, tuple):
+        return [value for value in (*bad_values(f), "" if kind is tuple else None)
+                if isinstance(value, str) and value != "text"]
+    return ["three", *(str(value) for value in bad_values(f) if type(value) in (int, float))]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_flag_refuses_what_its_setting_does(command, capsys):
+    known = {f.name: f for cls in COMMANDS[command].values() for f in fields(cls)}
+    required = ["x" for f in known.values() if f.default is MISSING]
+    for name, field in known.items():
+        if field.default is MISSING:
+            continue
+        for word in bad_words(field):
+            try:
+                parse_flags(COMMANDS[command], [*required, f"--{name}={word}"], "text")
+                message = "accepted"
+            except ValueError as error:
+                message = str(error)
+            except SystemExit as end:
+                message = capsys.readouterr().err
+                assert end.code == 2
+            assert name in message, (name, word, message)
+
+
+def test_a_factor_of_spikes_is_0_or_at_least_1():
+    with pytest.raises(ValueError, match=r"skip_spikes=0\.5 .*choose 0 or a value at least 1"):
+        TrainConfig(skip_spikes=0.5)
 
 
 @pytest.mark.parametrize("wrong, names", [
