@@ -8,5 +8,5 @@ from tinygpt.evaluate import EvaluateConfig
 from tinygpt.training.config import TrainConfig
 
 COMMANDS = {"train": {"model": GPTConfig, "train": TrainConfig},
-            "generate": {"what": GenerateConfig, "sample": SampleConfig},
+            "generate": {"generate": GenerateConfig, "sample": SampleConfig},
             "evaluate": {"evaluate": EvaluateConfig}, "check": {"check": CheckConfig}}

@@ -65,7 +65,7 @@ try:
     Dying()
     time.sleep(10)
 except command.FAILURES as error:
-    sys.exit(command.tell("it", error, ""))
+    sys.exit(command.report("it", error, ""))
 """
     done = python("-c", program, cwd=tmp_path)
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "")

@@ -294,14 +294,14 @@ def test_flags_with_what_they_need_are_taken():
 
 
 def test_a_text_by_position_does_not_fall_to_the_switch_before_it(capsys):
-    classes = {"what": GenerateConfig, "sample": SampleConfig}
+    classes = COMMANDS["generate"]
     for words in (["ROMEO:"], ["--json", "ROMEO:"], ["--seed=3", "ROMEO:", "--json"],
                   ["--prompt=ROMEO:"], ["ROMEO:", "--no_ema"], ["--json", "true", "ROMEO:"]):
         flags = parse_flags(classes, words, "text")
-        assert flags["what"].prompt == "ROMEO:" and flags.typed >= {"prompt"}
-        assert flags["what"].json == any(word == "--json" for word in words)
-    assert parse_flags(classes, ["-"], "text")["what"].prompt == "-"
-    assert parse_flags(classes, [], "text")["what"].prompt == "\n"
+        assert flags["generate"].prompt == "ROMEO:" and flags.typed >= {"prompt"}
+        assert flags["generate"].json == any(word == "--json" for word in words)
+    assert parse_flags(classes, ["-"], "text")["generate"].prompt == "-"
+    assert parse_flags(classes, [], "text")["generate"].prompt == "\n"
     assert "twice" in complaint(capsys, "a", "--prompt=b", classes=classes)
     assert "quotes" in complaint(capsys, "ROMEO:", "speaks", classes=classes)
 

@@ -397,8 +397,8 @@ def test_a_flag_that_could_do_nothing_is_refused(saved, tmp_path, capsys):
             (generate.main, ["--checkpoint", folder, "--ema"], "leave out --ema"),
             (generate.main, ["--export", "x", "--quantize", "int8"], "leave out --quantize"),
             (evaluate.main, [folder, "l.jsonl", "--ema"], "leave out --ema"),
-            (evaluate.main, [saved, "t.txt", "--limit", "2"], "limit is of the questions"),
-            (evaluate.main, [saved, "l.jsonl", "--task=lambada", "--stride=2"], "has none")):
+            (evaluate.main, [saved, "t.txt", "--limit", "2"], "limit is a number of questions"),
+            (evaluate.main, [saved, "l.jsonl", "--task=lambada", "--stride=2"], "has no effect")):
         assert main(flags) == 2
         out, err = capsys.readouterr()
         assert out == "" and len(err.splitlines()) == 1 and says in err

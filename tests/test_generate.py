@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from generate import StopFilter, converse, read_prompt, statistics, told
+from generate import StopFilter, converse, pieces_of, read_prompt, statistics
 from gpt import GPT, GPTConfig, SampleConfig
 from tinygpt.data.tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer
 from tinygpt.training.optim import EMA
@@ -251,5 +251,5 @@ def test_writing_ends_at_an_end_of_text_which_is_not_shown():
     model = GPT(GPTConfig(block_size=8, vocab_size=257, n_layer=1, n_head=1, n_embd=4))
     model.tokenizer = BPETokenizer.train("some text", 257)
     ids = [*model.tokenizer.encode("na\u00efve"), model.tokenizer.end_of_text, *b"more"]
-    assert "".join(told(model, iter(ids), [])) == "na\u00efve"
-    assert "".join(told(model, iter(ids), ["ve "])) == "na\u00efve"  # what was held back too
+    assert "".join(pieces_of(model, iter(ids), [])) == "na\u00efve"
+    assert "".join(pieces_of(model, iter(ids), ["ve "])) == "na\u00efve"  # what was held back too

@@ -20,8 +20,8 @@ FAILURES = (KeyboardInterrupt, ValueError, MemoryError, OSError)
 
 
 def prepare() -> None:
-    """Warnings become one line each, characters that a stream cannot write are replaced, and Ctrl-C
-    raises KeyboardInterrupt again, which before main() had to end the process."""
+    """Prints warnings in one line, replaces characters that a stream cannot encode, and lets Ctrl-C
+    raise KeyboardInterrupt, which ended the process while modules were loaded."""
     ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN  # by nohup, or by a shell
     if threading.current_thread() is threading.main_thread() and not ignored:
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -63,8 +63,8 @@ def load_model(path: str | Path, ema: bool = False, offline: bool = False) -> La
     return (Bigram if kind == Bigram.kind else GPT).from_checkpoint(path, ema)
 
 
-def tell(name: str, error: BaseException, remedy: str) -> int:
-    """Says on stderr what has ended the command of that name; see `failure`. The exit status."""
+def report(name: str, error: BaseException, remedy: str) -> int:
+    """Prints the error that ended the command `name` and returns the exit status; see `failure`."""
     status, message = failure(error, remedy)
     if message:
         print_error(f"{name}: {message}")
@@ -72,27 +72,27 @@ def tell(name: str, error: BaseException, remedy: str) -> int:
 
 
 def failure(error: BaseException, remedy: str) -> tuple[int, str]:
-    """The exit status of a command that one of FAILURES has ended, and what to say of it; remedy is
-    what helps where memory did not suffice."""
+    """The exit status of a command that one of FAILURES has ended, and its message; remedy is the
+    advice if it ran out of memory."""
     if isinstance(error, KeyboardInterrupt):
         return 130, ""
-    if isinstance(error, BrokenPipeError):  # the reader of our output has left
+    if isinstance(error, BrokenPipeError):  # stdout was closed
         silence(sys.stdout)
         return 141, ""
     if device.is_out_of_memory(error):
         return 2, str(out_of_memory(error, remedy))
-    if isinstance(error, OSError) and error.strerror:  # which Python begins with a number
+    if isinstance(error, OSError) and error.strerror:  # whose text begins with a number
         named = f"{error.filename}: " if error.filename else ""
         return 2, one_line(named + error.strerror)
     return 2, one_line(str(error))
 
 
 def one_line(text: str) -> str:
-    """A message without the line breaks of what it names, a path or a value."""
+    """A message whose line breaks, of a path or a value in it, are escaped."""
     return "\\n".join(text.splitlines())
 
 
 def out_of_memory(error: BaseException, remedy: str) -> ValueError:
-    """What to say where memory did not suffice."""
-    what = (str(error).strip() or "what was asked for does not fit").splitlines()[0]
+    """The error of a command that ran out of memory."""
+    what = (str(error).strip() or "an allocation failed").splitlines()[0]
     return ValueError(f"{device.default()} is out of memory ({what}): {remedy}")

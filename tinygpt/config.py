@@ -15,7 +15,7 @@ from typing import get_args
 
 from tinygpt.kernels import IMPLEMENTATIONS
 
-LARGEST = 2 ** 64  # of whole numbers: what no machine can count, and numpy cannot hold
+LARGEST = 2 ** 64  # whole numbers are below it, as those of numpy are
 RULES = {"low", "high", "above", "below", "choices", "empty", "auto", "needs", "fixed", "section",
          "positional"}
 
@@ -27,8 +27,8 @@ def setting(default, text: str, **rules):
     choices                    the strings that are allowed
     empty                      whether an empty string is allowed
     auto                       the switch that "auto" stands for on the command line
-    needs                      (words, function of the configuration): where the function is false
-                               the setting has no effect, and a flag that sets it is refused
+    needs                      (words, function of the configuration): if the function is false, the
+                               setting has no effect, and a flag that sets it is refused
     fixed                      whether it stays the same when a run is resumed
     section                    the heading in --help of this field and those after it
     positional                 whether a command takes it by position: "required" or "optional"
@@ -78,8 +78,8 @@ def range_of(f: Field) -> str:
 def _check_number(f: Field, value) -> int | float:
     kind, _ = kind_of(f)
     if isinstance(value, bool) or not isinstance(value, Integral if kind is int else Real):
-        raise ValueError(f"{f.name}={value!r} is no {'whole number' if kind is int else 'number'}: "
-                         "choose one")
+        wanted = "whole number" if kind is int else "number"
+        raise ValueError(f"{f.name}={value!r} is not a {wanted}: choose one")
     try:
         finite = math.isfinite(value) and (kind is float or value < LARGEST)
     except OverflowError:
@@ -101,7 +101,7 @@ def _check_text(f: Field, value) -> str:
     if isinstance(value, os.PathLike):
         value = os.fspath(value)
     if not isinstance(value, str):
-        raise ValueError(f"{f.name}={value!r} is no text: choose a string")
+        raise ValueError(f"{f.name}={value!r} is not text: choose a string")
     choices = f.metadata.get("choices")
     if choices and value not in choices:
         raise ValueError(f"{f.name}={value!r} is unknown: choose one of {', '.join(choices)}"
@@ -109,23 +109,23 @@ def _check_text(f: Field, value) -> str:
     if not value and not f.metadata.get("empty"):
         raise ValueError(f"{f.name}={value!r} is empty: choose another, or leave it out")
     if "\0" in value:
-        raise ValueError(f"{f.name}={value!r} has a zero byte: choose a text without")
+        raise ValueError(f"{f.name}={value!r} contains a zero byte: choose a text without one")
     try:
         value.encode("utf-8", "surrogateescape")  # as the names of files are encoded
     except UnicodeEncodeError as error:
-        raise ValueError(f"{f.name}={value!r} has half of a surrogate pair, which neither text nor "
-                         "the name of a file can have: choose a text without") from error
+        raise ValueError(f"{f.name}={value!r} contains half of a surrogate pair, which neither "
+                         "text nor a file name can have: choose a text without one") from error
     return value
 
 
 def _check_texts(f: Field, value) -> tuple[str, ...]:
     if not isinstance(value, list | tuple):
-        raise ValueError(f"{f.name}={value!r} is no list: choose a list of strings")
+        raise ValueError(f"{f.name}={value!r} is not a list: choose a list of strings")
     return tuple(_check_text(f, text) for text in value)
 
 
 def did_you_mean(word: str, known: Iterable[str], prefix: str = "") -> str:
-    """What to append to a message about an unknown word: a question, or nothing."""
+    """The end of a message about an unknown word: "; did you mean ...?", or "" if none is close."""
     by_lower = {k.lower(): k for k in known}
     close = difflib.get_close_matches(word.lower(), by_lower, n=1, cutoff=0.7)
     return f"; did you mean {prefix}{by_lower[close[0]]}?" if close else ""

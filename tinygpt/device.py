@@ -108,7 +108,7 @@ def _write_script(path: Path, text: str) -> None:
 
 
 class _Cache(sqlite3.Connection):
-    """tinygrad's cache of compiled code, which it does without from the first error on."""
+    """tinygrad's cache of compiled code, disabled at its first error."""
 
     def cursor(self, factory=None):
         return super().cursor(_Cursor)
@@ -117,7 +117,7 @@ class _Cache(sqlite3.Connection):
         try:
             super().commit()
         except sqlite3.Error as error:
-            give_up_cache(error)
+            disable_cache(error)
 
 
 class _Cursor(sqlite3.Cursor):
@@ -125,13 +125,13 @@ class _Cursor(sqlite3.Cursor):
         try:
             return super().execute(sql, parameters)
         except sqlite3.Error as error:
-            if "no such table" not in str(error):  # as long as nothing is in it
-                give_up_cache(error)
+            if "no such table" not in str(error):  # of an empty cache
+                disable_cache(error)
             return super().execute("SELECT NULL WHERE 0")
 
 
-def give_up_cache(error: Exception) -> None:
-    """Lets tinygrad do without its cache of compiled code; says so on stderr, once."""
+def disable_cache(error: Exception) -> None:
+    """Disables tinygrad's cache of compiled code, with one line on stderr."""
     if CACHELEVEL.value:
         print(f"tinygrad's cache {CACHEDB} cannot be used ({error}): everything is compiled anew",
               file=sys.stderr)
@@ -139,7 +139,7 @@ def give_up_cache(error: Exception) -> None:
 
 
 def check_cache() -> None:
-    """Opens tinygrad's cache so that no error of it, such as a full disk, ends the program."""
+    """Opens tinygrad's cache so that none of its errors, such as a full disk, ends the program."""
     try:
         os.makedirs(os.path.dirname(CACHEDB), exist_ok=True)
         cache = sqlite3.connect(CACHEDB, timeout=60, isolation_level="IMMEDIATE", factory=_Cache)
@@ -148,7 +148,7 @@ def check_cache() -> None:
             raise PermissionError("it cannot be written")
         helpers._db_connection = cache
     except (OSError, sqlite3.Error) as error:
-        give_up_cache(error)
+        disable_cache(error)
 
 
 def shield_workers() -> None:
@@ -183,8 +183,8 @@ def default() -> str:
 
 
 def _open(device: str, name: str) -> str:
-    """The canonical name of a device. Raises DeviceError, with `name` in it, where it cannot be
-    opened."""
+    """The canonical name of a device. Raises DeviceError (with `name`) if it cannot be opened.
+    """
     try:
         canonical = Device.canonicalize(device)
         kind = canonical.partition(":")[0]
@@ -222,8 +222,8 @@ def launched() -> tuple[int, int]:
 def choose(name: str, index: int = 0) -> str:
     """Makes `name` ("auto", "cpu", "cuda", "metal", "cuda:1", ...) the default device.
 
-    Where a machine has several of the kind and the name says none, it is that of `index`; there is
-    one CPU. Returns its canonical name. Raises DeviceError where it cannot be opened.
+    Of a name without a number it is device `index` of the kind; there is one CPU. Returns the
+    canonical name. Raises DeviceError if it cannot be opened.
     """
     prepare()
     if index and ":" not in name and not (kind := choose(name)).startswith("CPU"):
@@ -237,8 +237,8 @@ def choose(name: str, index: int = 0) -> str:
 
 
 def several(count: int) -> tuple[str, ...]:
-    """The names of so many devices of the default one's kind, from that one on. Raises DeviceError
-    where there are fewer."""
+    """The names of `count` devices of the default one's kind, beginning with it. Raises DeviceError
+    if there are fewer."""
     if count == 1:
         return (default(),)
     kind, _, first = default().partition(":")
@@ -267,7 +267,7 @@ def _check_compiler() -> None:
         raise DeviceError(NO_COMPILER if "CC" not in os.environ else
                           f"CC={compiler} cannot be run: name a clang, or unset CC") from error
     if "clang" not in done.stdout:
-        raise DeviceError(f"CC={compiler} is no clang, which tinygrad's CPU device needs: "
+        raise DeviceError(f"CC={compiler} is not clang, which tinygrad's CPU device needs: "
                           "name one, or unset CC")
 
 
@@ -281,8 +281,7 @@ def describe() -> str:
 
 
 def gpu_name() -> str:
-    """What its driver calls the default device, such as "NVIDIA H200"; "" where it cannot be asked.
-    """
+    """The driver's name of the default device, such as "NVIDIA H200"; "" if it is unknown."""
     opened = Device[default()]
     if hasattr(opened, "cu_device"):  # CUDA
         from tinygrad.runtime.autogen import cuda
@@ -315,7 +314,7 @@ def peak_flops(dtype: str = "float32") -> float | None:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory did not suffice, as a CPU's does in an error of mmap."""
+    """Whether an error means that memory ran out; on a CPU it is an OSError of mmap."""
     return isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM
 
 
@@ -332,14 +331,14 @@ def memory() -> int:
 
 
 def check_memory(needed: int, what: str, remedy: str) -> None:
-    """Raises ValueError where so many bytes, which `what` takes, are more than `memory`."""
+    """Raises ValueError if `needed` bytes, the size of `what`, are more than `memory`."""
     if needed > (there := memory()):
         raise ValueError(f"{what} take {needed / 1e9:,.1f} GB of memory, and {default()} has "
                          f"{there / 1e9:,.1f} GB: {remedy}")
 
 
 def free_memory() -> None:
-    """Gives back what nothing refers to any more, and what tinygrad keeps of it for later."""
+    """Frees unreferenced tensors and tinygrad's cache of buffers."""
     gc.collect()
     Device[default()].synchronize()
     if hasattr(allocator := Device[default()].allocator, "free_cache"):
@@ -347,10 +346,10 @@ def free_memory() -> None:
 
 
 def write(tensor: Tensor, data) -> None:
-    """Puts data into a realized tensor's own memory, whatever compiled step reads it next.
+    """Writes data into the memory of a realized tensor, which compiled steps read.
 
-    On the CPU without a copy between, whatever the dtype and the strides of an array. A tensor on
-    several devices gets each one's rows, or all of it.
+    On the CPU there is no intermediate copy, whatever the array's dtype and strides. On several
+    devices each gets its rows, or all of them if the tensor is not sharded.
     """
     from tinygrad.dtype import _to_np_dtype
 
@@ -379,7 +378,7 @@ def buffers_of(tensor: Tensor) -> list:
 
 
 def read(tensor: Tensor) -> np.ndarray:
-    """A copy of a realized tensor, on the CPU without the graph that Tensor.numpy() builds."""
+    """A realized tensor as an array, on the CPU without the graph that Tensor.numpy() builds."""
     if isinstance(tensor.device, tuple) or not tensor.device.startswith("CPU"):
         return tensor.numpy()
     from tinygrad.dtype import _to_np_dtype

@@ -1,7 +1,7 @@
 """The flags of a command, made from its configurations; settings to JSON and back.
 
-`--preset NAME` and `--config FILE` stand for the settings that they contain, at the place where
-they are given, so that of two settings the later one wins.
+`--preset NAME` and `--config FILE` stand for the settings that they contain. Of two values of a
+setting, the later one on the command line wins.
 """
 
 import argparse
@@ -23,8 +23,8 @@ TRUTHS = {"true": True, "false": False, "1": True, "0": False, "yes": True, "no"
 
 
 class Settings(dict):
-    """One instance of each dataclass, by its key. `given` are the fields that argv sets, itself or
-    through a --preset or a --config; `typed` those that it sets itself."""
+    """An instance of each dataclass, by its key. `given` are the fields that argv sets, also by
+    --preset or --config; `typed` are those with a flag of their own in argv."""
 
     given: set[str]
     typed: set[str]
@@ -33,13 +33,13 @@ class Settings(dict):
 def parse_flags(classes: dict[str, type], argv: list[str], description: str,
                 presets: dict[str, dict] | None = None,
                 former: Callable[[argparse.Namespace], Path | None] | None = None) -> Settings:
-    """Reads argv into an instance of each dataclass.
+    """Parses argv into an instance of each dataclass.
 
-    Every flag can be written with `-` or `_`. With presets, --preset and --config are flags too,
-    and the first preset holds where no other is named. former, called with what argv sets, may
-    name a JSON file whose settings hold instead where argv has none of its own. Prints one line
-    and exits with status 2 on a flag that does not exist or does not parse; raises ValueError on a
-    value out of range, or on a flag that has no effect.
+    Every flag can be written with `-` or `_`. With presets, there are also --preset and --config,
+    and a default preset (see `_Parser.base`). former is called with the parsed flags and may return
+    a JSON file, as of a run that is resumed, whose settings replace that default. Prints one line
+    and exits with status 2 on a flag that does not exist or cannot be parsed; raises ValueError on
+    a value out of range, or on a flag that has no effect.
     """
     parser = _Parser(classes, description, presets)
     words = parser.words(argv)
@@ -59,7 +59,7 @@ def parse_flags(classes: dict[str, type], argv: list[str], description: str,
 
 
 class _Parser(argparse.ArgumentParser):
-    """A mistake gets one line on stderr and exit status 2."""
+    """Reports an error in one line on stderr and exits with status 2."""
 
     def __init__(self, classes: dict[str, type], description: str, presets: dict | None):
         self.settings = {f.name: f for cls in classes.values() for f in _own_first(cls)}
@@ -73,7 +73,7 @@ class _Parser(argparse.ArgumentParser):
                                                       "preset's" if presets else ""))
         if presets:
             general.add_argument("--preset", action=_Preset, nargs="?", const="", metavar="NAME",
-                                 help=f"a recipe: {', '.join(presets)}")
+                                 help=f"a set of settings: {', '.join(presets)}")
             general.add_argument("--config", action=_Config, nargs="?", const="", metavar="FILE",
                                  help="settings from a JSON file, such as the config.json that a "
                                       "run saves with its checkpoints")
@@ -98,7 +98,7 @@ class _Parser(argparse.ArgumentParser):
             name = word.removeprefix("--")
             f = self.settings.get(name) if word.startswith("--") else None
             if f and kind_of(f)[0] is bool and not (rest and rest[0].lower() in TRUTHS):
-                word += "=true"  # the next word is none of this flag's
+                word += "=true"  # the next word does not belong to this flag
             found.append(word)
         return sorted(found, key=lambda word: word in ("-h", "--help"))
 
@@ -120,7 +120,7 @@ class _Parser(argparse.ArgumentParser):
         if unknown:
             self.error(self._unknown(unknown[0].partition("=")[0]))
         if extra:
-            self.error(f"{extra[0]!r} belongs to no flag: put text with blanks in quotes")
+            self.error(f"{extra[0]!r} belongs to no flag: put text with spaces in quotes")
         return found
 
     def _unknown(self, flag: str) -> str:
@@ -173,7 +173,7 @@ def _add(group, f: Field) -> None:
 
 
 class _Set(argparse.Action):
-    """Stores what a flag of a field says, and that it was typed."""
+    """Stores the value of a flag, and that the flag was typed."""
 
     def __init__(self, field: Field, **options):
         super().__init__(**options)
@@ -195,7 +195,7 @@ class _Set(argparse.Action):
 
 
 class _Preset(argparse.Action):
-    """Stores what a preset says."""
+    """Stores the settings of a preset."""
 
     def __call__(self, parser, namespace, value, option_string=None):
         if value not in parser.presets:
@@ -205,7 +205,7 @@ class _Preset(argparse.Action):
 
 
 class _Config(argparse.Action):
-    """Stores what a JSON file says."""
+    """Stores the settings of a JSON file."""
 
     def __call__(self, parser, namespace, value, option_string=None):
         if not value:
@@ -217,7 +217,7 @@ class _Config(argparse.Action):
 
 
 def _take(namespace: argparse.Namespace, settings: dict) -> None:
-    """Stores settings, in place of those that were typed before."""
+    """Stores settings, which replace those typed before."""
     vars(namespace).update(settings)
     namespace.given |= settings.keys()
     namespace.typed -= settings.keys()
@@ -275,8 +275,7 @@ def _converted(f: Field, word: str):
 
 
 def _underscored(word: str) -> str:
-    """A flag with every dash of its name as an underscore, under its own name where it has
-    another too; anything else as it is."""
+    """A flag with underscores in place of dashes, and ALIASES resolved; other words unchanged."""
     if not word.startswith("--"):
         return word
     name, equals, value = word.partition("=")
@@ -285,8 +284,8 @@ def _underscored(word: str) -> str:
 
 
 def read_settings(path: str | Path, known: dict[str, Field]) -> dict:
-    """The settings in a JSON file. Raises ValueError that names the file where it cannot be read,
-    or has a setting that is unknown or of the wrong type."""
+    """The settings in a JSON file. Raises ValueError with its name if it cannot be read, or has a
+    setting that is unknown or of the wrong type."""
     text = read_file(path)
     try:
         settings = json.loads(text)
@@ -295,7 +294,7 @@ def read_settings(path: str | Path, known: dict[str, Field]) -> dict:
     except ValueError as error:
         raise ValueError(f"{path} cannot be read as JSON ({error})") from error
     if not isinstance(settings, dict):
-        raise ValueError(f"{path} is no JSON object of settings")
+        raise ValueError(f"{path} is not a JSON object of settings")
     settings = {ALIASES.get(name, name): value for name, value in settings.items()}
     if settings.pop("decay_lr", True) is False:  # of files older than schedule=constant
         settings["schedule"] = "constant"
@@ -310,8 +309,8 @@ def read_settings(path: str | Path, known: dict[str, Field]) -> dict:
 
 
 def read_file(path: str | Path) -> str:
-    """A UTF-8 file. Raises ValueError that names it where it is none, or no file: a pipe or a
-    device might never end."""
+    """The text of a UTF-8 file. Raises ValueError with its name if it cannot be read, or if it is a
+    pipe or a device, which might never end."""
     path = Path(path)
     try:
         if not path.is_file():
