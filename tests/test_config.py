@@ -24,7 +24,7 @@ CONFIGS = [BigramConfig, *(cls for classes in COMMANDS.values() for cls in class
 
 
 def parse(*argv: str) -> tuple[GPTConfig, TrainConfig]:
-    """What train.py would be told by these words."""
+    """The configurations of train.py with these flags."""
     found = parse_flags(CLASSES, [str(word) for word in argv], "text", PRESETS)
     return found["model"], found["train"]
 
@@ -48,7 +48,7 @@ def complaint(capsys, *argv: str, classes=None) -> str:
 # ---- fields
 
 @pytest.mark.parametrize("cls", CONFIGS)
-def test_every_field_says_what_it_means(cls):
+def test_every_field_has_a_help_text(cls):
     for field in fields(cls):
         text = field.metadata["help"]
         assert text == text.strip() and len(text) > 5 and not text.endswith("."), field.name
@@ -471,7 +471,7 @@ def test_a_missing_config_file_is_a_value_error(words):
 
 
 @pytest.mark.parametrize("words", [["--preset"], ["--preset="], ["--preset", "gpt5"]])
-def test_an_unknown_preset_is_told_with_those_there_are(words):
+def test_an_unknown_preset_is_refused_with_the_known_names(words):
     with pytest.raises(ValueError, match=r"preset.*shakespeare_char_cpu") as caught:
         parse(*words)
     assert ("did you mean gpt2?" in str(caught.value)) == ("gpt5" in words)

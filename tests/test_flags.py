@@ -151,12 +151,12 @@ def test_what_train_makes_of_its_flags(tmp_path, text, monkeypatch):
     documents = text[:3000], text[3000:]
     file = tmp_path / "verses.jsonl"
     file.write_text("".join(json.dumps({"body": t, "text": "?"}) + "\n" for t in documents))
-    told = []
-    monkeypatch.setattr(command, "train", lambda *args: told.append(args))
+    given = []
+    monkeypatch.setattr(command, "train", lambda *args: given.append(args))
     flags = ["--data", str(file), "--text_field", "body", "--seed", "5", *SHAPE_FLAGS]
     assert command.main([*flags, "--tokenizer", "bpe", "--vocab_size", "300"]) == 0
     assert command.main([*flags, "--tokenizer", "byte"]) == 0
-    for (model, _, data), size in zip(told, (300, 256), strict=True):
+    for (model, _, data), size in zip(given, (300, 256), strict=True):
         assert model.config.vocab_size == data.tokenizer.vocab_size == size
         ids = [*data.train.tolist(), *data.val.tolist()]
         assert data.tokenizer.decode(ids).startswith(documents[0])
@@ -230,11 +230,11 @@ def test_adapters_are_as_they_were_asked_for(config, data):
 
 
 def test_kernels_and_threads_are_those_asked_for(config, data, no_steps, monkeypatch):
-    told = []
+    given = []
     for function in ("use", "set_threads"):
-        monkeypatch.setattr(kernels, function, lambda what: told.append(what))
+        monkeypatch.setattr(kernels, function, lambda what: given.append(what))
     train(GPT(TINY), replace(config, kernels="reference", threads=3, max_iters=1), data)
-    assert told == ["reference", 3]
+    assert given == ["reference", 3]
 
 
 # ---- options together
@@ -269,8 +269,8 @@ def go_on_exactly(model: Callable, config: TrainConfig) -> None:
     assert any(name.startswith("ema.") for name in expected) == config.ema
     result.last.unlink()
     rest = train(model(6), replace(config, resume=True), data)
-    again, facts = checkpoint.load(rest.last)
-    assert facts["iter_num"] == 3 and rest.last == result.last
+    again, metadata = checkpoint.load(rest.last)
+    assert metadata["iter_num"] == 3 and rest.last == result.last
     assert {r["iter"]: r["loss"] for r in records(rest.last.parent) if "loss" in r} == {
         r["iter"]: r["loss"] for r in steps}
     assert again.keys() == expected.keys()
@@ -353,21 +353,21 @@ def test_a_text_ends_before_each_stop(saved, drawn, samples, capsys):
 
 
 def test_what_generate_does_with_the_machine(saved, drawn, monkeypatch, capsys):
-    told = []
+    given = []
     for function in ("use", "set_threads"):
-        monkeypatch.setattr(kernels, function, told.append)
-    monkeypatch.setattr(GPT, "quantize", lambda model, kind: told.append(kind))
+        monkeypatch.setattr(kernels, function, given.append)
+    monkeypatch.setattr(GPT, "quantize", lambda model, kind: given.append(kind))
     assert generate.main(["--kernels=portable", "--threads=3", "--quantize=int8"]) == 0
-    assert told == ["portable", 3, "int8"]
+    assert given == ["portable", 3, "int8"]
     assert generate.main(["--device", "nonsense"]) == 2
     assert "there is no device 'nonsense'" in capsys.readouterr().err
     assert "'null' cannot compute" in refusal(generate.main, ["--device", "null"], capsys)
 
 
 def test_what_evaluate_scores(saved, tmp_path, monkeypatch, capsys):
-    told = []
+    given = []
     monkeypatch.setattr(evaluate, "score_lambada", lambda model, questions: (
-        told.append((model.wte.weight.numpy(), questions)), {"questions": 0})[1])
+        given.append((model.wte.weight.numpy(), questions)), {"questions": 0})[1])
     (tmp_path / "l.jsonl").write_text("".join(f'{{"text": "a {n}"}}\n' for n in range(5)))
     flags = ["l.jsonl", "--task", "lambada"]
     machine = []
@@ -376,7 +376,7 @@ def test_what_evaluate_scores(saved, tmp_path, monkeypatch, capsys):
     assert evaluate.main([saved, *flags, "--limit", "2", "--ema"]) == 0
     assert evaluate.main([saved, *flags, "--kernels", "reference", "--threads", "2"]) == 0
     assert machine == ["auto", "reference", 2]
-    (average, two), (plain, five) = told
+    (average, two), (plain, five) = given
     assert [q["text"] for q in two] == ["a 0", "a 1"] and len(five) == 5
     assert np.array_equal(average, GPT(TINY, seed=2).wte.weight.numpy())
     assert np.array_equal(plain, GPT(TINY).wte.weight.numpy())
@@ -466,10 +466,10 @@ def test_what_train_cannot_do_is_refused_and_leaves_everything(finished, monkeyp
     "--resume --preset shakespeare --lora_rank 1 --block_size 8 --n_layer 1 --n_embd 16 "
     "--tokenizer byte --vocab_size 256", "--eval_only --max_iters 1 --eval_iters 2"])
 def test_what_the_run_has_may_be_asked_for_again(finished, monkeypatch, flags):
-    told = []
+    given = []
     monkeypatch.chdir(finished)
-    monkeypatch.setattr(command, "train", lambda *args: told.append(args))
-    assert command.main(flags.split()) == 0 and len(told) == 1
+    monkeypatch.setattr(command, "train", lambda *args: given.append(args))
+    assert command.main(flags.split()) == 0 and len(given) == 1
 
 
 @pytest.mark.parametrize("flags, says", [

@@ -108,7 +108,7 @@ def test_only_ids_that_the_tokenizer_has_are_drawn(command, tmp_path):
     assert len(done.stdout) == 22
 
 
-def test_without_a_checkpoint_it_says_what_to_do(command):
+def test_without_a_checkpoint_the_message_names_what_to_do(command):
     done = command("generate.py")
     assert done.returncode == 2 and "run train.py first" in done.stderr
 
@@ -172,7 +172,7 @@ def test_interactive_continues_what_is_typed_and_keeps_the_window(saved, monkeyp
     assert capsys.readouterr().out == "xyz\n" * 3
 
 
-def test_interactive_says_what_it_cannot_read_and_goes_on(monkeypatch, capsys):
+def test_interactive_prints_what_it_cannot_read_and_continues(monkeypatch, capsys):
     model = GPT(GPTConfig(block_size=8, vocab_size=3, n_layer=1, n_head=2, n_embd=16))
     model.tokenizer = CharTokenizer("abc")  # which has no line break either
     monkeypatch.setattr(model, "stream", lambda rows, config: iter(rows[0][-1:]))
@@ -247,7 +247,7 @@ def test_statistics_name_prefill_and_median_decode():
     assert json.dumps(line)
 
 
-def test_writing_ends_at_an_end_of_text_which_is_not_shown():
+def test_generation_ends_at_end_of_text_which_is_not_printed():
     model = GPT(GPTConfig(block_size=8, vocab_size=257, n_layer=1, n_head=1, n_embd=4))
     model.tokenizer = BPETokenizer.train("some text", 257)
     ids = [*model.tokenizer.encode("na\u00efve"), model.tokenizer.end_of_text, *b"more"]
