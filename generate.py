@@ -12,46 +12,38 @@ import json
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
 
 from gpt import GPT
-from tinygpt import checkpoint, command, device, kernels
-from tinygpt.config import SampleConfig, check, setting
+from tinygpt import checkpoint, command, device
+from tinygpt.config import LoadConfig, SampleConfig, check, setting
 from tinygpt.data.tokenizer import StreamDecoder, up_to_end
 from tinygpt.flags import parse_flags, read_file
-from tinygpt.huggingface.pretrained import is_pretrained, tokenizer_needed
+from tinygpt.huggingface.pretrained import tokenizer_needed
 from tinygpt.model import lora
-from tinygpt.model.bigram import Bigram
 from tinygpt.model.quantize import KINDS
 from tinygpt.training.signals import pending_signals
 
-PROMPT = "> "  # where a line is typed
+PROMPT = "> "  # of --interactive
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerateConfig:
-    """What to write with, and what to write on."""
+class GenerateConfig(LoadConfig):
+    """The settings of generate.py besides those of sampling."""
 
     prompt: str = setting("\n",
         "text to continue; FILE:path reads it from a file, - from standard input", empty=True,
-        positional="optional", section="model and prompt")
+        positional="optional", section="model")
     checkpoint: str | None = setting(None,
         "a .safetensors file, gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a folder in Hugging "
         "Face's layout; unset: the best one of the newest run in checkpoints/")
-    offline: bool = setting(False, "take what --checkpoint names from the cache only",
-        needs=("--checkpoint", lambda c: c.checkpoint))
     lora: str | None = setting(None,
         "a lora.safetensors of a run with --lora_rank, to put on top of --checkpoint")
-    ema: bool = setting(False,
-        "write with the moving average of the weights, of a run with --ema")
     quantize: str = setting("none",
         "keep the matrices in memory as int8 or fp16 instead of float32", choices=("none", *KINDS))
-    device: str = setting("auto", "auto, cpu, cuda, metal, or another that tinygrad knows")
-    threads: int | None = setting(None,
-        "threads of the CPU kernels; unset: one for each CPU of this process", low=1, high=64)
 
     interactive: bool = setting(False,
         "read lines from the keyboard and continue each; Ctrl-C ends a text, Ctrl-D the command",
@@ -61,11 +53,11 @@ class GenerateConfig:
     json: bool = setting(False,
         "write one JSON object a sample: prompt, text, tokens, seconds and seed")
     out_dir: str | None = setting(None,
-        "write the samples to sample_1.txt, sample_2.txt, ... in this folder instead of stdout, "
-        "after those that it has")
+        "write the samples to sample_1.txt, sample_2.txt, ... in this folder instead of stdout; "
+        "existing files are kept")
     export: str | None = setting(None,
-        "instead of writing text, write the model into this new folder, as transformers has GPT-2 "
-        "or Llama")
+        "instead of generating text, write the model into this new folder, in the layout of GPT-2 "
+        "or Llama in transformers")
 
     def __post_init__(self):
         check(self)
@@ -77,7 +69,7 @@ class GenerateConfig:
                              "--num_samples, --json, --out_dir and --prompt -")
 
 
-EXPORTING = {"export", "checkpoint", "offline", "lora", "ema", "device", "threads"}
+EXPORTING = {"export", "checkpoint", "lora", *(f.name for f in fields(LoadConfig))}
 
 
 def read_prompt(prompt: str) -> str:
@@ -93,11 +85,11 @@ def read_prompt(prompt: str) -> str:
 
 
 class StopFilter:
-    """Passes text on up to, and without, the one of some strings that is complete first."""
+    """Passes text through until one of the stop strings is complete, without that string."""
 
     def __init__(self, stops: Sequence[str]):
         self.stops, self.stopped = stops, False
-        self._held = ""  # what may yet turn out to be the beginning of a stop
+        self._held = ""  # may be the beginning of a stop string
 
     def push(self, text: str) -> str:
         if self.stopped:
@@ -116,9 +108,8 @@ class StopFilter:
         return self._held
 
 
-def told(model: GPT, tokens: Iterable[int], stop: Sequence[str]) -> Iterator[str]:
-    """The text of each token up to the one that completes a stop, or to an end-of-text, and then
-    what was held back."""
+def pieces_of(model: GPT, tokens: Iterable[int], stop: Sequence[str]) -> Iterator[str]:
+    """Yields the text of each token until a stop string or end-of-text, and then text held back."""
     text, until = StreamDecoder(model.tokenizer), StopFilter(stop)
     for token in up_to_end(model.tokenizer, tokens):
         yield until.push(text.push(token))
@@ -129,8 +120,8 @@ def told(model: GPT, tokens: Iterable[int], stop: Sequence[str]) -> Iterator[str
 
 def write_one(model: GPT, ids: list[int], config: SampleConfig, stop: Sequence[str],
               pending: Sequence[int] = ()) -> tuple[list[int], list[float]]:
-    """Streams one continuation to stdout, up to a signal in pending; returns its tokens and the
-    seconds that each took."""
+    """Prints one continuation while it is sampled, until there is a signal in pending; returns its
+    tokens and the seconds for each."""
     tokens, seconds = [], []
 
     def timed() -> Iterator[int]:
@@ -141,7 +132,7 @@ def write_one(model: GPT, ids: list[int], config: SampleConfig, stop: Sequence[s
             yield token
             start = time.perf_counter()
 
-    for piece in told(model, timed(), stop):
+    for piece in pieces_of(model, timed(), stop):
         _put(piece)
         if pending:
             break
@@ -150,30 +141,30 @@ def write_one(model: GPT, ids: list[int], config: SampleConfig, stop: Sequence[s
 
 def draw_many(model: GPT, ids: list[int], config: SampleConfig, stop: Sequence[str],
               count: int) -> list[tuple[str, int]]:
-    """`count` continuations, drawn as one batch, and how many tokens of each are told."""
-    rows = model.generate([ids] * count, config=config).numpy()
+    """`count` continuations, sampled as one batch, and the number of tokens in the text of each."""
+    rows = model.generate([ids] * count, **asdict(config)).numpy()
     found = []
     for row in rows[:, len(ids):].tolist():
-        pieces = list(told(model, row, stop))
+        pieces = list(pieces_of(model, row, stop))
         found.append(("".join(pieces), len(pieces) - 1))
     return found
 
 
 def write_many(model: GPT, prompt: str, ids: list[int], config: SampleConfig,
-               what: GenerateConfig, folder: Path | None) -> None:
-    """Writes what.num_samples continuations to stdout, as text or as JSON lines, or into a folder.
+               options: GenerateConfig, folder: Path | None) -> None:
+    """Writes options.num_samples continuations to stdout, as text or JSON lines, or into a folder.
 
     The seconds in a JSON line are those of the whole batch.
     """
-    start, count = time.perf_counter(), what.num_samples
-    drawn = draw_many(model, ids, config, what.stop, count)
+    start, count = time.perf_counter(), options.num_samples
+    drawn = draw_many(model, ids, config, options.stop, count)
     seconds, tokens = time.perf_counter() - start, count * config.max_new_tokens
     for number, (text, length) in enumerate(drawn, 1):
         if folder:
             path = _unused(folder)
             checkpoint.write_atomically(path, f"{prompt}{text}\n".encode())
             print(path, file=sys.stderr)
-        if what.json:
+        if options.json:
             _put(json.dumps({"sample": number, "prompt": prompt, "text": text,
                              "tokens": length, "seconds": round(seconds, 4),
                              "seed": config.seed}) + "\n")
@@ -188,7 +179,7 @@ def _folder_for_samples(name: str) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ValueError(f"{folder} cannot be made ({error.strerror}): name another --out_dir"
+        raise ValueError(f"{folder} cannot be created ({error.strerror}): name another --out_dir"
                          ) from error
     if not os.access(folder, os.W_OK):
         raise ValueError(f"{folder} cannot be written: name another --out_dir")
@@ -196,7 +187,7 @@ def _folder_for_samples(name: str) -> Path:
 
 
 def _unused(folder: Path) -> Path:
-    """The first name for a sample that no file in a folder has."""
+    """The first sample_<n>.txt that does not exist in a folder."""
     number = 1
     while (path := folder / f"sample_{number}.txt").exists():
         number += 1
@@ -206,8 +197,8 @@ def _unused(folder: Path) -> Path:
 def converse(model: GPT, ids: list[int], config: SampleConfig, stop: Sequence[str]) -> None:
     """Continues every line of standard input, on stdout, until the input ends.
 
-    A line goes on the text so far, the last block_size tokens of which are kept; an empty one only
-    lets the model write on. The line break that ends a line is not part of the text.
+    A line is appended to the text so far, of which the last block_size tokens are kept; after an
+    empty line the model just continues. The line break that ends a line is not part of the text.
     """
     between, turn = "", 0
     while line := read_line():
@@ -227,8 +218,8 @@ def converse(model: GPT, ids: list[int], config: SampleConfig, stop: Sequence[st
 def read_line() -> str:
     """The next line of standard input with its line break, or "" at its end.
 
-    A terminal gets a prompt sign, and line editing with a history where Python has readline. The
-    sign is part of what is written only where that goes to the terminal too.
+    A terminal gets a prompt, and line editing with a history if Python has readline. The prompt is
+    written to stdout only if that is the terminal too.
     """
     if not sys.stdin.isatty():
         return sys.stdin.readline()
@@ -245,7 +236,7 @@ def read_line() -> str:
 
 
 def _encode_after(model: GPT, between: str, line: str) -> list[int]:
-    """The ids of a line behind a line break, unless the tokenizer knows none."""
+    """The ids of a line after a line break, or without one if the tokenizer has none."""
     try:
         return model.tokenizer.encode(between + line)
     except ValueError:
@@ -253,7 +244,7 @@ def _encode_after(model: GPT, between: str, line: str) -> list[int]:
 
 
 def statistics(prompt_tokens: int, seconds: list[float]) -> str:
-    """What the drawing of each token took, in one line."""
+    """The speed of prefill and decoding in one line."""
     line = (f"prefill {prompt_tokens} tokens in {seconds[0]:.2f} s "
             f"({prompt_tokens / seconds[0]:,.1f} tokens/s, compilation included)")
     if len(seconds) > 1:
@@ -268,7 +259,7 @@ def _put(text: str) -> None:
 
 
 def _check_memory(model: GPT, length: int, count: int) -> None:
-    """Raises ValueError where the caches and ids of so many texts of that length do not fit."""
+    """Raises ValueError if the caches and ids of `count` texts of that length do not fit."""
     c = model.config
     cache = 0 if model.kind == "bigram" else 2 * c.n_layer * c.kv_heads * c.head_size * c.block_size
     device.check_memory(count * (4 * cache + 4 * c.vocab_size + 16 * length),
@@ -276,54 +267,43 @@ def _check_memory(model: GPT, length: int, count: int) -> None:
                         "ones")
 
 
-def run(what: GenerateConfig, config: SampleConfig) -> None:
-    if sys.stdin is None and (what.interactive or what.prompt == "-"):
+def run(options: GenerateConfig, config: SampleConfig) -> None:
+    if sys.stdin is None and (options.interactive or options.prompt == "-"):
         raise ValueError("standard input is closed: give the text as --prompt")
-    device.choose(what.device)
-    if what.threads:
-        kernels.set_threads(what.threads)
-    path = what.checkpoint or checkpoint.best_of_newest_run(Path("checkpoints"))
-    if what.offline and not is_pretrained(path):
-        raise ValueError(f"{path} is a checkpoint here, which is never downloaded: leave out "
-                         "--offline")
-    if is_pretrained(path):
-        if what.ema:
-            raise ValueError(f"{path} has no moving average of the weights: leave out --ema")
-        with tokenizer_needed(what.export is None):
-            model = GPT.from_pretrained(path, offline=what.offline)
-    else:
-        kind = checkpoint.model_kind(checkpoint.load_metadata(path))
-        model = (Bigram if kind == "bigram" else GPT).from_checkpoint(path, what.ema)
-    if what.lora is not None:
-        lora.load(model, what.lora)
-    if what.export is not None:
-        print(f"{path} is now in {model.save_pretrained(what.export)}", file=sys.stderr)
+    command.use_machine(options)
+    path = options.checkpoint or checkpoint.best_of_newest_run(Path("checkpoints"))
+    with tokenizer_needed(options.export is None):
+        model = command.load_model(path, options.ema, options.offline)
+    if options.lora is not None:
+        lora.load(model, options.lora)
+    if options.export is not None:
+        print(f"{path} is now in {model.save_pretrained(options.export)}", file=sys.stderr)
         return
     if model.tokenizer is None:
         raise ValueError(f"{path} was trained on bare token ids, or has no tokenizer that can be "
-                         "read here: use generate of a GPT in a script")
-    if what.quantize != "none":
-        model.quantize(what.quantize)
-    prompt = read_prompt(what.prompt)
+                         "read here: call generate() of the model in a script")
+    if options.quantize != "none":
+        model.quantize(options.quantize)
+    prompt = read_prompt(options.prompt)
     try:
         ids = model.tokenizer.encode(prompt)
-    except ValueError:  # a tokenizer of characters that knows no line break, which nobody asked for
+    except ValueError:  # a tokenizer of characters without the line break of the default prompt
         if prompt != GenerateConfig.prompt:
             raise
         ids, prompt = [0], model.tokenizer.decode([0])
     if not ids:
         raise ValueError("the prompt is empty: give at least one character")
-    _check_memory(model, len(ids) + config.max_new_tokens, what.num_samples)
-    folder = _folder_for_samples(what.out_dir) if what.out_dir else None
+    _check_memory(model, len(ids) + config.max_new_tokens, options.num_samples)
+    folder = _folder_for_samples(options.out_dir) if options.out_dir else None
     print(f"{path}, {device.describe()}", file=sys.stderr)
-    if what.num_samples > 1 or what.json or what.out_dir:
-        return write_many(model, prompt, ids, config, what, folder)
-    if what.interactive:
-        print("type, and it continues; Ctrl-C ends a text, Ctrl-D the command", file=sys.stderr)
+    if options.num_samples > 1 or options.json or options.out_dir:
+        return write_many(model, prompt, ids, config, options, folder)
+    if options.interactive:
+        print("type a line to continue; Ctrl-C ends a text, Ctrl-D the command", file=sys.stderr)
     _put(prompt)
-    if what.interactive:
-        return converse(model, ids, config, what.stop)
-    _, seconds = write_one(model, ids, config, what.stop)
+    if options.interactive:
+        return converse(model, ids, config, options.stop)
+    _, seconds = write_one(model, ids, config, options.stop)
     _put("\n")
     if seconds:
         print(statistics(len(ids), seconds), file=sys.stderr)
@@ -332,15 +312,15 @@ def run(what: GenerateConfig, config: SampleConfig) -> None:
 def main(argv: list[str] | None = None) -> int:
     command.prepare()
     try:
-        flags = parse_flags({"what": GenerateConfig, "sample": SampleConfig},
+        flags = parse_flags({"generate": GenerateConfig, "sample": SampleConfig},
                             sys.argv[1:] if argv is None else argv, __doc__)
-        what = flags["what"]
-        if what.export is not None and (unused := sorted(flags.typed - EXPORTING)):
+        options = flags["generate"]
+        if options.export is not None and (unused := sorted(flags.typed - EXPORTING)):
             raise ValueError(f"--{unused[0]} has no effect on --export, which writes no text: "
                              "leave one of them out")
-        run(what, flags["sample"])
+        run(options, flags["sample"])
     except command.FAILURES as error:
-        return command.tell("generate.py", error, "ask for fewer --num_samples or "
+        return command.report("generate.py", error, "ask for fewer --num_samples or "
                             "--max_new_tokens, or take --quantize int8")
     return 0
 

@@ -16,7 +16,7 @@ from tinygrad import Tensor, UOp, dtypes
 from tinygrad.nn.state import get_state_dict
 
 from tinygpt import device, kernels
-from tinygpt.config import SampleConfig, TrainConfig, check, setting
+from tinygpt.config import SampleConfig, check, setting
 from tinygpt.data.tokenizer import BPETokenizer
 from tinygpt.huggingface import pretrained
 from tinygpt.kernels.jit import constant
@@ -27,6 +27,7 @@ from tinygpt.model import lora
 from tinygpt.model.language_model import LanguageModel, LossFunction
 from tinygpt.model.quantize import refuse_quantized
 from tinygpt.model.recompute import Chain
+from tinygpt.training.config import TrainConfig
 
 __all__ = ["GPT", "BPETokenizer", "GPTConfig", "KVCache", "SampleConfig", "TrainConfig"]
 

@@ -8,45 +8,43 @@ import sys
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
-import tempfile
 from dataclasses import fields, replace
 from pathlib import Path
 
 from gpt import GPT, GPTConfig
 from tinygpt import checkpoint, command, device, kernels
-from tinygpt.config import PRESETS, TrainConfig
 from tinygpt.data.load import TokenData, load_data
 from tinygpt.flags import Settings, parse_flags, read_settings
 from tinygpt.huggingface.pretrained import tokenizer_needed
 from tinygpt.model import lora
 from tinygpt.model.bigram import Bigram, BigramConfig
 from tinygpt.streams import print_error
-from tinygpt.training.batch_size import ADVICE, available_memory, largest_micro_batch
-from tinygpt.training.checks import MOMENTS
+from tinygpt.training.batch_size import ADVICE, fit_batch_size
+from tinygpt.training.config import PRESETS, TrainConfig
 from tinygpt.training.loggers import check_loggers
+from tinygpt.training.optim import OPTIMIZERS
 from tinygpt.training.ranks import Ranks, world
-from tinygpt.training.run import Interrupted, Run, TrainResult, prepare
+from tinygpt.training.run import Interrupted, TrainResult, prepare
 from tinygpt.training.schedule import context_length
 
 SETTINGS = {f.name: f for cls in (GPTConfig, TrainConfig) for f in fields(cls)}
-# flags that act on an evaluation, and those that have nothing to act on in a bigram model
+# flags that affect an evaluation, and flags that have no effect on a bigram model
 EVALUATING = {"data", "text_field", "out_dir", "resume", "eval_only", "batch_size", "eval_iters",
               "dtype", "ema", "seed", "device", "devices", "kernels", "threads"}
-TABLELESS = {f.name for f in fields(GPTConfig)} - {"block_size", "vocab_size"}
+GPT_ONLY = {f.name for f in fields(GPTConfig)} - {"block_size", "vocab_size"}
 
 
 def train(model: GPT, train_config: TrainConfig, train_data, tokenizer=None) -> TrainResult:
     """Trains model on train_data, saves checkpoints, and returns how it ended.
 
     train_data is a path, a glob, a string of text, an array of token ids, or a TokenData; see
-    `tinygpt.data.load.load_data`. Text is tokenized by `tokenizer`, or by one that is made as
-    train_config.tokenizer says for the model's vocabulary; a model of GPT-2's vocabulary, 50257,
-    gets GPT-2's. A run that out_dir already holds is continued with train_config.resume and moved
-    into a folder of its own without. With train_config.eval_only its best checkpoint is evaluated
-    and nothing else happens. What to train is said by the arguments: data, init_from and offline of
-    train_config are for the command. Raises ValueError where model, data and checkpoint do not fit,
-    where the loss stays non-finite, or where memory does not suffice; Interrupted after a saved
-    Ctrl-C or SIGTERM.
+    `tinygpt.data.load.load_data`. Text is tokenized by `tokenizer`, or by one of the kind
+    train_config.tokenizer, trained for the model's vocabulary; a model with GPT-2's vocabulary,
+    50257, gets GPT-2's. If out_dir already holds a run, train_config.resume continues it; without
+    resume it is moved into a folder of its own. train_config.eval_only only evaluates its best
+    checkpoint. data, init_from and offline of train_config are for the command and have no effect
+    here. Raises ValueError if model, data and checkpoint do not fit, if the loss stays non-finite,
+    or if memory runs out; Interrupted after Ctrl-C or SIGTERM, when the run is saved.
 
     Under mpirun every process calls this, and all train one model (see `tinygpt.training.ranks`).
     """
@@ -61,13 +59,13 @@ def train(model: GPT, train_config: TrainConfig, train_data, tokenizer=None) -> 
         with ranks.local_main_first():
             train_data = load_data(train_data, tokenizer or kind, model.config.vocab_size,
                                    model.config.block_size, train_config.text_field)
-        # what --resume would train on; of text and ids that a script holds it knows nothing
+        # what --resume would train on; it cannot find text or ids of a script
         named = train_data.source if train_data.is_named else ""
         train_config = replace(train_config, data=named)
     try:
         if train_config.auto_batch_size and not train_config.eval_only:
             if ranks.size > 1:
-                raise ValueError("--batch_size auto is for one process: say a number under mpirun")
+                raise ValueError("--batch_size auto is for one process: choose a number")
             train_config = fit_batch_size(model, train_config, train_data)
         try:
             run = prepare(model, train_config, train_data, ranks)
@@ -93,28 +91,6 @@ def _check_model(model: GPT, config: TrainConfig) -> None:
                          "in the environment, before the model is made")
 
 
-def fit_batch_size(model: GPT, config: TrainConfig, data: TokenData) -> TrainConfig:
-    """config with the largest micro-batch that fits, and as many tokens a step."""
-    sequences = config.batch_size * config.gradient_accumulation_steps
-
-    def split(n: int, **changes) -> TrainConfig:
-        return replace(config, batch_size=n, gradient_accumulation_steps=sequences // n,
-                       auto_batch_size=False, **changes)
-
-    def trial(n: int) -> Run:
-        with tempfile.TemporaryDirectory() as folder:
-            run = prepare(model, split(n, out_dir=folder, resume=False, curriculum=False), data)
-        run.steps.evaluate(run.batches.batch, 1)
-        for _ in range(2):  # compiled by the first
-            run.step(0.0)  # which leaves the weights as they are
-        return run
-
-    print("finding the largest micro-batch that fits", file=sys.stderr)
-    n = largest_micro_batch(sequences, trial, available_memory())
-    print(f"batch_size {n}, gradient_accumulation_steps {sequences // n}", file=sys.stderr)
-    return split(n)
-
-
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     command.prepare()
@@ -132,7 +108,7 @@ def main(argv: list[str] | None = None) -> int:
         if ranks.is_main:
             print_error(str(stop))
         return 128 + stop.signum
-    except SystemExit as end:  # of the parser, which has said why
+    except SystemExit as end:  # of the parser, which has printed why
         ranks.abort(end.code)
         raise
     except command.FAILURES as error:
@@ -143,16 +119,19 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _settings(argv: list[str]) -> Settings:
-    """What argv asks for; of a run that is resumed or evaluated, all else is as that run had it.
-    Raises ValueError on a flag that has no effect on it."""
+    """The settings of argv, and for a run that is resumed or evaluated that run's for the rest.
+    Raises ValueError on a flag that has no effect."""
     flags = parse_flags({"model": GPTConfig, "train": TrainConfig}, argv, __doc__, PRESETS,
                         _former_settings)
     shape, config = flags["model"], flags["train"]
     if config.resume or config.eval_only:
         _check_former(flags, read_settings(_former_settings(config), SETTINGS))
-    if config.model == "bigram" and (unused := flags.typed & TABLELESS):
+    if config.model == "bigram" and (unused := flags.typed & GPT_ONLY):
         raise ValueError(f"--{min(unused)} has no effect on --model bigram, a table: leave one of "
                          "them out")
+    if "offline" in flags.typed and config.init_from == "scratch":
+        raise ValueError("--offline has no effect without --init_from: add it, or leave out "
+                         "--offline")
     context_length(0, config, shape.block_size)
     check_loggers(config.tensorboard, config.wandb)
     checkpoint.check_out_dir(Path(config.out_dir))
@@ -160,7 +139,7 @@ def _settings(argv: list[str]) -> Settings:
 
 
 def _former_settings(config) -> Path | None:
-    """The settings of the run that config resumes or evaluates."""
+    """The config.json of the run that config resumes or evaluates."""
     if not (config.resume or config.eval_only):
         return None
     saved = Path(config.out_dir) / "config.json"
@@ -172,7 +151,7 @@ def _former_settings(config) -> Path | None:
 
 
 def _check_former(flags: Settings, former: dict) -> None:
-    """Raises ValueError where a flag asks the former run for what it cannot be."""
+    """Raises ValueError on a flag that contradicts the former run, or has no effect on it."""
     config = flags["train"]
     values = vars(flags["model"]) | vars(config)
     for name in sorted(flags.typed):
@@ -192,8 +171,9 @@ def _model_and_data(flags: Settings):
     if config.init_from != "scratch":
         return _pretrained(flags)
     part = config.lora_rank or config.freeze or config.devices > 1
-    # what it takes at least, before text is tokenized for it
-    replace(shape, vocab_size=1).check_memory(1 if part else 2 + MOMENTS[config.optimizer])
+    # a lower bound, before text is tokenized
+    state = OPTIMIZERS[config.optimizer].state_size
+    replace(shape, vocab_size=1).check_memory(1 if part else 2 + state)
     _check_patterns(shape, config)
     data = load_data(config.data, config.tokenizer, shape.vocab_size, shape.block_size,
                      config.text_field)
@@ -208,8 +188,7 @@ def _model_and_data(flags: Settings):
 
 
 def _pretrained(flags: Settings) -> tuple[GPT, TokenData]:
-    """The model that --init_from names, or that the run in out_dir made of it, and data in its ids.
-    """
+    """The model that --init_from names, or the one of the run in out_dir, and the data for it."""
     shape, config = flags["model"], flags["train"]
     path = None
     if config.resume or config.eval_only:
@@ -224,7 +203,7 @@ def _pretrained(flags: Settings) -> tuple[GPT, TokenData]:
             model = GPT.from_pretrained(config.init_from, offline=config.offline, **options)
         _check_tokenizer(model, config, flags.typed)
     if model.tokenizer is None and config.tokenizer in ("bpe", "char"):
-        raise ValueError(f"{config.init_from} comes with no tokenizer that can be read here: pass "
+        raise ValueError(f"{config.init_from} has no tokenizer that can be read here: pass "
                          "--tokenizer gpt2 or byte, whichever it was trained with")
     _check_patterns(model.config, config)
     data = load_data(config.data, model.tokenizer or config.tokenizer, model.config.vocab_size,
@@ -233,7 +212,7 @@ def _pretrained(flags: Settings) -> tuple[GPT, TokenData]:
 
 
 def _check_tokenizer(model: GPT, config: TrainConfig, typed: set[str]) -> None:
-    """Raises ValueError where a flag asks for another tokenizer than comes with the model."""
+    """Raises ValueError if --tokenizer is not the one that comes with the model."""
     if model.tokenizer is None or "tokenizer" not in typed:
         return
     kinds = {model.tokenizer.kind, *(["gpt2"] if model.tokenizer.vocab_size == 50257 else [])}
@@ -243,7 +222,7 @@ def _check_tokenizer(model: GPT, config: TrainConfig, typed: set[str]) -> None:
 
 
 def _check_patterns(shape: GPTConfig, config: TrainConfig) -> None:
-    """Raises ValueError where a pattern of freeze or lora_targets matches no weight, before text is
+    """Raises ValueError if a pattern of freeze or lora_targets matches no weight, before text is
     tokenized. The names are those of a small model with as many blocks."""
     if config.model != "gpt" or not (config.freeze or config.lora_rank):
         return

@@ -16,10 +16,9 @@ from tinygrad import Device, Tensor, TinyJit, dtypes
 from torch.nn import functional as F  # noqa: N812
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-import tinygpt  # noqa: F401 (finds the compiler)
 from bench.measure import in_turn, record
 from bench.peer import enter_torch, synchronize, torch_device
-from tinygpt import kernels
+from tinygpt import device, kernels
 from tinygpt.kernels.cpu.launch import cpu_count
 
 CASES = [(12, 64, 4, 32), (12, 256, 6, 64), (1, 4096, 12, 64)]  # B, T, H, D
@@ -63,6 +62,7 @@ def theirs(arrays: list[np.ndarray], dtype: str, backward: bool = True):
 
 
 def main() -> None:
+    device.prepare()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--bfloat16", action="store_true")
     parser.add_argument("--kernels", default=["auto"], nargs="+", help="which of ours")

@@ -19,8 +19,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from tinygrad import GlobalCounters
 
 from gpt import GPT, GPTConfig
-from tinygpt.config import TrainConfig
 from tinygpt.data.load import TokenData
+from tinygpt.training.config import TrainConfig
 from tinygpt.training.run import prepare
 
 STEPS = 6

@@ -18,9 +18,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from bench.measure import record
 from gpt import GPT, GPTConfig
 from tinygpt import kernels
-from tinygpt.config import TrainConfig
 from tinygpt.data.load import TokenData
 from tinygpt.kernels.cpu.launch import cpu_count
+from tinygpt.training.config import TrainConfig
 from tinygpt.training.ranks import Ranks, world
 from tinygpt.training.run import Run, prepare
 

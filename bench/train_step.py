@@ -15,10 +15,10 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from bench.measure import in_turn, record
 from bench.peer import PeerGPT, enter_torch, torch_device
 from gpt import GPT, GPTConfig
-from tinygpt.config import TrainConfig
 from tinygpt.data.load import TokenData
 from tinygpt.kernels import use
 from tinygpt.kernels.cpu.launch import cpu_count
+from tinygpt.training.config import TrainConfig
 from tinygpt.training.run import prepare
 
 # layers, heads, width, block, batch, vocabulary

@@ -94,6 +94,12 @@ def gpt2_files(monkeypatch):
         monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(shared))
 
 
+def pytest_configure():
+    from tinygpt import device  # once DEV is set
+
+    device.prepare()  # for tests that compute without a model
+
+
 def pytest_sessionfinish(session):
     """The tokens of the tests' texts do not stay in the cache; workers of xdist come first."""
     if not hasattr(session.config, "workerinput"):

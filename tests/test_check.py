@@ -14,6 +14,7 @@ from tinygrad import Tensor
 from gpt import GPT, KVCache
 from tinygpt import check, checkpoint, kernels
 from tinygpt.kernels import cases
+from tinygpt.model.bigram import Bigram, BigramConfig
 
 NO_OPERATIONS = {"IMPLEMENTATIONS", "in_use", "stored", "set_threads", "use"}
 
@@ -158,11 +159,23 @@ def test_a_trained_model(tmp_path, capsys):
     assert not bad.ok and np.isnan(bad.error)
 
 
+def test_a_bigram_and_what_it_does_not_have(rng, tmp_path, capsys):
+    bigram = Bigram(BigramConfig(block_size=72, vocab_size=97))
+    bigram.load_state_dict({"table": rng.standard_normal((97, 97))})
+    path = bigram.save_checkpoint(1, None, tmp_path)
+    assert check.main(["--checkpoint", str(path)]) == 0, capsys.readouterr().out
+    assert check.main(["--checkpoint", str(path), "--ema"]) == 2
+    assert "has no moving average" in capsys.readouterr().err
+    assert check.main(["--checkpoint", str(path), "--offline"]) == 2
+    assert "never downloaded" in capsys.readouterr().err
+
+
 def test_a_mistake_gets_one_line_and_status_2(tmp_path, capsys):
     for flags, says in ((["--checkpoint", tmp_path / "none"], "there is no checkpoint"),
                         (["--kernels", "flash"], "kernels='flash' cannot run on CPU"),
                         (["--kernels", "x"], "kernels='x' is unknown"),
                         (["--threads", 65], "threads=65 is out of range"),
+                        (["--ema"], "name a --checkpoint"), (["--offline"], "name a --checkpoint"),
                         (["--device", "nonsense"], "there is no device 'nonsense'")):
         try:
             assert check.main(list(map(str, flags))) == 2
@@ -178,4 +191,4 @@ def test_threads_are_those_asked_for(monkeypatch):
     monkeypatch.setattr(check, "code_checks", lambda *_: [])
     check.run(check.CheckConfig(threads=3))
     check.run(check.CheckConfig())
-    assert asked == [3, kernels.cpu.launch.cpu_count()]
+    assert asked == [3]

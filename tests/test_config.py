@@ -4,23 +4,27 @@ import itertools
 import json
 import os
 import re
-from dataclasses import asdict, fields, replace
+from dataclasses import MISSING, Field, asdict, fields, replace
 
 import numpy as np
 import pytest
+from commands import COMMANDS
 
 from generate import GenerateConfig
 from gpt import GPTConfig
-from tinygpt.config import PRESETS, SampleConfig, TrainConfig
+from tinygpt.config import SampleConfig, check_value, kind_of
 from tinygpt.evaluate import EvaluateConfig
 from tinygpt.flags import parse_flags, to_json
 from tinygpt.hints import HINTS
+from tinygpt.model.bigram import BigramConfig
+from tinygpt.training.config import PRESETS, TrainConfig
 
-CLASSES = {"model": GPTConfig, "train": TrainConfig}
+CLASSES = COMMANDS["train"]
+CONFIGS = [BigramConfig, *(cls for classes in COMMANDS.values() for cls in classes.values())]
 
 
 def parse(*argv: str) -> tuple[GPTConfig, TrainConfig]:
-    """What train.py would be told by these words."""
+    """The configurations of train.py with these flags."""
     found = parse_flags(CLASSES, [str(word) for word in argv], "text", PRESETS)
     return found["model"], found["train"]
 
@@ -43,8 +47,8 @@ def complaint(capsys, *argv: str, classes=None) -> str:
 
 # ---- fields
 
-@pytest.mark.parametrize("cls", [GPTConfig, TrainConfig, SampleConfig])
-def test_every_field_says_what_it_means(cls):
+@pytest.mark.parametrize("cls", CONFIGS)
+def test_every_field_has_a_help_text(cls):
     for field in fields(cls):
         text = field.metadata["help"]
         assert text == text.strip() and len(text) > 5 and not text.endswith("."), field.name
@@ -74,51 +78,98 @@ def test_help_lists_every_flag_with_its_words(capsys):
             assert field.metadata["help"][:20] in text
 
 
-NAN, INF = float("nan"), float("inf")
-OUT_OF_RANGE = {
-    TrainConfig: {
-        "batch_size": [0, -1], "gradient_accumulation_steps": [0], "max_iters": [0, -5],
-        "learning_rate": [0.0, -1e-3, NAN, INF], "warmup_iters": [-1], "lr_decay_iters": [0],
-        "min_lr": [-1e-9, NAN], "weight_decay": [-0.1, NAN, INF], "beta1": [-0.1, 1.0, NAN],
-        "beta2": [-0.1, 1.0, 1.5], "grad_clip": [-1.0, NAN], "label_smoothing": [-0.1, 1.0],
-        "z_loss": [-1e-4], "dtype": ["float64", ""], "eval_interval": [0], "eval_iters": [0],
-        "log_interval": [0], "sample_interval": [-1], "keep": [0], "seed": [-1],
-        "model": ["rnn", ""], "optimizer": ["sgd", "AdamW", ""], "schedule": ["step", "WSD"],
-        "decay_fraction": [0.0, -0.1, 1.01, NAN], "ema_decay": [-0.1, 1.0, NAN],
-        "lora_rank": [-1], "lora_alpha": [0.0, -1.0, NAN],
-        "curriculum_start_block_size": [0, -1], "patience": [-1],
-        "max_minutes": [0.0, -1.0, NAN], "skip_spikes": [-1.0, 0.5, NAN],
-        "tokenizer": ["word", "BPE"], "kernels": ["cuda", ""], "threads": [0, 65],
-        "devices": [0, -1]},
-    SampleConfig: {
-        "max_new_tokens": [-1], "temperature": [-0.1, NAN, INF], "top_k": [0, -3],
-        "top_p": [0.0, -0.1, 1.01, NAN], "min_p": [-0.1, 1.01], "repetition_penalty": [0.0, -1.0],
-        "seed": [-1], "window_hop": [0]},
-    GPTConfig: {
-        "block_size": [0, -1], "vocab_size": [0], "n_layer": [0, -1], "n_head": [0, -1],
-        "n_kv_head": [0, -2], "n_embd": [0, -8], "n_inner": [0], "dropout": [-0.1, 1.0, NAN],
-        "norm": ["batch", ""], "norm_eps": [0.0, -1e-5, NAN], "activation": ["relu"],
-        "position": ["alibi"], "rope_theta": [0.0, -1.0, INF], "sliding_window": [0, -1]},
-}
+def bad_values(f: Field) -> list:
+    """Values that the declaration of a field rules out."""
+    kind, optional = kind_of(f)
+    rules = f.metadata
+    bad = [] if optional else [None]
+    if kind is bool:
+        return [*bad, 1, "no"]
+    if kind is tuple:
+        return [*bad, "text", [""], [3]]
+    if kind is str:
+        bad += [3, "a\0b", "\ud800", *([] if rules.get("empty") else [""])]
+        return bad + (["nonsense", next(iter(rules["choices"])).title()] if "choices" in rules
+                      else [])
+    step = 1 if kind is int else 1e-6
+    bad += [rules[rule] + sign * step for rule, sign in (("low", -1), ("high", 1))
+            if rule in rules]
+    bad += [rules[rule] for rule in ("above", "below") if rule in rules]
+    return [*bad, float("nan"), float("inf"), "3", True, 10 ** 400]
 
 
-@pytest.mark.parametrize("cls, name, value", [
-    (cls, name, value) for cls, cases in OUT_OF_RANGE.items()
-    for name, values in cases.items() for value in values])
-def test_a_value_out_of_range_is_named_with_its_field(cls, name, value):
-    with pytest.raises(ValueError) as caught:
-        cls(**{name: value})
-    message = str(caught.value)
-    assert message.startswith(f"{name}={value!r}") and "choose" in message and "\n" not in message
+def good_values(f: Field) -> list:
+    """Values at the ends of what the declaration of a field allows."""
+    kind, optional = kind_of(f)
+    rules = f.metadata
+    good = [None] if optional else []
+    if kind is bool:
+        return [*good, True, False]
+    if kind is tuple:
+        return [*good, (), ("a", "b")]
+    if kind is str:
+        return [*good, *(rules.get("choices") or ["a = b, \u00e9"]),
+                *([""] if rules.get("empty") else [])]
+    step = 1 if kind is int else 1e-6
+    good += [rules[rule] for rule in ("low", "high") if rule in rules]
+    return good + [rules[rule] + sign * step for rule, sign in (("above", 1), ("below", -1))
+                   if rule in rules]
 
 
-def test_every_field_with_a_range_is_tested_above():
-    free = {"data", "text_field", "out_dir", "resume", "decay_lr", "device", "bias", "qk_norm",
-            "parallel", "tie_weights", "ema", "eval_only", "curriculum", "grad_checkpoint",
-            "auto_batch_size", "tensorboard", "wandb", "init_from", "offline", "freeze",
-            "lora_targets", "shard_optimizer"}
-    for cls, cases in OUT_OF_RANGE.items():
-        assert {f.name for f in fields(cls)} - free == set(cases)
+FIELDS = {f"{cls.__name__}.{f.name}": (cls, f) for cls in CONFIGS for f in fields(cls)}
+
+
+@pytest.mark.parametrize("cls, field", FIELDS.values(), ids=FIELDS)
+def test_a_bad_value_is_named_with_its_field_and_the_remedy(cls, field):
+    required = {f.name: "x" for f in fields(cls) if f.default is MISSING}
+    for value in bad_values(field):
+        with pytest.raises(ValueError) as caught:
+            cls(**required | {field.name: value})
+        message = str(caught.value)
+        assert message.startswith(f"{field.name}=") and "choose" in message
+        assert "\n" not in message and len(message) < 250
+    for value in good_values(field):
+        assert check_value(field, value) == value
+
+
+def test_every_number_has_a_lowest_value():
+    numbers = [f for _, f in FIELDS.values() if kind_of(f)[0] in (int, float)]
+    assert len(numbers) > 40 and all({"low", "above"} & f.metadata.keys() for f in numbers)
+
+
+def bad_words(f: Field) -> list[str]:
+    """What a flag of the field refuses."""
+    kind, _ = kind_of(f)
+    if kind is bool:
+        return ["perhaps"]
+    if kind in (str, tuple):
+        return [value for value in (*bad_values(f), "" if kind is tuple else None)
+                if isinstance(value, str) and value != "text"]
+    return ["three", *(str(value) for value in bad_values(f) if type(value) in (int, float))]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_flag_refuses_what_its_setting_does(command, capsys):
+    known = {f.name: f for cls in COMMANDS[command].values() for f in fields(cls)}
+    required = ["x" for f in known.values() if f.default is MISSING]
+    for name, field in known.items():
+        if field.default is MISSING:
+            continue
+        for word in bad_words(field):
+            try:
+                parse_flags(COMMANDS[command], [*required, f"--{name}={word}"], "text")
+                message = "accepted"
+            except ValueError as error:
+                message = str(error)
+            except SystemExit as end:
+                message = capsys.readouterr().err
+                assert end.code == 2
+            assert name in message, (name, word, message)
+
+
+def test_a_factor_of_spikes_is_0_or_at_least_1():
+    with pytest.raises(ValueError, match=r"skip_spikes=0\.5 .*choose 0 or a value at least 1"):
+        TrainConfig(skip_spikes=0.5)
 
 
 @pytest.mark.parametrize("wrong, names", [
@@ -149,7 +200,7 @@ def test_dashes_and_underscores_are_the_same():
 @pytest.mark.parametrize("words, name, value", [
     (["--bias"], "bias", True), (["--bias=False"], "bias", False),
     (["--bias", "true"], "bias", True),
-    (["--decay-lr=false"], "decay_lr", False), (["--dropout=1e-1"], "dropout", 0.1),
+    (["--grad-checkpoint=true"], "grad_checkpoint", True), (["--dropout=1e-1"], "dropout", 0.1),
     (["--n_kv_head=2"], "n_kv_head", 2), (["--n_kv_head=2", "--n_kv_head"], "n_kv_head", None),
     (["--out_dir=-x"], "out_dir", "-x"), (["--out_dir", "a b=c"], "out_dir", "a b=c"),
     (["--min_lr=0"], "min_lr", 0.0), (["--data", "/a-b/*.txt"], "data", "/a-b/*.txt"),
@@ -185,6 +236,7 @@ def test_a_flag_out_of_range_is_a_value_error():
     ("--data-path", "use --data"), ("--grad_accum_steps", "use --gradient_accumulation_steps"),
     ("--bpe_vocab_size", "--vocab_size is the size"), ("--mlp", "--activation swiglu"),
     ("--pos_encoding", "use --position"), ("--amp", "--dtype bfloat16"),
+    ("--decay_lr", "use --schedule constant"), ("--no_decay_lr", "use --schedule constant"),
     ("--compile", "leave it out"), ("--ddp", "mpirun"), ("--kv_cache", "leave it out"),
     ("--generate_only", "run generate.py"), ("--zzz", "no flag --zzz (")])
 def test_an_unknown_flag_gets_the_name_that_is_meant(capsys, word, says):
@@ -222,18 +274,15 @@ def test_warmup_steps_is_a_name_for_warmup_iters(tmp_path):
 @pytest.mark.parametrize("words", [
     ["--lora_alpha=3"], ["--lora_targets=h.*"], ["--ema_decay=0.9"], ["--decay_fraction=0.5"],
     ["--decay_fraction=0.5", "--schedule=linear"], ["--curriculum_start_block_size=8"],
-    ["--shard_optimizer"], ["--offline"], ["--rope_theta=5", "--position=learned"],
-    ["--min_lr=1e-5", "--schedule=constant"], ["--lr_decay_iters=9", "--decay_lr=false"],
-    ["--schedule=linear", "--no_decay_lr"]])
+    ["--shard_optimizer"], ["--rope_theta=5", "--position=learned"],
+    ["--min_lr=1e-5", "--schedule=constant"], ["--lr_decay_iters=9", "--schedule=constant"]])
 def test_a_flag_without_effect_is_refused_and_a_preset_is_not(words, tmp_path):
     name = words[0].partition("=")[0]
-    with pytest.raises(ValueError, match=f"^{name} has no effect without --|^{name} has no effect "
-                       "without a learning rate") as caught:
+    with pytest.raises(ValueError, match=f"^{name} has no effect without --") as caught:
         parse(*words)
     assert "\n" not in str(caught.value)
-    rest = [word for word in words[1:] if word != "--no_decay_lr"]
-    (tmp_path / "a.json").write_text(json.dumps(settings(*rest)))
-    assert parse("--config", tmp_path / "a.json") == parse(*rest)
+    (tmp_path / "a.json").write_text(json.dumps(settings(*words[1:])))
+    assert parse("--config", tmp_path / "a.json") == parse(*words[1:])
 
 
 def test_flags_with_what_they_need_are_taken():
@@ -245,14 +294,14 @@ def test_flags_with_what_they_need_are_taken():
 
 
 def test_a_text_by_position_does_not_fall_to_the_switch_before_it(capsys):
-    classes = {"what": GenerateConfig, "sample": SampleConfig}
+    classes = COMMANDS["generate"]
     for words in (["ROMEO:"], ["--json", "ROMEO:"], ["--seed=3", "ROMEO:", "--json"],
                   ["--prompt=ROMEO:"], ["ROMEO:", "--no_ema"], ["--json", "true", "ROMEO:"]):
         flags = parse_flags(classes, words, "text")
-        assert flags["what"].prompt == "ROMEO:" and flags.typed >= {"prompt"}
-        assert flags["what"].json == any(word == "--json" for word in words)
-    assert parse_flags(classes, ["-"], "text")["what"].prompt == "-"
-    assert parse_flags(classes, [], "text")["what"].prompt == "\n"
+        assert flags["generate"].prompt == "ROMEO:" and flags.typed >= {"prompt"}
+        assert flags["generate"].json == any(word == "--json" for word in words)
+    assert parse_flags(classes, ["-"], "text")["generate"].prompt == "-"
+    assert parse_flags(classes, [], "text")["generate"].prompt == "\n"
     assert "twice" in complaint(capsys, "a", "--prompt=b", classes=classes)
     assert "quotes" in complaint(capsys, "ROMEO:", "speaks", classes=classes)
 
@@ -264,13 +313,16 @@ def test_help_has_plain_headings_kinds_choices_and_each_default_once(capsys, mon
     text = capsys.readouterr().out
     lines = text.splitlines()
     assert not re.search(r"\['|TrainConfig|GPTConfig|\bstr\b|\bbool\b|--nobias|default: None", text)
-    for heading in ("model:", "data:", "batches:", "optimizer:", "machine:"):
-        assert heading in lines
-    assert "  --n_layer INT " in text and "(default: 12)" in text  # the preset's
+    headings = [line for line in lines if re.fullmatch(r"\w.*:", line)]
+    assert headings == ["general:", "model:", "data:", "run:", "optimizer:", "schedule:",
+                        "logging:", "machine:"]
+    assert "  --n_layer INT " in text and "(at least 1; default: 12)" in text  # the preset's
     assert "--tokenizer {bpe,gpt2,char,byte}" in text and "--bias, --no_bias " in text
     assert "  --data TEXT " in text and "  --learning_rate FLOAT " in text
     assert all(line.count("default") <= 1 for line in lines)
-    assert next(line for line in lines if "--learning_rate" in line).endswith("(default: 0.0006)")
+    assert next(line for line in lines if "--learning_rate" in line).endswith(
+        "(above 0; default: 0.0006)")
+    assert "(at least 1 and at most 64)" in text
 
 
 # ---- presets, word for word as nanoGPT has them
@@ -279,7 +331,7 @@ CHAR = dict(  # config/train_shakespeare_char.py, and the defaults of train.py
     eval_interval=250, eval_iters=200, log_interval=10, gradient_accumulation_steps=1,
     batch_size=64, block_size=256, n_layer=6, n_head=6, n_embd=384, dropout=0.2,
     learning_rate=1e-3, max_iters=5000, lr_decay_iters=5000, min_lr=1e-4, beta1=0.9, beta2=0.99,
-    warmup_iters=100, weight_decay=1e-1, grad_clip=1.0, decay_lr=True, bias=False)
+    warmup_iters=100, weight_decay=1e-1, grad_clip=1.0, schedule="cosine", bias=False)
 CHAR_CPU = CHAR | dict(  # the flags that nanoGPT's README adds for a CPU
     eval_iters=20, log_interval=1, block_size=64, batch_size=12, n_layer=4, n_head=4, n_embd=128,
     max_iters=2000, lr_decay_iters=2000, dropout=0.0)
@@ -287,11 +339,11 @@ GPT2 = dict(  # config/train_gpt2.py, and the defaults of train.py
     batch_size=12, block_size=1024, gradient_accumulation_steps=5 * 8, max_iters=600000,
     lr_decay_iters=600000, eval_interval=1000, eval_iters=200, log_interval=10, weight_decay=1e-1,
     n_layer=12, n_head=12, n_embd=768, dropout=0.0, learning_rate=6e-4, beta1=0.9, beta2=0.95,
-    grad_clip=1.0, decay_lr=True, warmup_iters=2000, min_lr=6e-5)
+    grad_clip=1.0, schedule="cosine", warmup_iters=2000, min_lr=6e-5)
 FINETUNE = dict(  # config/finetune_shakespeare.py, and train.py's defaults; a constant rate
     eval_interval=5, eval_iters=40, log_interval=1, batch_size=1, gradient_accumulation_steps=32,
-    max_iters=20, learning_rate=3e-5, decay_lr=False, warmup_iters=0, weight_decay=1e-1, beta1=0.9,
-    beta2=0.95, grad_clip=1.0, dropout=0.0)
+    max_iters=20, learning_rate=3e-5, schedule="constant", warmup_iters=0, weight_decay=1e-1,
+    beta1=0.9, beta2=0.95, grad_clip=1.0, dropout=0.0)
 # what nanoGPT's model.py has no choice in
 MODEL = dict(norm="layernorm", norm_eps=1e-5, position="learned", qk_norm=False,
              sliding_window=None, parallel=False, tie_weights=True, n_kv_head=None, n_inner=None)
@@ -351,7 +403,7 @@ def test_of_two_of_a_kind_the_later_one_wins(tmp_path):
     (GPTConfig(n_kv_head=4, n_inner=7, bias=False, norm="rmsnorm", dropout=0.3, norm_eps=1e-12,
                sliding_window=5, tie_weights=False, qk_norm=True),
      TrainConfig(data="-a path, with = and \u00e9\U0001f600", out_dir="--x", lr_decay_iters=3,
-                 min_lr=1e-7, learning_rate=1 / 3, resume=True, decay_lr=False, seed=2**63)),
+                 min_lr=1e-7, learning_rate=1 / 3, resume=True, schedule="constant", seed=2**63)),
 ])
 def test_to_json_and_config_give_an_equal_config(tmp_path, model, train):
     file = tmp_path / "config.json"
@@ -361,6 +413,12 @@ def test_to_json_and_config_give_an_equal_config(tmp_path, model, train):
                   "--sliding_window=9"]  # None takes back what was set before
     assert parse(*everything, "--config", file) == (model, train)
     assert parse("--config", file, "--keep=9") == (model, replace(train, keep=9))
+
+
+def test_decay_lr_of_an_older_file_is_the_constant_schedule(tmp_path):
+    for decay, schedule in ((True, "linear"), (False, "constant")):
+        (tmp_path / "a.json").write_text(json.dumps({"decay_lr": decay, "schedule": "linear"}))
+        assert settings("--config", tmp_path / "a.json") == settings("--schedule", schedule)
 
 
 @pytest.mark.parametrize("content", ["", "{", "[1]", "3", "null", "\"text\"", "{'a': 1}"])
@@ -413,7 +471,7 @@ def test_a_missing_config_file_is_a_value_error(words):
 
 
 @pytest.mark.parametrize("words", [["--preset"], ["--preset="], ["--preset", "gpt5"]])
-def test_an_unknown_preset_is_told_with_those_there_are(words):
+def test_an_unknown_preset_is_refused_with_the_known_names(words):
     with pytest.raises(ValueError, match=r"preset.*shakespeare_char_cpu") as caught:
         parse(*words)
     assert ("did you mean gpt2?" in str(caught.value)) == ("gpt5" in words)

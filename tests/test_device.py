@@ -5,6 +5,7 @@ import shlex
 import stat
 import subprocess
 import sys
+from importlib.util import find_spec
 from types import SimpleNamespace
 
 import numpy as np
@@ -80,9 +81,9 @@ def test_a_cache_that_cannot_be_made_is_not_needed(machine):
     assert done.stdout == "clang -v\n"
 
 
-def test_where_nothing_can_be_cached_it_runs_all_the_same(tmp_path):
+def test_it_runs_without_any_cache(tmp_path):
     (tmp_path / "cache").write_text("in the way")
-    program = ("import tinygpt; from tinygrad import Tensor;"
+    program = ("from tinygpt import device; from tinygrad import Tensor; device.prepare();"
                "print((Tensor([1.0]).contiguous() + 1).tolist())")
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, text=True, timeout=120,
                           env=os.environ | {"XDG_CACHE_HOME": str(tmp_path / "cache")},
@@ -90,11 +91,63 @@ def test_where_nothing_can_be_cached_it_runs_all_the_same(tmp_path):
     assert (done.returncode, done.stdout) == (0, "[2.0]\n"), done.stderr
 
 
+IMPORT = """
+import os, signal, sys
+def state():
+    return (dict(os.environ), {s: signal.getsignal(s) for s in signal.valid_signals()},
+            sorted(os.walk(sys.argv[2])))
+before = state()
+__import__(sys.argv[1])
+after = state()
+assert before == after, [(a, b) for a, b in zip(before, after) if a != b]
+"""
+
+
+@pytest.mark.parametrize("module", ["tinygpt", "gpt", "train", "generate", "tinygpt.evaluate",
+                                    "tinygpt.check", "tinygpt.kernels"])
+@pytest.mark.parametrize("argv0", ["-c", "-m"])
+def test_an_import_changes_no_environment_signal_handler_or_file(machine, module, argv0):
+    """On a machine where ziglang's clang is the only one, and where a package that imports this
+    one is run by python -m."""
+    env = {"PATH": os.environ["PATH"], "HOME": str(machine), "PYTHONDONTWRITEBYTECODE": "1",
+           "PYTHONPATH": f"{ROOT}:{machine / 'site packages'}"}
+    program = f"import sys; sys.argv[0] = {argv0!r}\n{IMPORT}"
+    done = subprocess.run([sys.executable, "-c", program, module, machine], env=env, text=True,
+                          cwd=machine, capture_output=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+@pytest.mark.skipif(not find_spec("ziglang"), reason="ziglang is not installed")
+@pytest.mark.parametrize("before", [
+    "x = Tensor([1.0])", "fail()",
+    "device.prepare(); (Tensor.ones(2).contiguous() + 1).tolist()"])
+def test_a_model_finds_ziglangs_clang_whatever_was_computed_before_it(tmp_path, before):
+    program = f"""
+from gpt import GPT, GPTConfig
+from tinygrad import Tensor
+from tinygpt import device
+def fail():
+    try:
+        (Tensor([1.0]).contiguous() + 1).realize()  # for which tinygrad looks for a clang
+    except FileNotFoundError:
+        return
+    raise AssertionError("there is another clang")
+{before}
+model = GPT(GPTConfig(block_size=4, vocab_size=8, n_layer=1, n_head=1, n_embd=4))
+assert model(Tensor([[1, 2]])).numpy().shape == (1, 2, 8)
+assert Tensor([1.0]).device == model.device == "CPU"
+"""
+    env = {"PATH": "/nowhere", "HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", program], env=env, cwd=tmp_path, text=True,
+                          capture_output=True, timeout=120)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
 def test_no_cache_is_made_in_the_repository(machine):
     assert not device.cache_dir().is_relative_to(ROOT)
 
 
-def test_without_any_compiler_one_line_says_what_to_install(tmp_path):
+def test_without_a_compiler_one_line_names_what_to_install(tmp_path):
     """The whole command, on a machine without clang and without ziglang."""
     (tmp_path / "a.txt").write_text("To sleep: perchance to dream.\n" * 50)
     program = ("import sys; sys.modules['ziglang'] = None; import train;"
@@ -112,7 +165,7 @@ def test_without_any_compiler_one_line_says_what_to_install(tmp_path):
 
 
 @pytest.mark.parametrize("compiler", ["/no/such/compiler", "", "false", "echo gcc"])
-def test_a_cc_that_is_no_clang_is_told(monkeypatch, default_again, tmp_path, compiler):
+def test_a_cc_that_is_not_clang_is_refused(monkeypatch, default_again, tmp_path, compiler):
     if compiler.startswith("echo"):
         (tmp_path / "gcc").write_text("#!/bin/sh\necho gcc 13\n")
         (tmp_path / "gcc").chmod(0o755)
@@ -124,7 +177,7 @@ def test_a_cc_that_is_no_clang_is_told(monkeypatch, default_again, tmp_path, com
     assert "\n" not in str(caught.value) and f"CC={compiler}" in str(caught.value)
 
 
-def test_a_machine_where_tinygrad_finds_no_device_says_what_to_install(monkeypatch, default_again):
+def test_without_a_device_the_message_names_what_to_install(monkeypatch, default_again):
     def nothing(self):
         raise RuntimeError("no usable devices")
 
@@ -136,7 +189,7 @@ def test_a_machine_where_tinygrad_finds_no_device_says_what_to_install(monkeypat
 @pytest.mark.parametrize("name", ["toaster", "", "cpuu", "no such\ndevice", "gpu:x", "cuda:99",
                                   "cpu:1", "null", "NULL:1", "disk", "disk:/tmp/x", "npy", "rdma",
                                   "tinyfs"])
-def test_a_device_that_is_unknown_or_missing_is_told(name):
+def test_a_device_that_is_unknown_or_missing_is_refused(name):
     before = device.default()
     with pytest.raises(DeviceError, match="device") as caught:
         device.choose(name)
@@ -144,7 +197,7 @@ def test_a_device_that_is_unknown_or_missing_is_told(name):
     assert device.default() == before
 
 
-def test_an_error_of_a_driver_without_any_words_is_told(monkeypatch):
+def test_a_driver_error_without_a_message_is_reported(monkeypatch):
     class Silent:
         def canonicalize(self, name):
             raise RuntimeError

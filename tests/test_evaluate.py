@@ -16,6 +16,7 @@ from gpt import GPT, GPTConfig
 from tinygpt import evaluate
 from tinygpt.data.load import read_tokens
 from tinygpt.data.tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer
+from tinygpt.model.bigram import Bigram, BigramConfig
 
 BLOCK = 8
 
@@ -87,6 +88,20 @@ def test_a_file_of_token_ids_scores_as_its_text(model, tmp_path):
                                                       stride=2))
         assert scores.items() <= expected.items()
         assert ("bits_per_byte" in scores) == (checkpoint == paths[0])
+
+
+def test_a_bigram_is_scored_to_compare_with(rng, tmp_path, capsys):
+    bigram = Bigram(BigramConfig(block_size=BLOCK, vocab_size=256))
+    table = rng.standard_normal((256, 256))
+    bigram.load_state_dict({"table": table})
+    bigram.tokenizer = ByteTokenizer()
+    path = bigram.save_checkpoint(1, None, tmp_path)
+    ids = list(b"the harbour sleeps")
+    (tmp_path / "t.txt").write_bytes(bytes(ids))
+    log_z = np.log(np.exp(table).sum(-1))
+    loss = np.mean([log_z[a] - table[a, b] for a, b in itertools.pairwise(ids)])
+    assert evaluate.main([str(path), str(tmp_path / "t.txt"), "--stride", "1"]) == 0
+    assert f"loss {loss:.4f}\n" in capsys.readouterr().out
 
 
 def test_token_files_of_another_tokenizer_or_damaged_are_refused(model, tmp_path):
@@ -164,11 +179,11 @@ GOOD = {"ctx": "The harbour", "endings": ["sleeps", "sings"], "label": 1}
 
 
 @pytest.mark.parametrize(("task", "changes", "says"), [
-    ("hellaswag", {"endings": "sleeps"}, "endings are no list of two or more strings"),
-    ("hellaswag", {"endings": ["sleeps", 5]}, "endings are no list"),
-    ("hellaswag", {"endings": ["sleeps", ""]}, "endings are no list"),
-    ("hellaswag", {"endings": ["sleeps"], "label": 0}, "endings are no list"),
-    ("hellaswag", {"endings": {"a": 1, "b": 2}}, "endings are no list"),
+    ("hellaswag", {"endings": "sleeps"}, "endings are not a list of two or more strings"),
+    ("hellaswag", {"endings": ["sleeps", 5]}, "endings are not a list"),
+    ("hellaswag", {"endings": ["sleeps", ""]}, "endings are not a list"),
+    ("hellaswag", {"endings": ["sleeps"], "label": 0}, "endings are not a list"),
+    ("hellaswag", {"endings": {"a": 1, "b": 2}}, "endings are not a list"),
     ("hellaswag", {"ctx": ["The"]}, "ctx"), ("hellaswag", {"ctx": "\ud83d"}, "ctx"),
     ("hellaswag", {"label": True}, "label"), ("hellaswag", {"label": 0.5}, "label"),
     ("hellaswag", {"label": ""}, "label"), ("hellaswag", {"label": "-1"}, "label"),
@@ -178,7 +193,7 @@ GOOD = {"ctx": "The harbour", "endings": ["sleeps", "sings"], "label": 1}
 def test_a_question_of_other_types_is_named(tmp_path, task, changes, says):
     path = tmp_path / "questions.jsonl"
     path.write_text(json.dumps(GOOD | {"text": "two words"}) + "\n\n" + json.dumps(GOOD | changes))
-    with pytest.raises(ValueError, match=rf"jsonl:3 is no question of {task} .*{says}"):
+    with pytest.raises(ValueError, match=rf"jsonl:3 is not a question of {task} .*{says}"):
         evaluate.read_questions(str(path), task)
 
 
@@ -188,7 +203,8 @@ def test_a_line_that_is_no_question_is_named(tmp_path, line):
     path = tmp_path / "questions.jsonl"
     path.write_text(line)
     for task in ("hellaswag", "lambada"):
-        with pytest.raises(ValueError, match=rf"jsonl:1 is no question of {task} \(it is no JSON"):
+        says = rf"jsonl:1 is not a question of {task} \(it is not (a )?JSON"
+        with pytest.raises(ValueError, match=says):
             evaluate.read_questions(str(path), task)
 
 
@@ -206,8 +222,8 @@ def test_a_line_ends_with_a_line_break_and_a_label_may_be_digits(tmp_path):
     ((".",), "is a folder, not a file: name a file in it"),
     (("pipe",), "is a pipe, not a file"), (("pipe", "--task", "lambada"), "is a pipe, not a file"),
     (("/dev/zero",), "is a device, not a file"), (("pipe.bin",), "is a pipe, not a file"),
-    (("t.txt", "--task", "hellaswag"), "t.txt:1 is no question of hellaswag"),
-    (("t.txt", "--task", "lambada"), "t.txt:1 is no question of lambada"),
+    (("t.txt", "--task", "hellaswag"), "t.txt:1 is not a question of hellaswag"),
+    (("t.txt", "--task", "lambada"), "t.txt:1 is not a question of lambada"),
     (("empty", "--task", "lambada"), "no questions")], ids=str)
 def test_a_mistake_gets_one_line_and_status_2(model, tmp_path, args, says, capsys):
     path = model.save_checkpoint(1, None, tmp_path)

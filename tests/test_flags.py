@@ -1,13 +1,14 @@
 """Every flag does something, and every two options of training do what they do together."""
 
-import ast
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import fields, replace
-from functools import cache
+from pathlib import Path
 
 import numpy as np
 import pytest
+from commands import COMMANDS
 from conftest import ROOT
 from covering import MODEL, covering
 from tinygrad import Tensor
@@ -16,88 +17,18 @@ import generate
 import train as command
 from gpt import GPT, GPTConfig
 from tinygpt import check, checkpoint, evaluate, kernels
-from tinygpt.config import SampleConfig, TrainConfig
+from tinygpt.config import SampleConfig
 from tinygpt.data.load import Batches, TokenData, load_data
 from tinygpt.data.tokenizer import ByteTokenizer
 from tinygpt.inference.decoder import Decoder
 from tinygpt.model import lora
 from tinygpt.model.bigram import Bigram, BigramConfig
-from tinygpt.training.optim import EMA
+from tinygpt.training.config import TrainConfig
+from tinygpt.training.optim import EMA, OPTIMIZERS
 from tinygpt.training.run import Run, prepare
-from tinygpt.training.schedule import learning_rate
+from tinygpt.training.schedule import SCHEDULES, learning_rate
 from tinygpt.training.steps import Steps
 from train import train
-
-# For every flag a test that fails where the flag does nothing.
-EXERCISED = {
-    GPTConfig: {
-        "test_torch.py::test_logits_loss_and_gradients_equal_pytorch":
-            "block_size n_layer n_head n_kv_head n_embd n_inner bias norm norm_eps activation "
-            "position rope_theta qk_norm sliding_window parallel tie_weights",
-        "test_train.py::test_dropout_is_fresh_at_every_step": "dropout",
-        "test_flags.py::test_what_train_makes_of_its_flags": "vocab_size"},
-    TrainConfig: {
-        "test_flags.py::test_what_train_makes_of_its_flags": "data text_field tokenizer seed",
-        "test_flags.py::test_the_intervals_of_a_run":
-            "max_iters eval_interval log_interval sample_interval keep out_dir",
-        "test_flags.py::test_an_evaluation_is_of_so_many_batches": "eval_iters batch_size",
-        "test_flags.py::test_the_loss_of_a_step": "label_smoothing z_loss dtype",
-        "test_flags.py::test_the_average_after_a_step": "ema ema_decay",
-        "test_flags.py::test_adapters_are_as_they_were_asked_for":
-            "lora_rank lora_alpha lora_targets",
-        "test_flags.py::test_kernels_and_threads_are_those_asked_for": "kernels threads",
-        "test_torch.py::test_training_equals_pytorch_for_20_steps":
-            "beta1 beta2 weight_decay grad_clip",
-        "test_schedule.py::test_it_is_nanogpts_formula":
-            "learning_rate warmup_iters lr_decay_iters min_lr",
-        "test_schedule.py::test_values_computed_by_hand": "schedule decay_fraction",
-        "test_schedule.py::test_without_decay_it_stays_at_the_top": "decay_lr",
-        "test_train.py::test_accumulation_equals_one_large_batch": "gradient_accumulation_steps",
-        "test_train.py::test_the_command_trains_tells_and_resumes": "resume",
-        "test_train.py::test_a_mistake_gets_one_line_and_status_2": "device",
-        "test_train.py::test_a_resume_with_another_model_or_tokenizer_is_refused": "optimizer",
-        "test_bigram.py::test_the_commands_train_resume_and_write": "model",
-        "test_finetune.py::test_a_fine_tune_lowers_the_loss_and_resumes_without_the_model":
-            "init_from",
-        "test_finetune.py::test_a_fine_tune_that_cannot_be_gets_one_line_and_status_2":
-            "offline",
-        "test_devices.py::test_what_each_device_keeps": "devices shard_optimizer",
-        "test_lora.py::test_frozen_weights_stay": "freeze",
-        "test_batch_size.py::test_a_run_takes_the_same_tokens_in_what_fits": "auto_batch_size",
-        "test_recompute.py::test_a_step_takes_less_memory": "grad_checkpoint",
-        "test_curriculum.py::test_the_tokens_are_those_of_a_run_without_in_shorter_pieces":
-            "curriculum curriculum_start_block_size",
-        "test_stopping.py::test_patience_counts_evaluations_in_a_row_without_a_new_best":
-            "patience",
-        "test_stopping.py::test_the_minutes_end_a_run_as_its_last_step_would": "max_minutes",
-        "test_stopping.py::test_a_spike_changes_nothing_and_is_told": "skip_spikes",
-        "test_stopping.py::test_eval_only_tells_of_the_best_and_touches_nothing": "eval_only",
-        "test_loggers.py::test_a_library_that_is_not_there_is_told_before_anything_is_done":
-            "tensorboard wandb"},
-    SampleConfig: {
-        "test_flags.py::test_every_option_of_a_draw_reaches_the_decoder":
-            "max_new_tokens temperature top_k top_p min_p repetition_penalty window_hop seed"},
-    generate.GenerateConfig: {
-        "test_generate.py::test_several_samples_are_one_batch_and_each_stops":
-            "num_samples prompt",
-        "test_generate.py::test_samples_as_json_lines_and_in_files": "json out_dir",
-        "test_generate.py::test_interactive_ends_with_its_input_and_several_stops_are_taken":
-            "interactive",
-        "test_generate.py::test_the_moving_average_writes_where_there_is_one": "checkpoint ema",
-        "test_download.py::test_without_a_network_or_with_offline_there_is_a_clear_line":
-            "offline",
-        "test_lora.py::test_generate_takes_adapters_on_top": "lora export",
-        "test_flags.py::test_a_text_ends_before_each_stop": "stop",
-        "test_flags.py::test_what_generate_does_with_the_machine": "device quantize threads"},
-    evaluate.EvaluateConfig: {
-        "test_evaluate.py::test_the_command": "checkpoint text stride",
-        "test_evaluate.py::test_a_mistake_gets_one_line_and_status_2": "task",
-        "test_flags.py::test_what_evaluate_scores": "limit ema offline device"},
-    check.CheckConfig: {
-        "test_check.py::test_a_trained_model": "checkpoint",
-        "test_check.py::test_a_mistake_gets_one_line_and_status_2": "device kernels",
-        "test_check.py::test_threads_are_those_asked_for": "threads"},
-}
 
 SHAPE = dict(block_size=8, vocab_size=256, n_layer=1, n_head=4, n_embd=16)
 TINY = GPTConfig(**SHAPE)
@@ -133,27 +64,85 @@ def records(out_dir) -> list[dict]:
     return [json.loads(line) for line in (out_dir / "metrics.jsonl").read_text().splitlines()]
 
 
-# ---- the table above
+# ---- every setting has an effect
 
-@cache
-def source(file: str) -> str:
-    (path,) = (ROOT / "tests").rglob(file)
-    return path.read_text(encoding="utf-8")
+CHECKS = {"__post_init__", "check_memory", "num_params", "parse_flags"}
+DECLARATIONS = {"config.py", "flags.py", "test_flags.py"}
 
 
-def names_in(file: str) -> set[str]:
-    tree = ast.parse(source(file))
-    return {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+def is_use(frame) -> bool:
+    """Whether code of the project reads a setting for anything but a check of its value."""
+    path = Path(frame.f_code.co_filename)
+    if not path.is_relative_to(ROOT) or path.name in DECLARATIONS:
+        return False
+    while frame and frame.f_code.co_name not in CHECKS:
+        frame = frame.f_back
+    return frame is None
 
 
-@pytest.mark.parametrize("cls", EXERCISED, ids=lambda cls: cls.__name__)
-def test_every_flag_has_its_test(cls):
-    flags = [flag for line in EXERCISED[cls].values() for flag in line.split()]
-    assert sorted(flags) == sorted(f.name for f in fields(cls))
-    for test, names in EXERCISED[cls].items():
-        file, name = test.split("::")
-        assert name in names_in(file), test
-        assert all(flag in source(file) for flag in names.split()), test
+@pytest.fixture
+def read(monkeypatch):
+    """The names of the settings of each class that are used."""
+    found = {}
+
+    def record(cls):
+        names, found[cls] = {f.name for f in fields(cls)}, set()
+
+        def get(self, name):
+            if name in names and is_use(sys._getframe(1)):
+                found[cls].add(name)
+            return object.__getattribute__(self, name)
+        monkeypatch.setattr(cls, "__getattribute__", get, raising=False)
+
+    for classes in COMMANDS.values():
+        for cls in classes.values():
+            record(cls)
+    return found
+
+
+def unread(read: dict, name: str) -> dict[str, set[str]]:
+    """The settings of a command that were not read."""
+    return {cls.__name__: missing for cls in COMMANDS[name].values()
+            if (missing := {f.name for f in fields(cls)} - read[cls])}
+
+
+def test_a_setting_that_is_only_checked_counts_as_unread(read):
+    TrainConfig(seed=3, devices=3, batch_size=3).__post_init__(None)
+    replace(GPTConfig(), n_layer=2).check_memory()
+    assert unread(read, "train") == {cls.__name__: {f.name for f in fields(cls)}
+                                     for cls in COMMANDS["train"].values()}
+
+
+def test_training_reads_every_setting(tmp_path, text_file, monkeypatch, read):
+    monkeypatch.chdir(tmp_path)
+    GPT(TINY).save_pretrained("pretrained")
+    flags = ["--data", str(text_file), "--tokenizer=byte", "--max_iters=2", "--eval_iters=1",
+             "--batch_size=2"]
+    assert command.main([*flags, *SHAPE_FLAGS, "--curriculum", "--curriculum_start_block_size=4",
+                         "--ema", "--schedule=wsd", "--warmup_iters=0"]) == 0
+    assert unread(read, "train")  # so that each run adds something
+    assert command.main([*flags, "--init_from=pretrained", "--offline", "--lora_rank=1"]) == 0
+    assert not unread(read, "train")
+
+
+def test_generating_reads_every_setting(saved, read):
+    assert generate.main(["--max_new_tokens=10"]) == 0
+    assert not unread(read, "generate")
+
+
+def test_evaluating_reads_every_setting(saved, tmp_path, read):
+    (tmp_path / "t.txt").write_text("to sleep")
+    (tmp_path / "l.jsonl").write_text('{"text": "to sleep"}')
+    assert evaluate.main([saved, "t.txt"]) == 0
+    assert unread(read, "evaluate") == {"EvaluateConfig": {"limit"}}
+    assert evaluate.main([saved, "l.jsonl", "--task=lambada"]) == 0
+    assert not unread(read, "evaluate")
+
+
+def test_checking_reads_every_setting(saved, read, monkeypatch):
+    monkeypatch.setattr(check, "report", lambda checks: [])
+    assert check.main(["--checkpoint", saved]) == 0
+    assert unread(read, "check") == {}
 
 
 # ---- train.py
@@ -162,12 +151,12 @@ def test_what_train_makes_of_its_flags(tmp_path, text, monkeypatch):
     documents = text[:3000], text[3000:]
     file = tmp_path / "verses.jsonl"
     file.write_text("".join(json.dumps({"body": t, "text": "?"}) + "\n" for t in documents))
-    told = []
-    monkeypatch.setattr(command, "train", lambda *args: told.append(args))
+    given = []
+    monkeypatch.setattr(command, "train", lambda *args: given.append(args))
     flags = ["--data", str(file), "--text_field", "body", "--seed", "5", *SHAPE_FLAGS]
     assert command.main([*flags, "--tokenizer", "bpe", "--vocab_size", "300"]) == 0
     assert command.main([*flags, "--tokenizer", "byte"]) == 0
-    for (model, _, data), size in zip(told, (300, 256), strict=True):
+    for (model, _, data), size in zip(given, (300, 256), strict=True):
         assert model.config.vocab_size == data.tokenizer.vocab_size == size
         ids = [*data.train.tolist(), *data.val.tolist()]
         assert data.tokenizer.decode(ids).startswith(documents[0])
@@ -240,21 +229,20 @@ def test_adapters_are_as_they_were_asked_for(config, data):
 
 
 def test_kernels_and_threads_are_those_asked_for(config, data, no_steps, monkeypatch):
-    told = []
+    given = []
     for function in ("use", "set_threads"):
-        monkeypatch.setattr(kernels, function, lambda what: told.append(what))
+        monkeypatch.setattr(kernels, function, lambda what: given.append(what))
     train(GPT(TINY), replace(config, kernels="reference", threads=3, max_iters=1), data)
-    assert told == ["reference", 3]
+    assert given == ["reference", 3]
 
 
 # ---- options together
 
 TRAINING = dict(
-    optimizer=["adamw", "lion", "muon", "adamw8bit"],
-    schedule=["cosine", "linear", "wsd", "constant"], ema=[False, True], curriculum=[False, True],
-    gradient_accumulation_steps=[1, 2], dtype=["float32", "bfloat16", "float16"],
-    label_smoothing=[0.0, 0.1], z_loss=[0.0, 1e-3], skip_spikes=[0.0, 2.0], grad_clip=[1.0, 0.0],
-    weight_decay=[0.1, 0.0])
+    optimizer=list(OPTIMIZERS), schedule=list(SCHEDULES), ema=[False, True],
+    curriculum=[False, True], gradient_accumulation_steps=[1, 2],
+    dtype=["float32", "bfloat16", "float16"], label_smoothing=[0.0, 0.1], z_loss=[0.0, 1e-3],
+    skip_spikes=[0.0, 2.0], grad_clip=[1.0, 0.0], weight_decay=[0.1, 0.0])
 OF_BLOCKS = dict(grad_checkpoint=[False, True], lora_rank=[0, 2], freeze=[None, "wte*,ln_f*"])
 SHAPES = MODEL | dict(dropout=[0.0, 0.2], activation=["gelu", "swiglu"], n_kv_head=[None, 2])
 
@@ -280,8 +268,8 @@ def go_on_exactly(model: Callable, config: TrainConfig) -> None:
     assert any(name.startswith("ema.") for name in expected) == config.ema
     result.last.unlink()
     rest = train(model(6), replace(config, resume=True), data)
-    again, facts = checkpoint.load(rest.last)
-    assert facts["iter_num"] == 3 and rest.last == result.last
+    again, metadata = checkpoint.load(rest.last)
+    assert metadata["iter_num"] == 3 and rest.last == result.last
     assert {r["iter"]: r["loss"] for r in records(rest.last.parent) if "loss" in r} == {
         r["iter"]: r["loss"] for r in steps}
     assert again.keys() == expected.keys()
@@ -364,25 +352,30 @@ def test_a_text_ends_before_each_stop(saved, drawn, samples, capsys):
 
 
 def test_what_generate_does_with_the_machine(saved, drawn, monkeypatch, capsys):
-    told = []
-    monkeypatch.setattr(kernels, "set_threads", lambda n: told.append(n))
-    monkeypatch.setattr(GPT, "quantize", lambda model, kind: told.append(kind))
-    assert generate.main(["--threads", "3", "--quantize", "int8"]) == 0
-    assert told == [3, "int8"]
+    given = []
+    for function in ("use", "set_threads"):
+        monkeypatch.setattr(kernels, function, given.append)
+    monkeypatch.setattr(GPT, "quantize", lambda model, kind: given.append(kind))
+    assert generate.main(["--kernels=portable", "--threads=3", "--quantize=int8"]) == 0
+    assert given == ["portable", 3, "int8"]
     assert generate.main(["--device", "nonsense"]) == 2
     assert "there is no device 'nonsense'" in capsys.readouterr().err
     assert "'null' cannot compute" in refusal(generate.main, ["--device", "null"], capsys)
 
 
 def test_what_evaluate_scores(saved, tmp_path, monkeypatch, capsys):
-    told = []
+    given = []
     monkeypatch.setattr(evaluate, "score_lambada", lambda model, questions: (
-        told.append((model.wte.weight.numpy(), questions)), {"questions": 0})[1])
+        given.append((model.wte.weight.numpy(), questions)), {"questions": 0})[1])
     (tmp_path / "l.jsonl").write_text("".join(f'{{"text": "a {n}"}}\n' for n in range(5)))
     flags = ["l.jsonl", "--task", "lambada"]
+    machine = []
+    for function in ("use", "set_threads"):
+        monkeypatch.setattr(kernels, function, machine.append)
     assert evaluate.main([saved, *flags, "--limit", "2", "--ema"]) == 0
-    assert evaluate.main([saved, *flags]) == 0
-    (average, two), (plain, five) = told
+    assert evaluate.main([saved, *flags, "--kernels", "reference", "--threads", "2"]) == 0
+    assert machine == ["auto", "reference", 2]
+    (average, two), (plain, five) = given
     assert [q["text"] for q in two] == ["a 0", "a 1"] and len(five) == 5
     assert np.array_equal(average, GPT(TINY, seed=2).wte.weight.numpy())
     assert np.array_equal(plain, GPT(TINY).wte.weight.numpy())
@@ -397,12 +390,14 @@ def test_what_evaluate_scores(saved, tmp_path, monkeypatch, capsys):
 
 def test_a_flag_that_could_do_nothing_is_refused(saved, tmp_path, capsys):
     folder = str(GPT(TINY).save_pretrained(tmp_path / "pretrained"))
+    for name in ("t.txt", "l.jsonl"):
+        (tmp_path / name).write_text("some text")
     for main, flags, says in (
             (generate.main, ["--checkpoint", folder, "--ema"], "leave out --ema"),
             (generate.main, ["--export", "x", "--quantize", "int8"], "leave out --quantize"),
             (evaluate.main, [folder, "l.jsonl", "--ema"], "leave out --ema"),
-            (evaluate.main, [saved, "t.txt", "--limit", "2"], "limit is of the questions"),
-            (evaluate.main, [saved, "l.jsonl", "--task=lambada", "--stride=2"], "has none")):
+            (evaluate.main, [saved, "t.txt", "--limit", "2"], "limit is a number of questions"),
+            (evaluate.main, [saved, "l.jsonl", "--task=lambada", "--stride=2"], "has no effect")):
         assert main(flags) == 2
         out, err = capsys.readouterr()
         assert out == "" and len(err.splitlines()) == 1 and says in err
@@ -437,6 +432,7 @@ def refusal(main, flags, capsys) -> str:
     ("--resume --n_embd 32", "n_embd=16, but n_embd=32"),
     ("--resume --norm layernorm", "norm=rmsnorm, but norm=layernorm"),
     ("--resume --tokenizer bpe", "tokenizer=byte, but tokenizer=bpe"),
+    ("--out_dir new --offline", "--offline has no effect without --init_from"),
     ("--resume --init_from x", "init_from=scratch, but init_from=x"),
     ("--resume --lora_alpha 3", "lora_alpha=16.0, but lora_alpha=3.0"),
     ("--resume --lora_rank 0", "lora_rank=1, but lora_rank=0"),
@@ -469,10 +465,10 @@ def test_what_train_cannot_do_is_refused_and_leaves_everything(finished, monkeyp
     "--resume --preset shakespeare --lora_rank 1 --block_size 8 --n_layer 1 --n_embd 16 "
     "--tokenizer byte --vocab_size 256", "--eval_only --max_iters 1 --eval_iters 2"])
 def test_what_the_run_has_may_be_asked_for_again(finished, monkeypatch, flags):
-    told = []
+    given = []
     monkeypatch.chdir(finished)
-    monkeypatch.setattr(command, "train", lambda *args: told.append(args))
-    assert command.main(flags.split()) == 0 and len(told) == 1
+    monkeypatch.setattr(command, "train", lambda *args: given.append(args))
+    assert command.main(flags.split()) == 0 and len(given) == 1
 
 
 @pytest.mark.parametrize("flags, says", [
@@ -484,8 +480,9 @@ def test_an_export_writes_no_text(saved, capsys, tmp_path, flags, says):
     assert not (tmp_path / "x").exists()
 
 
-def test_offline_without_anything_to_fetch_is_refused(saved, capsys):
-    assert "without --checkpoint" in refusal(generate.main, ["--offline"], capsys)
+def test_offline_without_anything_to_fetch_is_refused(saved, tmp_path, capsys):
+    (tmp_path / "t.txt").write_text("some text")
+    assert "never downloaded" in refusal(generate.main, ["--offline"], capsys)
     for main, words in ((generate.main, ["--checkpoint"]), (evaluate.main, ["t.txt"])):
         flags = ["--offline", *words, saved] if main is generate.main else [saved, *words]
         assert "never downloaded" in refusal(main, [*flags, "--offline"], capsys)

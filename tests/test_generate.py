@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from generate import StopFilter, converse, read_prompt, statistics, told
+from generate import StopFilter, converse, pieces_of, read_prompt, statistics
 from gpt import GPT, GPTConfig, SampleConfig
 from tinygpt.data.tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer
 from tinygpt.training.optim import EMA
@@ -108,7 +108,7 @@ def test_only_ids_that_the_tokenizer_has_are_drawn(command, tmp_path):
     assert len(done.stdout) == 22
 
 
-def test_without_a_checkpoint_it_says_what_to_do(command):
+def test_without_a_checkpoint_the_message_names_what_to_do(command):
     done = command("generate.py")
     assert done.returncode == 2 and "run train.py first" in done.stderr
 
@@ -172,7 +172,7 @@ def test_interactive_continues_what_is_typed_and_keeps_the_window(saved, monkeyp
     assert capsys.readouterr().out == "xyz\n" * 3
 
 
-def test_interactive_says_what_it_cannot_read_and_goes_on(monkeypatch, capsys):
+def test_interactive_prints_what_it_cannot_read_and_continues(monkeypatch, capsys):
     model = GPT(GPTConfig(block_size=8, vocab_size=3, n_layer=1, n_head=2, n_embd=16))
     model.tokenizer = CharTokenizer("abc")  # which has no line break either
     monkeypatch.setattr(model, "stream", lambda rows, config: iter(rows[0][-1:]))
@@ -247,9 +247,9 @@ def test_statistics_name_prefill_and_median_decode():
     assert json.dumps(line)
 
 
-def test_writing_ends_at_an_end_of_text_which_is_not_shown():
+def test_generation_ends_at_end_of_text_which_is_not_printed():
     model = GPT(GPTConfig(block_size=8, vocab_size=257, n_layer=1, n_head=1, n_embd=4))
     model.tokenizer = BPETokenizer.train("some text", 257)
     ids = [*model.tokenizer.encode("na\u00efve"), model.tokenizer.end_of_text, *b"more"]
-    assert "".join(told(model, iter(ids), [])) == "na\u00efve"
-    assert "".join(told(model, iter(ids), ["ve "])) == "na\u00efve"  # what was held back too
+    assert "".join(pieces_of(model, iter(ids), [])) == "na\u00efve"
+    assert "".join(pieces_of(model, iter(ids), ["ve "])) == "na\u00efve"  # what was held back too

@@ -19,10 +19,10 @@ from conftest import ROOT
 
 from gpt import GPT, GPTConfig, TrainConfig
 from tinygpt import kernels
-from tinygpt.config import PRESETS
 from tinygpt.data.load import SHIPPED, TokenData, load_data
 from tinygpt.flags import parse_flags
 from tinygpt.kernels.cases import can_run
+from tinygpt.training.config import PRESETS
 from tinygpt.training.run import prepare
 from tinygpt.training.schedule import learning_rate
 

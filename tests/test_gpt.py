@@ -1,6 +1,7 @@
 """The model: every combination of options, decoding with and without the cache, checkpoints."""
 
 import itertools
+import math
 from dataclasses import asdict
 
 import numpy as np
@@ -134,11 +135,10 @@ def test_state_dict_has_gpt2_names_and_weights_only(rng):
     assert set(get_state_dict(model)) == names  # neither cache nor tables are found by tinygrad
 
 
-def test_gpt2_has_124_million_weights():
-    assert GPTConfig().num_params() == 124_439_808
-
-
-def test_weights_and_operations_are_counted():
+def test_gpt2_has_124_million_weights_and_its_flops():
+    gpt2 = GPTConfig()
+    shapes = GPT.shapes(gpt2).values()
+    assert gpt2.num_params() == sum(map(math.prod, shapes)) == 124_439_808  # as published
     tiny = GPT(GPTConfig(block_size=16, vocab_size=97, n_layer=3, n_head=2, n_embd=32))
     blocks = 3 * (4 * 32 + 12 * 32 * 32 + 9 * 32)
     assert tiny.num_params() == 97 * 32 + 16 * 32 + blocks + 2 * 32

@@ -19,7 +19,7 @@ KNOWS = {
     "model": {"kernels", "tinygpt", "data", "inference"},
     "training": {"kernels", "tinygpt", "data", "model"},
     "huggingface": {"kernels", "tinygpt", "data", "model"},
-    "gpt": {"kernels", "tinygpt", "data", "inference", "model", "huggingface"},
+    "gpt": {"kernels", "tinygpt", "data", "inference", "model", "training", "huggingface"},
 }
 SOURCES = {str(path.relative_to(ROOT).with_suffix("")).replace("/", ".").removesuffix(".__init__"):
            path for path in [*ROOT.glob("*.py"), *ROOT.glob("tinygpt/**/*.py")]}

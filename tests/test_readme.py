@@ -9,9 +9,10 @@ from conftest import ROOT
 import generate
 import train
 from gpt import GPTConfig
-from tinygpt.config import PRESETS, SampleConfig, TrainConfig
+from tinygpt.config import SampleConfig
 from tinygpt.flags import parse_flags
 from tinygpt.kernels.training import training
+from tinygpt.training.config import PRESETS, TrainConfig
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.S)

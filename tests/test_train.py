@@ -63,7 +63,7 @@ def test_compiled_steps_go_when_their_run_goes(config, text):
         gc.enable()
 
 
-def test_ema_is_evaluated_sampled_and_saved_beside_the_weights(config, text, tmp_path, capsys):
+def test_ema_is_evaluated_sampled_and_saved_besides_the_weights(config, text, tmp_path, capsys):
     config = replace(config, ema=True, learning_rate=0.1, eval_interval=1)
     model = GPT(TINY)
     result = train(model, config, text)
@@ -235,11 +235,11 @@ def test_checkpoints_rotate_and_the_best_stays(config, text, tmp_path):
     result = train(GPT(TINY), replace(config, eval_interval=1, keep=2), text)
     names = sorted(p.name for p in (tmp_path / "out").glob("*.safetensors"))
     assert names == ["best.safetensors", "ckpt_5.safetensors", "ckpt_6.safetensors"]
-    facts = checkpoint.load_metadata(result.best)
-    assert facts["best_val_loss"] == result.best_val_loss
+    metadata = checkpoint.load_metadata(result.best)
+    assert metadata["best_val_loss"] == result.best_val_loss
 
 
-def test_the_command_trains_tells_and_resumes(command, text_file, tmp_path):
+def test_the_command_trains_logs_and_resumes(command, text_file, tmp_path):
     done = command("train.py", "--data", text_file, *FLAGS, "--max-iters=4", "--eval_interval", 2)
     assert done.returncode == 0, done.stderr
     assert "step 4: train loss" in done.stdout and "iter 3: loss" in done.stdout

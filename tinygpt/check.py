@@ -1,14 +1,22 @@
-"""Is this machine, and is this copy of the code right? `python -m tinygpt.check`.
+"""Checks this machine and this copy of the code: `python -m tinygpt.check`. All kernels that run
+here are checked, or with --kernels those of one implementation.
 
-Measures what everything else relies on, and prints a line for each check: ok or FAILED, the largest
-error and the tolerance. It is for whoever changed gpt.py or a kernel, or has a new device. With
---checkpoint it checks a trained model instead. The exit status is 0 where all is ok, 1 where
-something failed, and 2 where nothing could be checked: a wrong flag, no checkpoint, no device.
+Prints a line for each check: ok or FAILED, the largest error and the tolerance. It is for whoever
+changed gpt.py or a kernel, or has a new device. With --checkpoint it checks a trained model
+instead. The exit status is 0 if all checks are ok, 1 if one failed, and 2 if nothing could be
+checked: a wrong flag, no checkpoint, no device.
 """
+
+import os
+import signal
+import sys
+
+# Ctrl-C while modules are loaded; main() answers it better
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 import functools
 import math
-import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Iterable
@@ -23,24 +31,26 @@ from tinygrad.helpers import Context
 
 from gpt import GPT, GPTConfig
 from tinygpt import checkpoint, command, device, kernels
-from tinygpt.config import TrainConfig, check, setting
+from tinygpt.config import LoadConfig, check, setting
 from tinygpt.data.tokenizer import ByteTokenizer
 from tinygpt.flags import parse_flags
 from tinygpt.huggingface.pretrained import is_pretrained
 from tinygpt.kernels import cases
 from tinygpt.kernels.jit import compiled
 from tinygpt.kernels.random import make_key
+from tinygpt.model.language_model import LanguageModel
+from tinygpt.training.config import TrainConfig
 from tinygpt.training.optim import make_optimizer
 
-# Of the loss as a share of itself; of a slope as a share of what a random slope of such a gradient
-# is on average; of a cached logit as a share of the largest one. float32 rounds to 6e-8, and on a
-# CPU these come to 1e-7, 1e-6 and 1e-6. What is wrong in one weight tensor is 1e-2 and more.
+# Tolerances: of the loss, relative to the loss; of a slope, relative to the average slope of such a
+# gradient in a random direction; of a cached logit, relative to the largest. float32 rounds to
+# 6e-8, and on a CPU the errors are 1e-7, 1e-6 and 1e-6. A mistake in one weight is 1e-2 and more.
 LOSS, SLOPE, LOGIT = 1e-5, 1e-4, 2e-5
-HOUSE = Path(__file__).parent.parent  # where this copy of the code lies
+ROOT = Path(__file__).parent.parent  # of this copy of the code
 DIRECTIONS = 4  # in which the loss is differentiated
 STEP = 1e-4  # of weights in float64: the difference quotient is right to about 1e-8
 LABEL_SMOOTHING, Z_LOSS = 0.1, 1e-3
-# texts that are written, their tokens: more than a chunk, then past block_size of a tiny model
+# generated texts and their tokens: more than a chunk, then past block_size of a tiny model
 TEXTS, PROMPT, WRITTEN = 8, 66, 10
 
 # Together they have every option of the architecture both ways.
@@ -55,26 +65,23 @@ MODELS = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class CheckConfig:
-    """What is checked, and on what."""
+class CheckConfig(LoadConfig):
+    """The settings of a check."""
 
     checkpoint: str | None = setting(None,
         "check this trained model, as evaluate takes one: its weights, its gradients and its "
-        "cached decoding; unset: the device, the kernels and tiny models", section="check")
-    device: str = setting("auto", "auto, cpu, cuda, metal, or another that tinygrad knows")
-    kernels: str = setting("auto",
-        "implementation of the operations to check; auto: all that can run",
-        choices=("auto", *kernels.IMPLEMENTATIONS))
-    threads: int | None = setting(None,
-        "threads of the CPU kernels; unset: one for each CPU of this process", low=1, high=64)
+        "cached decoding; unset: the device, the kernels and tiny models", section="model")
 
     def __post_init__(self):
         check(self)
+        if self.checkpoint is None and (self.ema or self.offline):
+            raise ValueError("ema and offline have no effect on tiny models: name a --checkpoint, "
+                             "or leave them out")
 
 
 @dataclass(frozen=True)
 class Finding:
-    """The largest error that a check has found, what it may be, and where it is."""
+    """The largest error that a check has found, its tolerance, and where it is."""
 
     error: float
     tolerance: float
@@ -82,16 +89,16 @@ class Finding:
 
     @property
     def ok(self) -> bool:
-        return self.error <= self.tolerance  # which nan is not
+        return self.error <= self.tolerance  # false for nan
 
     def by_how_much(self) -> float:
-        """For comparison with others: the error in units of its tolerance."""
+        """The error in units of its tolerance, to compare findings."""
         if self.tolerance and not math.isnan(self.error):
             return self.error / self.tolerance
         return 0.0 if self.ok else math.inf
 
 
-Check = tuple[str, Callable[[], Finding]]  # a name, and what measures
+Check = tuple[str, Callable[[], Finding]]  # a name, and a function that measures
 
 
 def worst(findings: Iterable[Finding]) -> Finding:
@@ -102,9 +109,9 @@ def worst(findings: Iterable[Finding]) -> Finding:
 
 
 def check_compiler() -> Finding:
-    """A kernel that no cache has is compiled and run on the device."""
+    """Compiles a kernel that is in no cache, and runs it on the device."""
     values = np.arange(1000, dtype=np.int32)
-    number = int(np.random.default_rng().integers(1, 4000))  # in the kernel, which is a new one
+    number = int(np.random.default_rng().integers(1, 4000))  # makes the kernel a new one
     with Context(CACHELEVEL=0):
         total = (Tensor(values) * number).sum().item()
     return Finding(abs(total - number * values.sum()), 0, "the sum of 1000 integers")
@@ -115,9 +122,9 @@ def check_compiler() -> Finding:
 
 @functools.cache
 def specified(operation: str, number: int) -> dict[str, np.ndarray]:
-    """What is right for a case: `reference` in float64 on the CPU."""
+    """The right values of a case: `reference` in float64 on the CPU."""
     shapes, options = (cases.CASES | cases.WITHOUT_GRADIENT)[operation][number]
-    with Context(NOOPT=1):  # which compiles in half the time
+    with Context(NOOPT=1):  # compiles in half the time
         return cases.run(operation, "reference", cases.draw(shapes), options, "float64",
                          device="CPU")
 
@@ -140,8 +147,8 @@ def check_kernel(operation: str, implementation: str, dtype: str) -> Finding:
 
 
 def kernel_checks(wanted: str) -> list[Check]:
-    """A check for each operation, implementation and dtype: of all implementations that can run
-    here but the reference, or of the wanted one. Raises ValueError where that cannot run."""
+    """A check for each operation, implementation and dtype: of all implementations that run here
+    except the reference, or of the wanted one. Raises ValueError if that one cannot run."""
     names = [name for name in kernels.IMPLEMENTATIONS if cases.can_run(name, {})]
     if wanted != "auto" and wanted not in names:
         raise ValueError(f"kernels={wanted!r} cannot run on {device.default()}: choose auto or one "
@@ -159,7 +166,7 @@ def kernel_checks(wanted: str) -> list[Check]:
 
 
 def tiny_model(options: dict) -> GPT:
-    """A model whose weights are far from zero and from one another, so that all of them count."""
+    """A model whose weights are far from zero and from one another, so that all have an effect."""
     model = GPT(GPTConfig(**TINY | options))
     rng = np.random.default_rng(1)
     model.load_state_dict({name: w.numpy() + 0.3 * rng.standard_normal(w.shape)
@@ -168,7 +175,7 @@ def tiny_model(options: dict) -> GPT:
 
 
 @contextmanager
-def the_reference_in_use():
+def reference_kernels():
     before = kernels.in_use()
     kernels.use("reference")
     try:
@@ -180,12 +187,13 @@ def the_reference_in_use():
 class Twin:
     """The loss of a model on a batch as a function of its weights, in float64.
 
-    It is gpt.py's own model on float64 tensors on the CPU, which every machine has and which has
-    float64, by the reference kernels. batch is ids, targets and dropout key, if any.
+    It is a model of the same class with float64 tensors and reference kernels on the CPU, which
+    every machine has and which has float64. batch is ids, targets and dropout key, if any.
     """
 
-    def __init__(self, model: GPT, batch: list[np.ndarray]):
-        self.model = GPT(model.config, seed=None)
+    def __init__(self, model: LanguageModel, batch: list[np.ndarray]):
+        kind, config = type(model), model.config
+        self.model = kind.fitting(config, kind.shapes(config), "the model")
         self.model.compute_dtype = "float64"
         self.weights = self.model.state_dict()
         for weight in self.weights.values():
@@ -197,14 +205,14 @@ class Twin:
     def loss(self, arrays: dict[str, np.ndarray]) -> float:
         for name, array in arrays.items():
             device.write(self.weights[name], array)
-        with the_reference_in_use():
+        with reference_kernels():
             return self.step(*self.batch).item()
 
     def _step(self, *batch: Tensor) -> Tensor:
         return loss_of(self.model, batch).realize()
 
 
-def loss_of(model: GPT, batch) -> Tensor:
+def loss_of(model: LanguageModel, batch) -> Tensor:
     ids, targets, *key = batch
     return model(ids, targets, *(key or [None]), LABEL_SMOOTHING, Z_LOSS)[1]
 
@@ -212,10 +220,10 @@ def loss_of(model: GPT, batch) -> Tensor:
 def slopes(twin: Twin, weights: dict[str, np.ndarray], grads: dict[str, np.ndarray],
            names: Iterable[str], seed: int) -> tuple[float, float, float]:
     """The slope of the loss in a random direction of unit length in the named weights: by central
-    differences, by the gradient, and what it is on average.
+    differences, by the gradient, and the average over such directions.
 
-    Each tensor's part of the direction is the longer the smaller its gradient is, up to 100 times,
-    so that it counts as much as others do.
+    A tensor's part of the direction is scaled by the inverse of its gradient's norm, up to 100
+    times, so that all tensors contribute alike.
     """
     rng = np.random.default_rng(seed)
     norms = {name: float(np.linalg.norm(grads[name])) for name in names}
@@ -233,8 +241,8 @@ def slopes(twin: Twin, weights: dict[str, np.ndarray], grads: dict[str, np.ndarr
     return (up - down) / (2 * STEP), ours, max(usual, 1e-30)
 
 
-def check_gradients(model: GPT) -> Finding:
-    """The loss against that in float64, and its gradient against finite differences there."""
+def check_gradients(model: LanguageModel) -> Finding:
+    """Compares the loss with that in float64, and its gradient with finite differences there."""
     config = model.config
     rng, T = np.random.default_rng(2), min(config.block_size, 12)
     batch = [rng.integers(0, config.vocab_size, (2, T)).astype(np.int32) for _ in range(2)]
@@ -265,9 +273,9 @@ def check_gradients(model: GPT) -> Finding:
         f"; of {len(blamed) - 3} more" if blamed[3:] else "") if blamed else bad.where)
 
 
-def check_decoding(model: GPT, prompt: int, written: int) -> Finding:
-    """Text written over the key-value cache, whose every token has to be the likeliest one by the
-    full forward pass over the same window."""
+def check_decoding(model: LanguageModel, prompt: int, written: int) -> Finding:
+    """Generates text with the key-value cache; every token has to be the likeliest one in a full
+    forward pass over the same window."""
     block, V = model.config.block_size, model.config.vocab_size
     if model.tokenizer is not None:
         V = min(V, model.tokenizer.vocab_size)
@@ -275,7 +283,7 @@ def check_decoding(model: GPT, prompt: int, written: int) -> Finding:
     text = model.generate(ids, written, temperature=0).numpy()
     ends = range(prompt, prompt + written)
     windows = np.zeros((written, TEXTS, min(block, ends[-1])), np.int32)
-    for window, end in zip(windows, ends, strict=True):  # what follows a text changes nothing in it
+    for window, end in zip(windows, ends, strict=True):  # later tokens have no effect
         window[:, :min(end, block)] = text[:, max(0, end - block):end]
     logits = model(Tensor(windows.reshape(written * TEXTS, -1))).float().numpy()[..., :V]
     logits = logits.reshape(written, TEXTS, -1, V)
@@ -290,8 +298,7 @@ def check_decoding(model: GPT, prompt: int, written: int) -> Finding:
 
 
 def check_saving(folder: Path) -> Finding:
-    """Every tensor of a model and its optimizer, saved and loaded, to the bit; and what a
-    checkpoint says of them."""
+    """Saves and loads a model and its optimizer: every tensor to the bit, and the metadata."""
     model, rng = tiny_model(dict(vocab_size=256)), np.random.default_rng(4)
     model.tokenizer = ByteTokenizer()
     optimizer = make_optimizer(model.state_dict(), TrainConfig())
@@ -311,8 +318,8 @@ def check_saving(folder: Path) -> Finding:
     return Finding(len(differing), 0, ", ".join(differing[:3]))
 
 
-def check_weights(model: GPT) -> Finding:
-    """How many numbers in the weights are not finite."""
+def check_weights(model: LanguageModel) -> Finding:
+    """The number of weights that are not finite."""
     bad = {name: int((~np.isfinite(w.numpy())).sum()) for name, w in model.state_dict().items()}
     return Finding(sum(bad.values()), 0, ", ".join(
         f"{count} of {name}" for name, count in bad.items() if count))
@@ -333,17 +340,15 @@ def code_checks(config: CheckConfig, folder: Path) -> list[Check]:
 
 
 def checkpoint_checks(config: CheckConfig) -> list[Check]:
-    """Of a model that can be read at all. Raises ValueError where there is none."""
+    """The checks of a trained model. Raises ValueError if there is none."""
     path = config.checkpoint
-    if is_pretrained(path):
-        model = GPT.from_pretrained(path)
-    else:
+    if not is_pretrained(path):
         checkpoint.load_metadata(path)
-        try:
-            model = GPT.from_checkpoint(path)
-        except checkpoint.CheckpointError as error:
-            damage = Finding(math.inf, 0, str(error))
-            return [("weights", lambda: damage)]
+    try:
+        model = command.load_model(path, config.ema, config.offline)
+    except checkpoint.CheckpointError as error:
+        damage = Finding(math.inf, 0, str(error))
+        return [("weights", lambda: damage)]
     prompt = max(1, min(PROMPT, model.config.block_size - WRITTEN // 2))
     return [("weights", lambda: check_weights(model)),
             ("gradients", lambda: check_gradients(model)),
@@ -351,23 +356,23 @@ def checkpoint_checks(config: CheckConfig) -> list[Check]:
 
 
 def measured(measure: Callable[[], Finding]) -> Finding:
-    """What a check finds, where it raises that it did."""
+    """What a check finds, an exception included."""
     try:
         return measure()
     except Exception as error:  # noqa: BLE001 - whatever a changed kernel raises is a finding
         ours = [f for f in traceback.extract_tb(error.__traceback__)
-                if Path(f.filename).is_relative_to(HOUSE)]
-        at = f"{Path(ours[-1].filename).relative_to(HOUSE)}:{ours[-1].lineno}"
+                if Path(f.filename).is_relative_to(ROOT)]
+        at = f"{Path(ours[-1].filename).relative_to(ROOT)}:{ours[-1].lineno}"
         message = (str(error).strip() or "without a message").splitlines()[0]
         return Finding(math.inf, 0, f"{at}: {type(error).__name__}: {message}")
 
 
 def report(checks: list[Check]) -> list[str]:
-    """Makes the checks and prints a line for each; the names of those that failed."""
+    """Runs the checks and prints a line for each; returns the names of those that failed."""
     failed = []
     print(f"{'check':38} {'':6} {'error':>8} {'tolerance':>9}")
     for name, measure in checks:
-        print(f"{name:38} ", end="", flush=True)  # before it is made: a crash has a name
+        print(f"{name:38} ", end="", flush=True)  # before the check, which may crash
         finding = measured(measure)
         mark = "ok" if finding.ok else "FAILED"
         where = "" if finding.ok else finding.where
@@ -379,10 +384,8 @@ def report(checks: list[Check]) -> list[str]:
 
 
 def run(config: CheckConfig) -> bool:
-    """Makes all checks that config asks for and prints what they find; whether all are ok."""
-    device.choose(config.device)
-    kernels.use(config.kernels)
-    kernels.set_threads(config.threads or kernels.cpu.launch.cpu_count())
+    """Runs all checks of config and prints the findings; returns whether all are ok."""
+    command.use_machine(config)
     with tempfile.TemporaryDirectory(prefix="tinygpt-") as folder:
         checks = [("compiler and device", check_compiler), *(
             checkpoint_checks(config) if config.checkpoint else code_checks(config, Path(folder)))]
@@ -399,7 +402,7 @@ def main(argv: list[str] | None = None) -> int:
         flags = parse_flags({"check": CheckConfig}, sys.argv[1:] if argv is None else argv, __doc__)
         return 0 if run(flags["check"]) else 1
     except command.FAILURES as error:
-        return command.tell("check", error, "give a smaller model")
+        return command.report("check", error, "give a smaller model")
 
 
 if __name__ == "__main__":

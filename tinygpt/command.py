@@ -1,12 +1,18 @@
-"""How the project's commands begin and end."""
+"""What the commands share: how they begin and end, and how they load a model."""
 
 import io
 import signal
 import sys
 import threading
 import warnings
+from pathlib import Path
 
-from tinygpt import device
+from gpt import GPT
+from tinygpt import checkpoint, device, kernels
+from tinygpt.config import MachineConfig
+from tinygpt.huggingface.pretrained import is_pretrained
+from tinygpt.model.bigram import Bigram
+from tinygpt.model.language_model import LanguageModel
 from tinygpt.streams import print_error, silence
 from tinygpt.training.signals import insist_on_ctrl_c
 
@@ -14,8 +20,8 @@ FAILURES = (KeyboardInterrupt, ValueError, MemoryError, OSError)
 
 
 def prepare() -> None:
-    """Warnings become one line each, characters that a stream cannot write are replaced, and Ctrl-C
-    raises KeyboardInterrupt again, which before main() had to end the process."""
+    """Prints warnings in one line, replaces characters that a stream cannot encode, and lets Ctrl-C
+    raise KeyboardInterrupt, which ended the process while modules were loaded."""
     ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN  # by nohup, or by a shell
     if threading.current_thread() is threading.main_thread() and not ignored:
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -29,8 +35,36 @@ def prepare() -> None:
             stream.reconfigure(errors="replace")
 
 
-def tell(name: str, error: BaseException, remedy: str) -> int:
-    """Says on stderr what has ended the command of that name; see `failure`. The exit status."""
+def use_machine(config: MachineConfig) -> None:
+    """Chooses the device, the kernels and their threads."""
+    device.choose(config.device)
+    kernels.use(config.kernels)
+    if config.threads:
+        kernels.set_threads(config.threads)
+
+
+def load_model(path: str | Path, ema: bool = False, offline: bool = False) -> LanguageModel:
+    """The model in a checkpoint, a GPT or a bigram, or that `GPT.from_pretrained` finds.
+
+    With ema its weights are the moving average that the checkpoint has; with offline nothing is
+    downloaded. Raises ValueError, also where one of the two has no effect.
+    """
+    if is_pretrained(path):
+        if ema:
+            raise ValueError(f"{path} has no moving average of the weights: leave out --ema")
+        return GPT.from_pretrained(path, offline=offline)
+    if offline:
+        raise ValueError(f"{path} is never downloaded: leave out --offline")
+    with checkpoint.Checkpoint(path) as file:
+        if ema and not file.part("ema."):
+            raise ValueError(f"{path} has no moving average of the weights: leave out --ema, or "
+                             "train with it")
+        kind = checkpoint.model_kind(file.header)
+    return (Bigram if kind == Bigram.kind else GPT).from_checkpoint(path, ema)
+
+
+def report(name: str, error: BaseException, remedy: str) -> int:
+    """Prints the error that ended the command `name` and returns the exit status; see `failure`."""
     status, message = failure(error, remedy)
     if message:
         print_error(f"{name}: {message}")
@@ -38,27 +72,27 @@ def tell(name: str, error: BaseException, remedy: str) -> int:
 
 
 def failure(error: BaseException, remedy: str) -> tuple[int, str]:
-    """The exit status of a command that one of FAILURES has ended, and what to say of it; remedy is
-    what helps where memory did not suffice."""
+    """The exit status of a command that one of FAILURES has ended, and its message; remedy is the
+    advice if it ran out of memory."""
     if isinstance(error, KeyboardInterrupt):
         return 130, ""
-    if isinstance(error, BrokenPipeError):  # the reader of our output has left
+    if isinstance(error, BrokenPipeError):  # stdout was closed
         silence(sys.stdout)
         return 141, ""
     if device.is_out_of_memory(error):
         return 2, str(out_of_memory(error, remedy))
-    if isinstance(error, OSError) and error.strerror:  # which Python begins with a number
+    if isinstance(error, OSError) and error.strerror:  # whose text begins with a number
         named = f"{error.filename}: " if error.filename else ""
         return 2, one_line(named + error.strerror)
     return 2, one_line(str(error))
 
 
 def one_line(text: str) -> str:
-    """A message without the line breaks of what it names, a path or a value."""
+    """A message whose line breaks, of a path or a value in it, are escaped."""
     return "\\n".join(text.splitlines())
 
 
 def out_of_memory(error: BaseException, remedy: str) -> ValueError:
-    """What to say where memory did not suffice."""
-    what = (str(error).strip() or "what was asked for does not fit").splitlines()[0]
+    """The error of a command that ran out of memory."""
+    what = (str(error).strip() or "an allocation failed").splitlines()[0]
     return ValueError(f"{device.default()} is out of memory ({what}): {remedy}")

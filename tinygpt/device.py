@@ -40,6 +40,19 @@ GPU_PEAKS = {
 }
 
 
+def _has_no_gpu() -> bool:
+    """Whether a Linux machine has no file of a GPU's driver."""
+    drivers = ("nvidia*", "kfd", "dri", "kgsl*", "dxg")
+    return sys.platform == "linux" and not any(any(Path("/dev").glob(d)) for d in drivers)
+
+
+# tinygrad would try every device that it knows, which takes half a second, and prefer CL to CPU.
+# At import, so that a tensor that is made before a model is on the model's device; not if DEV is in
+# the environment, where tinygrad also writes its choice for a tensor that was made before.
+if not DEV.device and not os.environ.get("DEV") and _has_no_gpu():
+    DEV.value = "CPU"
+
+
 class DeviceError(ValueError):
     """No device, or none of that name, can be used here."""
 
@@ -51,13 +64,26 @@ def cache_dir() -> Path:
     return Path.home() / ("Library/Caches" if sys.platform == "darwin" else ".cache") / "tinygpt"
 
 
+@functools.cache
+def prepare() -> None:
+    """Prepares tinygrad to compile on this machine; the first model, run or command does it too.
+
+    A script that computes with tinygrad before it makes a model has to call this first on a machine
+    whose only clang is in the wheel `ziglang`: tinygrad does not find that one by itself.
+    """
+    export_compiler()
+    check_cache()
+    shield_workers()
+
+
 def export_compiler() -> None:
-    """Names a C compiler in CC, where tinygrad's CPU device looks for one when it first compiles:
-    CC itself, clang on the PATH, or the clang inside the wheel `ziglang`."""
+    """Sets CC, in which tinygrad's CPU device looks for a C compiler, to the clang inside the wheel
+    `ziglang` if CC is not set and there is no clang on the PATH."""
     if "CC" in os.environ or shutil.which("clang"):
         return
     if zig := importlib.util.find_spec("ziglang"):
         os.environ["CC"] = str(_zig_script(Path(zig.origin).with_name("zig")))
+        helpers.getenv.cache_clear()  # of a CC that was not there when something failed to compile
 
 
 def _zig_script(zig: Path) -> Path:
@@ -82,7 +108,7 @@ def _write_script(path: Path, text: str) -> None:
 
 
 class _Cache(sqlite3.Connection):
-    """tinygrad's cache of compiled code, which it does without from the first error on."""
+    """tinygrad's cache of compiled code, disabled at its first error."""
 
     def cursor(self, factory=None):
         return super().cursor(_Cursor)
@@ -91,7 +117,7 @@ class _Cache(sqlite3.Connection):
         try:
             super().commit()
         except sqlite3.Error as error:
-            give_up_cache(error)
+            disable_cache(error)
 
 
 class _Cursor(sqlite3.Cursor):
@@ -99,13 +125,13 @@ class _Cursor(sqlite3.Cursor):
         try:
             return super().execute(sql, parameters)
         except sqlite3.Error as error:
-            if "no such table" not in str(error):  # as long as nothing is in it
-                give_up_cache(error)
+            if "no such table" not in str(error):  # of an empty cache
+                disable_cache(error)
             return super().execute("SELECT NULL WHERE 0")
 
 
-def give_up_cache(error: Exception) -> None:
-    """Lets tinygrad do without its cache of compiled code; says so on stderr, once."""
+def disable_cache(error: Exception) -> None:
+    """Disables tinygrad's cache of compiled code, with one line on stderr."""
     if CACHELEVEL.value:
         print(f"tinygrad's cache {CACHEDB} cannot be used ({error}): everything is compiled anew",
               file=sys.stderr)
@@ -113,7 +139,7 @@ def give_up_cache(error: Exception) -> None:
 
 
 def check_cache() -> None:
-    """Opens tinygrad's cache so that no error of it, such as a full disk, ends the program."""
+    """Opens tinygrad's cache so that none of its errors, such as a full disk, ends the program."""
     try:
         os.makedirs(os.path.dirname(CACHEDB), exist_ok=True)
         cache = sqlite3.connect(CACHEDB, timeout=60, isolation_level="IMMEDIATE", factory=_Cache)
@@ -122,7 +148,7 @@ def check_cache() -> None:
             raise PermissionError("it cannot be written")
         helpers._db_connection = cache
     except (OSError, sqlite3.Error) as error:
-        give_up_cache(error)
+        disable_cache(error)
 
 
 def shield_workers() -> None:
@@ -144,15 +170,10 @@ def shield_workers() -> None:
     _WorkerProcess._Popen = staticmethod(shielded)
 
 
-def prefer_cpu() -> None:
-    """Makes the CPU the default device of a machine without a GPU, before any tensor is made."""
-    if not DEV.device and _has_no_gpu():
-        DEV.value = "CPU"
-
-
 @functools.cache
 def default() -> str:
     """The device that tensors live on, e.g. "CPU" or "CUDA". Raises DeviceError without one."""
+    prepare()
     try:
         name = Device.DEFAULT
     except (RuntimeError, AssertionError) as error:
@@ -162,8 +183,8 @@ def default() -> str:
 
 
 def _open(device: str, name: str) -> str:
-    """The canonical name of a device. Raises DeviceError, with `name` in it, where it cannot be
-    opened."""
+    """The canonical name of a device. Raises DeviceError (with `name`) if it cannot be opened.
+    """
     try:
         canonical = Device.canonicalize(device)
         kind = canonical.partition(":")[0]
@@ -189,13 +210,6 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def _has_no_gpu() -> bool:
-    """Whether a Linux machine has no file of a GPU's driver: tinygrad would try every device that
-    it knows, which takes half a second."""
-    drivers = ("nvidia*", "kfd", "dri", "kgsl*", "dxg")
-    return sys.platform == "linux" and not any(any(Path("/dev").glob(d)) for d in drivers)
-
-
 def launched() -> tuple[int, int]:
     """Which of how many processes this is that `mpirun`, or another launcher of MPI, started."""
     for name in ("OMPI_COMM_WORLD_", "PMI_", "MV2_COMM_WORLD_"):
@@ -208,9 +222,10 @@ def launched() -> tuple[int, int]:
 def choose(name: str, index: int = 0) -> str:
     """Makes `name` ("auto", "cpu", "cuda", "metal", "cuda:1", ...) the default device.
 
-    Where a machine has several of the kind and the name says none, it is that of `index`; there is
-    one CPU. Returns its canonical name. Raises DeviceError where it cannot be opened.
+    Of a name without a number it is device `index` of the kind; there is one CPU. Returns the
+    canonical name. Raises DeviceError if it cannot be opened.
     """
+    prepare()
     if index and ":" not in name and not (kind := choose(name)).startswith("CPU"):
         return choose(f"{kind}:{index}")
     if name.lower() != "auto":
@@ -222,8 +237,8 @@ def choose(name: str, index: int = 0) -> str:
 
 
 def several(count: int) -> tuple[str, ...]:
-    """The names of so many devices of the default one's kind, from that one on. Raises DeviceError
-    where there are fewer."""
+    """The names of `count` devices of the default one's kind, beginning with it. Raises DeviceError
+    if there are fewer."""
     if count == 1:
         return (default(),)
     kind, _, first = default().partition(":")
@@ -252,7 +267,7 @@ def _check_compiler() -> None:
         raise DeviceError(NO_COMPILER if "CC" not in os.environ else
                           f"CC={compiler} cannot be run: name a clang, or unset CC") from error
     if "clang" not in done.stdout:
-        raise DeviceError(f"CC={compiler} is no clang, which tinygrad's CPU device needs: "
+        raise DeviceError(f"CC={compiler} is not clang, which tinygrad's CPU device needs: "
                           "name one, or unset CC")
 
 
@@ -266,8 +281,7 @@ def describe() -> str:
 
 
 def gpu_name() -> str:
-    """What its driver calls the default device, such as "NVIDIA H200"; "" where it cannot be asked.
-    """
+    """The driver's name of the default device, such as "NVIDIA H200"; "" if it is unknown."""
     opened = Device[default()]
     if hasattr(opened, "cu_device"):  # CUDA
         from tinygrad.runtime.autogen import cuda
@@ -300,7 +314,7 @@ def peak_flops(dtype: str = "float32") -> float | None:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory did not suffice, as a CPU's does in an error of mmap."""
+    """Whether an error means that memory ran out; on a CPU it is an OSError of mmap."""
     return isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM
 
 
@@ -317,14 +331,14 @@ def memory() -> int:
 
 
 def check_memory(needed: int, what: str, remedy: str) -> None:
-    """Raises ValueError where so many bytes, which `what` takes, are more than `memory`."""
+    """Raises ValueError if `needed` bytes, the size of `what`, are more than `memory`."""
     if needed > (there := memory()):
         raise ValueError(f"{what} take {needed / 1e9:,.1f} GB of memory, and {default()} has "
                          f"{there / 1e9:,.1f} GB: {remedy}")
 
 
 def free_memory() -> None:
-    """Gives back what nothing refers to any more, and what tinygrad keeps of it for later."""
+    """Frees unreferenced tensors and tinygrad's cache of buffers."""
     gc.collect()
     Device[default()].synchronize()
     if hasattr(allocator := Device[default()].allocator, "free_cache"):
@@ -332,10 +346,10 @@ def free_memory() -> None:
 
 
 def write(tensor: Tensor, data) -> None:
-    """Puts data into a realized tensor's own memory, whatever compiled step reads it next.
+    """Writes data into the memory of a realized tensor, which compiled steps read.
 
-    On the CPU without a copy between, whatever the dtype and the strides of an array. A tensor on
-    several devices gets each one's rows, or all of it.
+    On the CPU there is no intermediate copy, whatever the array's dtype and strides. On several
+    devices each gets its rows, or all of them if the tensor is not sharded.
     """
     from tinygrad.dtype import _to_np_dtype
 
@@ -364,7 +378,7 @@ def buffers_of(tensor: Tensor) -> list:
 
 
 def read(tensor: Tensor) -> np.ndarray:
-    """A copy of a realized tensor, on the CPU without the graph that Tensor.numpy() builds."""
+    """A realized tensor as an array, on the CPU without the graph that Tensor.numpy() builds."""
     if isinstance(tensor.device, tuple) or not tensor.device.startswith("CPU"):
         return tensor.numpy()
     from tinygrad.dtype import _to_np_dtype

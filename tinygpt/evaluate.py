@@ -1,72 +1,75 @@
-"""How good a model is: `python -m tinygpt.evaluate CHECKPOINT TEXT`.
+"""Evaluates a model: `python -m tinygpt.evaluate CHECKPOINT TEXT`.
 
-TEXT, or a file of its token ids, is scored as loss, perplexity and bits per byte; with --task
-hellaswag (arXiv:1905.07830) or lambada (arXiv:1606.06031) it is the published .jsonl file of that
-test. A command like train.py and generate.py, and therefore above gpt.py: nothing in tinygpt
-imports it.
+Prints loss, perplexity and bits per byte of TEXT, or of a file of its token ids; with --task
+hellaswag (arXiv:1905.07830) or lambada (arXiv:1606.06031) TEXT is the published .jsonl file of that
+test. A command, as train.py and generate.py are: nothing in tinygpt imports it.
 """
+
+import os
+import signal
+import sys
+
+# Ctrl-C while modules are loaded; main() answers it better
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 import json
 import math
-import sys
 from dataclasses import MISSING, dataclass
 from pathlib import Path
 
 import numpy as np
 from tinygrad import Tensor
 
-from gpt import GPT
 from tinygpt import command, device
-from tinygpt.config import check, setting
+from tinygpt.config import LoadConfig, check, setting
 from tinygpt.data.documents import check_readable, is_jsonl, read_documents, read_text
 from tinygpt.data.load import is_token_file, mean_bytes, read_tokens
 from tinygpt.data.token_files import Ids, chunks
 from tinygpt.flags import parse_flags
-from tinygpt.huggingface.pretrained import is_pretrained, tokenizer_needed
+from tinygpt.huggingface.pretrained import tokenizer_needed
 from tinygpt.kernels.jit import compiled
+from tinygpt.model.language_model import LanguageModel
 from tinygpt.training.report import bits_per_byte
 
 TASKS = ("text", "hellaswag", "lambada")
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateConfig:
-    """What is scored, and on what."""
+class EvaluateConfig(LoadConfig):
+    """The settings of an evaluation."""
 
     checkpoint: str = setting(MISSING,
-        "a .safetensors file, gpt2 and its kin, or a folder in Hugging Face's layout",
-        positional="required")
+        "a .safetensors file, gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a folder in Hugging "
+        "Face's layout", positional="required", section="model")
     text: str = setting(MISSING,
         "a UTF-8 text; a file of token ids, .bin, or a folder with val.bin; or the .jsonl file of "
-        "the task", positional="required")
-    task: str = setting("text", "what the text is", choices=TASKS, section="evaluation")
+        "the task", positional="required", section="evaluation")
+    task: str = setting("text", "what the text is", choices=TASKS)
     stride: int | None = setting(None,
         "tokens by which the window moves over a text: fewer give each token more context and take "
         "longer; unset: half of block_size", low=1)
-    limit: int | None = setting(None, "questions of a task to ask; unset: all", low=1)
-    ema: bool = setting(False, "score the moving average of the weights")
-    offline: bool = setting(False, "take what CHECKPOINT names from the cache only")
-    device: str = setting("auto", "auto, cpu, cuda, metal, or another that tinygrad knows")
+    limit: int | None = setting(None, "number of questions of a task; unset: all", low=1)
 
     def __post_init__(self):
         check(self)
         if self.task == "text" and self.limit is not None:
-            raise ValueError("limit is of the questions of a task: leave it out, or name a --task")
+            raise ValueError("limit is a number of questions: leave it out, or choose a --task")
         if self.task != "text" and self.stride is not None:
-            raise ValueError(f"stride is of texts, {self.task} has none: leave it out")
+            raise ValueError(f"stride has no effect on --task {self.task}: leave it out")
 
 
 class Scorer:
     """Scores texts with a model, in one compiled step of block_size tokens."""
 
-    def __init__(self, model: GPT):
+    def __init__(self, model: LanguageModel):
         self.model, self.block_size = model, model.config.block_size
         self.x, self.y = (Tensor.zeros(1, self.block_size, dtype="int32").contiguous().realize()
                           for _ in "xy")
         self.step = compiled(self._step)
 
     def _step(self, x: Tensor, y: Tensor) -> Tensor:
-        """(2, T): the nats that each target cost, and whether it was the likeliest."""
+        """(2, T): the loss of each target in nats, and whether it was the likeliest token."""
         logits = self.model(x).float()[0]  # (T, V)
         nats = -logits.log_softmax(-1).gather(-1, y.reshape(-1, 1))[:, 0]
         return Tensor.stack(nats, (logits.argmax(-1) == y[0]).float()).realize()
@@ -82,8 +85,8 @@ class Scorer:
         return nats, hits > 0.5
 
     def text(self, ids: Ids, stride: int) -> np.ndarray:
-        """Nats (n - 1,) of ids (n,) after the first. The window moves by stride, and but for the
-        first one only what is new in it counts, so that a token sees block_size - stride before.
+        """Nats (n - 1,) of ids (n,) after the first. The window moves by stride; after the first
+        window only its new tokens are scored, so that each has block_size - stride as context.
         """
         found, done = [], 0  # how many targets are scored
         while done < len(ids) - 1:
@@ -100,11 +103,12 @@ class Scorer:
         return nats[-len(ending):], hits[-len(ending):]
 
 
-def score_text(model: GPT, text: str | Ids, stride: int | None = None) -> dict[str, float]:
+def score_text(model: LanguageModel, text: str | Ids,
+               stride: int | None = None) -> dict[str, float]:
     """loss (nats per token), perplexity, bits_per_byte and the tokens of a text or of its ids (n,).
 
-    The first token, which nothing comes before, is not scored, nor are its bytes. A model without
-    a tokenizer finds no bits_per_byte. Raises ValueError on fewer than two tokens, on ids outside
+    The first token, which has no context, is not scored, nor are its bytes. Without a tokenizer
+    there is no bits_per_byte. Raises ValueError on fewer than two tokens, on ids outside
     the vocabulary, or on a stride above block_size.
     """
     block = model.config.block_size
@@ -123,8 +127,9 @@ def score_text(model: GPT, text: str | Ids, stride: int | None = None) -> dict[s
     return {"loss": loss, "perplexity": math.exp(min(loss, 700)), **bits, "tokens": len(ids) - 1}
 
 
-def score_hellaswag(model: GPT, questions: list[dict]) -> dict[str, float]:
-    """Shares of the questions whose right ending costs fewest nats: in all, and per token.
+def score_hellaswag(model: LanguageModel, questions: list[dict]) -> dict[str, float]:
+    """Share of questions whose right ending has the lowest loss: accuracy by the sum of its tokens,
+    accuracy_norm by their mean.
 
     A question has ctx, endings and label, the number of the right one.
     """
@@ -139,10 +144,10 @@ def score_hellaswag(model: GPT, questions: list[dict]) -> dict[str, float]:
     return {"accuracy": accuracy, "accuracy_norm": normalized, "questions": len(questions)}
 
 
-def score_lambada(model: GPT, questions: list[dict]) -> dict[str, float]:
+def score_lambada(model: LanguageModel, questions: list[dict]) -> dict[str, float]:
     """Share of the texts whose last word is the likeliest, and its perplexity.
 
-    A question has a text; the last word is what follows its last blank.
+    A question has a text; the last word follows its last space.
     """
     scorer, right, total = Scorer(model), 0, 0.0
     for question in questions:
@@ -156,7 +161,7 @@ def score_lambada(model: GPT, questions: list[dict]) -> dict[str, float]:
 
 
 def read_questions(path: str, task: str) -> list[dict]:
-    """The questions of a task's .jsonl file. Raises ValueError that names a line that is none."""
+    """The questions of a task's .jsonl file. Raises ValueError that names a line with another."""
     found = []
     for number, line in enumerate(read_text(Path(path)).split("\n"), 1):
         if not line.strip():
@@ -165,9 +170,9 @@ def read_questions(path: str, task: str) -> list[dict]:
             question = json.loads(line)
             wrong = _what_is_wrong(question, task)
         except (ValueError, RecursionError):
-            wrong = "it is no JSON"
+            wrong = "it is not JSON"
         if wrong is not None:
-            raise ValueError(f"{path}:{number} is no question of {task} ({wrong}): give its "
+            raise ValueError(f"{path}:{number} is not a question of {task} ({wrong}): give its "
                              "published .jsonl")
         found.append(question)
     if not found:
@@ -176,50 +181,41 @@ def read_questions(path: str, task: str) -> list[dict]:
 
 
 def _what_is_wrong(question, task: str) -> str | None:
-    """Why a JSON value is no question of a task, or None."""
+    """Why a JSON value is not a question of a task, or None."""
     if not isinstance(question, dict):
-        return "it is no JSON object"
+        return "it is not a JSON object"
     if task == "lambada":
         if not _is_text(text := question.get("text")) or " " not in text.strip():
-            return "its text is no string of two or more words"
+            return "its text is not a string of two or more words"
         return None
     if not _is_text(question.get("ctx")):
-        return "its ctx is no string of text"
+        return "its ctx is not a string of text"
     endings, label = question.get("endings"), question.get("label")
     if not isinstance(endings, list) or len(endings) < 2 or not all(map(_is_text, endings)):
-        return "its endings are no list of two or more strings"
+        return "its endings are not a list of two or more strings"
     is_digits = isinstance(label, str) and label.isascii() and label.isdigit() and len(label) < 10
     if type(label) is not int and not is_digits:
-        return "its label is no whole number"
+        return "its label is not a whole number"
     if not 0 <= int(label) < len(endings):
         return f"its label {label} is not the number of an ending, 0 to {len(endings) - 1}"
     return None
 
 
 def _is_text(value) -> bool:
-    """Whether a JSON value is a string with something in it, and no half of a surrogate pair."""
+    """Whether a JSON value is a string that is not empty and has no half of a surrogate pair."""
     return isinstance(value, str) and value != "" and not any("\ud800" <= c <= "\udfff"
                                                               for c in value)
 
 
 def run(config: EvaluateConfig) -> dict[str, float]:
-    """The scores that config asks for."""
-    is_theirs = is_pretrained(config.checkpoint)
-    if is_theirs and config.ema:
-        raise ValueError(f"{config.checkpoint} has no moving average of the weights: leave out "
-                         "--ema")
-    if config.offline and not is_theirs:
-        raise ValueError(f"{config.checkpoint} is never downloaded: leave out --offline")
+    """The scores of config.checkpoint on config.text."""
     path = Path(config.text)
     if not is_token_file(path):
         check_readable(path)  # before the model is loaded, which may take long
-    device.choose(config.device)
+    command.use_machine(config)
     has_ids = config.task == "text" and is_token_file(path)
-    if is_theirs:
-        with tokenizer_needed(not has_ids):
-            model = GPT.from_pretrained(config.checkpoint, offline=config.offline)
-    else:
-        model = GPT.from_checkpoint(config.checkpoint, config.ema)
+    with tokenizer_needed(not has_ids):
+        model = command.load_model(config.checkpoint, config.ema, config.offline)
     if has_ids:
         return score_text(model, read_tokens(path, model.tokenizer), config.stride)
     if model.tokenizer is None:
@@ -242,7 +238,7 @@ def main(argv: list[str] | None = None) -> int:
             print(f"{name} {value:,}" if isinstance(value, int) else f"{name} {value:.4f}")
         sys.stdout.flush()
     except command.FAILURES as error:
-        return command.tell("evaluate", error, "give a smaller model")
+        return command.report("evaluate", error, "give a smaller model")
     return 0
 
 

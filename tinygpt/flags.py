@@ -1,7 +1,7 @@
 """The flags of a command, made from its configurations; settings to JSON and back.
 
-`--preset NAME` and `--config FILE` stand for the settings that they contain, at the place where
-they are given, so that of two settings the later one wins.
+`--preset NAME` and `--config FILE` stand for the settings that they contain. Of two values of a
+setting, the later one on the command line wins.
 """
 
 import argparse
@@ -9,12 +9,12 @@ import json
 import re
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import MISSING, Field, asdict, fields
 from pathlib import Path
 from typing import NoReturn
 
-from tinygpt.config import FINETUNE, check_value, did_you_mean, kind_of
+from tinygpt.config import check_value, did_you_mean, kind_of, range_of
 from tinygpt.hints import ALIASES, HINTS
 from tinygpt.streams import print_error
 
@@ -23,8 +23,8 @@ TRUTHS = {"true": True, "false": False, "1": True, "0": False, "yes": True, "no"
 
 
 class Settings(dict):
-    """One instance of each dataclass, by its key. `given` are the fields that argv sets, itself or
-    through a --preset or a --config; `typed` those that it sets itself."""
+    """An instance of each dataclass, by its key. `given` are the fields that argv sets, also by
+    --preset or --config; `typed` are those with a flag of their own in argv."""
 
     given: set[str]
     typed: set[str]
@@ -33,13 +33,13 @@ class Settings(dict):
 def parse_flags(classes: dict[str, type], argv: list[str], description: str,
                 presets: dict[str, dict] | None = None,
                 former: Callable[[argparse.Namespace], Path | None] | None = None) -> Settings:
-    """Reads argv into an instance of each dataclass.
+    """Parses argv into an instance of each dataclass.
 
-    Every flag can be written with `-` or `_`. With presets, --preset and --config are flags too,
-    and the first preset holds where no other is named. former, called with what argv sets, may
-    name a JSON file whose settings hold instead where argv has none of its own. Prints one line
-    and exits with status 2 on a flag that does not exist or does not parse; raises ValueError on a
-    value out of range, or on a flag that has no effect.
+    Every flag can be written with `-` or `_`. With presets, there are also --preset and --config,
+    and a default preset (see `_Parser.base`). former is called with the parsed flags and may return
+    a JSON file, as of a run that is resumed, whose settings replace that default. Prints one line
+    and exits with status 2 on a flag that does not exist or cannot be parsed; raises ValueError on
+    a value out of range, or on a flag that has no effect.
     """
     parser = _Parser(classes, description, presets)
     words = parser.words(argv)
@@ -59,10 +59,10 @@ def parse_flags(classes: dict[str, type], argv: list[str], description: str,
 
 
 class _Parser(argparse.ArgumentParser):
-    """A mistake gets one line on stderr and exit status 2."""
+    """Reports an error in one line on stderr and exits with status 2."""
 
     def __init__(self, classes: dict[str, type], description: str, presets: dict | None):
-        self.settings = {f.name: f for cls in classes.values() for f in fields(cls)}
+        self.settings = {f.name: f for cls in classes.values() for f in _own_first(cls)}
         self.presets = presets or {}
         super().__init__(description=description.split("\n\n")[0], allow_abbrev=False,
                          add_help=False, formatter_class=_Help,
@@ -73,15 +73,13 @@ class _Parser(argparse.ArgumentParser):
                                                       "preset's" if presets else ""))
         if presets:
             general.add_argument("--preset", action=_Preset, nargs="?", const="", metavar="NAME",
-                                 help=f"a recipe: {', '.join(presets)}")
+                                 help=f"a set of settings: {', '.join(presets)}")
             general.add_argument("--config", action=_Config, nargs="?", const="", metavar="FILE",
                                  help="settings from a JSON file, such as the config.json that a "
                                       "run saves with its checkpoints")
-        group = general
-        for cls in classes.values():
-            for f in fields(cls):
-                if heading := f.metadata.get("section"):
-                    group = self.add_argument_group(heading)
+        for heading, settings in _sections(self.settings.values()).items():
+            group = self.add_argument_group(heading)
+            for f in settings:
                 _add(group, f)
         positional = " ".join(f.name.upper() if how == "required" else f"[{f.name.upper()}]"
                               for f in self.settings.values()
@@ -100,17 +98,18 @@ class _Parser(argparse.ArgumentParser):
             name = word.removeprefix("--")
             f = self.settings.get(name) if word.startswith("--") else None
             if f and kind_of(f)[0] is bool and not (rest and rest[0].lower() in TRUTHS):
-                word += "=true"  # the next word is none of this flag's
+                word += "=true"  # the next word does not belong to this flag
             found.append(word)
         return sorted(found, key=lambda word: word in ("-h", "--help"))
 
     def base(self, words: list[str]) -> dict:
-        """The preset that holds where argv names none."""
+        """The preset that applies if argv names none: the first, or with --init_from the first that
+        sets it."""
         names = {word.partition("=")[0] for word in words}
         if not self.presets or "--preset" in names:
             return {}
-        finetune = "--init_from" in names and FINETUNE in self.presets
-        return self.presets[FINETUNE] if finetune else next(iter(self.presets.values()))
+        return next(preset for preset in self.presets.values()
+                    if "--init_from" not in names or "init_from" in preset)
 
     def read(self, words: list[str], base: dict) -> argparse.Namespace:
         """The value of every setting, and the names of those that are given and typed."""
@@ -121,7 +120,7 @@ class _Parser(argparse.ArgumentParser):
         if unknown:
             self.error(self._unknown(unknown[0].partition("=")[0]))
         if extra:
-            self.error(f"{extra[0]!r} belongs to no flag: put text with blanks in quotes")
+            self.error(f"{extra[0]!r} belongs to no flag: put text with spaces in quotes")
         return found
 
     def _unknown(self, flag: str) -> str:
@@ -131,6 +130,21 @@ class _Parser(argparse.ArgumentParser):
         known = [f.name for f in self.settings.values() if f.metadata.get("positional")
                  != "required"] + ["help"] + (["preset", "config"] if self.presets else [])
         return f"there is no flag {flag}{did_you_mean(flag.lstrip('-'), known, '--')}"
+
+
+def _own_first(cls: type) -> list[Field]:
+    """The fields of a dataclass, the inherited ones last."""
+    return sorted(fields(cls), key=lambda f: f.name not in cls.__annotations__)
+
+
+def _sections(settings: Iterable[Field]) -> dict[str, list[Field]]:
+    """The settings under each heading of --help; the machine's come last."""
+    found, heading = {}, ""
+    for f in settings:
+        heading = f.metadata.get("section", heading)
+        found.setdefault(heading, []).append(f)
+    machine = found.pop("machine", [])
+    return found | {"machine": machine} if machine else found
 
 
 def _add(group, f: Field) -> None:
@@ -159,7 +173,7 @@ def _add(group, f: Field) -> None:
 
 
 class _Set(argparse.Action):
-    """Stores what a flag of a field says, and that it was typed."""
+    """Stores the value of a flag, and that the flag was typed."""
 
     def __init__(self, field: Field, **options):
         super().__init__(**options)
@@ -181,7 +195,7 @@ class _Set(argparse.Action):
 
 
 class _Preset(argparse.Action):
-    """Stores what a preset says."""
+    """Stores the settings of a preset."""
 
     def __call__(self, parser, namespace, value, option_string=None):
         if value not in parser.presets:
@@ -191,7 +205,7 @@ class _Preset(argparse.Action):
 
 
 class _Config(argparse.Action):
-    """Stores what a JSON file says."""
+    """Stores the settings of a JSON file."""
 
     def __call__(self, parser, namespace, value, option_string=None):
         if not value:
@@ -203,7 +217,7 @@ class _Config(argparse.Action):
 
 
 def _take(namespace: argparse.Namespace, settings: dict) -> None:
-    """Stores settings, in place of those that were typed before."""
+    """Stores settings, which replace those typed before."""
     vars(namespace).update(settings)
     namespace.given |= settings.keys()
     namespace.typed -= settings.keys()
@@ -222,7 +236,7 @@ class _ShowHelp(argparse.Action):
 
 
 class _Help(argparse.HelpFormatter):
-    """Each flag with its kind of value, its choices, and its default once."""
+    """Each flag with its kind of value or its choices, its range and its default."""
 
     def __init__(self, prog: str):
         super().__init__(prog, max_help_position=34,
@@ -237,12 +251,15 @@ class _Help(argparse.HelpFormatter):
         return ", ".join(action.option_strings) + values
 
     def _get_help_string(self, action):
-        default = action.default
-        if not action.option_strings or default in (None, argparse.SUPPRESS, (), MISSING):
+        if not isinstance(action, _Set) or not action.option_strings:
             return action.help
-        shown = {True: "on", False: "off"}[default] if isinstance(default, bool) else (
-            default if str(default).isprintable() else repr(default))
-        return f"{action.help} (default: {str(shown).replace('%', '%%')})"
+        notes = [range_of(action.field)]
+        if (default := action.default) not in (None, argparse.SUPPRESS, (), MISSING):
+            shown = {True: "on", False: "off"}[default] if isinstance(default, bool) else (
+                default if str(default).isprintable() else repr(default))
+            notes.append(f"default: {str(shown).replace('%', '%%')}")
+        notes = "; ".join(filter(None, notes))
+        return f"{action.help} ({notes})" if notes else action.help
 
 
 def _converted(f: Field, word: str):
@@ -258,8 +275,7 @@ def _converted(f: Field, word: str):
 
 
 def _underscored(word: str) -> str:
-    """A flag with every dash of its name as an underscore, under its own name where it has
-    another too; anything else as it is."""
+    """A flag with underscores in place of dashes, and ALIASES resolved; other words unchanged."""
     if not word.startswith("--"):
         return word
     name, equals, value = word.partition("=")
@@ -268,8 +284,8 @@ def _underscored(word: str) -> str:
 
 
 def read_settings(path: str | Path, known: dict[str, Field]) -> dict:
-    """The settings in a JSON file. Raises ValueError that names the file where it cannot be read,
-    or has a setting that is unknown or of the wrong type."""
+    """The settings in a JSON file. Raises ValueError with its name if it cannot be read, or has a
+    setting that is unknown or of the wrong type."""
     text = read_file(path)
     try:
         settings = json.loads(text)
@@ -278,8 +294,10 @@ def read_settings(path: str | Path, known: dict[str, Field]) -> dict:
     except ValueError as error:
         raise ValueError(f"{path} cannot be read as JSON ({error})") from error
     if not isinstance(settings, dict):
-        raise ValueError(f"{path} is no JSON object of settings")
+        raise ValueError(f"{path} is not a JSON object of settings")
     settings = {ALIASES.get(name, name): value for name, value in settings.items()}
+    if settings.pop("decay_lr", True) is False:  # of files older than schedule=constant
+        settings["schedule"] = "constant"
     for name, value in settings.items():
         if name not in known:
             raise ValueError(f"{path}: there is no setting {name!r}{did_you_mean(name, known)}")
@@ -291,8 +309,8 @@ def read_settings(path: str | Path, known: dict[str, Field]) -> dict:
 
 
 def read_file(path: str | Path) -> str:
-    """A UTF-8 file. Raises ValueError that names it where it is none, or no file: a pipe or a
-    device might never end."""
+    """The text of a UTF-8 file. Raises ValueError with its name if it cannot be read, or if it is a
+    pipe or a device, which might never end."""
     path = Path(path)
     try:
         if not path.is_file():

@@ -1,9 +1,9 @@
-"""What other programs call a setting, and what it is called here."""
+"""Names of settings in other programs, and the flags here that they correspond to."""
 
 # Names that work as flags, in JSON files and in scripts.
 ALIASES = {"warmup_steps": "warmup_iters"}
 
-_OURS = {  # a flag of ours: what it is called elsewhere
+_OURS = {  # a flag, and its names elsewhere
     "learning_rate": "lr peak_lr max_lr base_lr lr_max learningrate step_size",
     "min_lr": "lr_min final_lr end_lr learning_rate_min",
     "warmup_iters": "warmup warm_up num_warmup_steps lr_warmup_steps warmup_iterations",
@@ -68,7 +68,9 @@ _OURS = {  # a flag of ours: what it is called elsewhere
     "task": "tasks benchmark",
 }
 
-_WORDS = {  # what has no single flag here
+_WORDS = {  # names that do not correspond to one flag
+    "decay_lr": "use --schedule constant for a learning rate that does not decay",
+    "no_decay_lr": "use --schedule constant", "nodecay_lr": "use --schedule constant",
     "bpe_vocab_size": "--vocab_size is the size of the vocabulary that --tokenizer bpe trains",
     "mlp": "use --activation swiglu (or gelu, gelu_tanh) and --n_inner",
     "swiglu": "use --activation swiglu", "rmsnorm": "use --norm rmsnorm",
@@ -82,9 +84,9 @@ _WORDS = {  # what has no single flag here
     "compile": "every step is compiled: leave it out",
     "torch_compile": "every step is compiled: leave it out",
     "jit": "every step is compiled: leave it out",
-    "kv_cache": "text is always written through a key-value cache: leave it out",
-    "use_cache": "text is always written through a key-value cache: leave it out",
-    "no_kv_cache": "text is always written through a key-value cache: leave it out",
+    "kv_cache": "the key-value cache is always used: leave it out",
+    "use_cache": "the key-value cache is always used: leave it out",
+    "no_kv_cache": "the key-value cache is always used: leave it out",
     "ddp": "use --devices 4, or start it with mpirun -n 4",
     "fsdp": "use --devices 4 and --shard_optimizer",
     "zero": "use --devices 4 and --shard_optimizer",
@@ -102,14 +104,14 @@ _WORDS = {  # what has no single flag here
     "perplexity": "run python -m tinygpt.evaluate instead",
     "char": "use --tokenizer char", "bpe": "use --tokenizer bpe", "byte": "use --tokenizer byte",
     "muon": "use --optimizer muon", "adamw": "use --optimizer adamw",
-    "sgd": "use --optimizer adamw, lion, muon or adamw8bit",
+    "sgd": "use --optimizer adamw",
     "head_dim": "it is --n_embd divided by --n_head",
     "head_size": "it is --n_embd divided by --n_head",
     "early_stop": "use --patience 5", "save_best": "best.safetensors is always saved",
     "no_bias": "use --bias false",
 }
 
-# For each such name all that may be meant: a command takes the first that it has the flags for.
+# The hints for each name; a command prints the first whose flags it has.
 HINTS: dict[str, list[str]] = {}
 for _flag, _names in _OURS.items():
     for _name in _names.split():

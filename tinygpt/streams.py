@@ -1,4 +1,4 @@
-"""stdout and stderr that were closed, or that are full."""
+"""Writing to stdout and stderr when they were closed or are full."""
 
 import os
 import sys
@@ -14,8 +14,8 @@ def print_error(line: str) -> None:
 
 
 def silence(stream) -> None:
-    """Discards what is written to a stream from now on, and what it still holds."""
-    with suppress(OSError):  # of a stream that is no file
+    """Discards the buffer of a stream, and everything written to it from now on."""
+    with suppress(OSError):  # the stream has no file descriptor
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, stream.fileno())
         os.close(nowhere)

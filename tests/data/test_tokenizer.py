@@ -344,8 +344,8 @@ def test_without_files_and_network_gpt2_has_a_remedy(fresh_gpt2, monkeypatch, tm
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_unknown_kind_is_refused():
-    with pytest.raises(ValueError, match="no tokenizer 'foo': choose bpe, gpt2, char or byte"):
+def test_a_kind_that_there_is_not_is_refused():
+    with pytest.raises(ValueError, match="no tokenizer 'foo': choose one of bpe, gpt2, char, byte"):
         make_tokenizer("foo", "text", 300)
 
 

@@ -9,9 +9,9 @@ from tinygrad import Tensor
 import generate
 from gpt import GPT, GPTConfig
 from tinygpt import checkpoint
-from tinygpt.config import TrainConfig
 from tinygpt.model import lora
 from tinygpt.model.bigram import Bigram, BigramConfig
+from tinygpt.training.config import TrainConfig
 from train import main, train
 
 FLAGS = ("--tokenizer", "char", "--block_size", 8, "--batch_size", 4, "--eval_iters", 1,

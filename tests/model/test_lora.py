@@ -9,9 +9,9 @@ from tinygrad import Tensor
 import train as command_line
 from gpt import GPT, GPTConfig
 from tinygpt import checkpoint
-from tinygpt.config import TrainConfig
 from tinygpt.data.tokenizer import ByteTokenizer, CharTokenizer
 from tinygpt.model import lora
+from tinygpt.training.config import TrainConfig
 from train import train
 
 pytestmark = pytest.mark.usefixtures("without_samples")

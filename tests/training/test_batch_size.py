@@ -11,11 +11,12 @@ from tinygrad import GlobalCounters, Tensor
 import train as command
 from gpt import GPT, GPTConfig
 from tinygpt import device
-from tinygpt.config import TrainConfig
 from tinygpt.data.load import load_data
 from tinygpt.training import batch_size
-from tinygpt.training.batch_size import available_memory, largest_micro_batch
-from train import Run, fit_batch_size, train
+from tinygpt.training.batch_size import available_memory, fit_batch_size, largest_micro_batch
+from tinygpt.training.config import TrainConfig
+from tinygpt.training.run import Run
+from train import train
 
 TINY = GPTConfig(block_size=32, vocab_size=256, n_layer=1, n_head=2, n_embd=16)
 
@@ -75,7 +76,7 @@ def test_a_run_takes_the_same_tokens_in_what_fits(config, text, tmp_path, monkey
     fit_batch_size(model, config, data)
     each = taken[1] - taken[0]
     assert each > 32 * 256 * 4  # the logits alone
-    monkeypatch.setattr(command, "available_memory", lambda: taken[0] + 2 * each + each // 2)
+    monkeypatch.setattr(batch_size, "available_memory", lambda: taken[0] + 2 * each + each // 2)
     found = fit_batch_size(model, config, data)
     assert (found.batch_size, found.gradient_accumulation_steps) == (3, 4)
     assert np.array_equal(model.wte.weight.numpy(), before) and not (tmp_path / "out").exists()

@@ -8,8 +8,8 @@ from tinygrad import Tensor
 
 from gpt import GPT, GPTConfig
 from tinygpt import checkpoint
-from tinygpt.config import TrainConfig
 from tinygpt.data.load import load_data
+from tinygpt.training.config import TrainConfig
 from tinygpt.training.run import Run, prepare
 from tinygpt.training.steps import Steps
 from train import train

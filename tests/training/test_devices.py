@@ -8,9 +8,9 @@ from tinygrad import Tensor
 
 from gpt import GPT, GPTConfig
 from tinygpt import checkpoint, device
-from tinygpt.config import TrainConfig
 from tinygpt.data.load import load_data
 from tinygpt.device import DeviceError
+from tinygpt.training.config import TrainConfig
 from tinygpt.training.devices import Devices
 from tinygpt.training.optim import make_optimizer
 from tinygpt.training.run import prepare

@@ -7,10 +7,11 @@ import pytest
 from operations import np_orthogonalize
 from tinygrad import Tensor, TinyJit
 
-from tinygpt.config import TrainConfig
 from tinygpt.kernels.blockwise import dequantize, quantize
+from tinygpt.training.config import TrainConfig
 from tinygpt.training.optim import (
     EMA,
+    OPTIMIZERS,
     AdamW,
     AdamW8bit,
     Lion,
@@ -230,8 +231,7 @@ def test_the_state_of_another_optimizer_is_refused_by_name(rng, cls, other):
     assert_same(everything(optimizer), before)
 
 
-@pytest.mark.parametrize("name, cls", [
-    ("adamw", AdamW), ("lion", Lion), ("muon", Muon), ("adamw8bit", AdamW8bit)])
+@pytest.mark.parametrize("name, cls", OPTIMIZERS.items())
 def test_an_optimizer_is_made_as_the_configuration_says(rng, name, cls):
     params = make(draw(rng)).params
     made = make_optimizer(params, TrainConfig(optimizer=name, beta1=0.3, beta2=0.4,

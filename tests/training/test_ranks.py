@@ -17,10 +17,10 @@ from tinygrad import Tensor
 
 from gpt import GPT, GPTConfig
 from tinygpt import checkpoint
-from tinygpt.config import TrainConfig
 from tinygpt.data.load import load_data
 from tinygpt.kernels.cpu.launch import cpu_count
 from tinygpt.training import ranks
+from tinygpt.training.config import TrainConfig
 from tinygpt.training.ranks import Buckets, Ranks, RanksError
 from tinygpt.training.run import prepare
 from train import main, train

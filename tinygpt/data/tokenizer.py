@@ -183,6 +183,13 @@ class ByteTokenizer(_Base):
         return cls()
 
 
+# what makes a tokenizer of each kind, from a text and the size of a vocabulary
+TOKENIZERS = {
+    "bpe": BPETokenizer.train, "gpt2": lambda text, vocab_size: BPETokenizer(),
+    "char": lambda text, vocab_size: CharTokenizer.train(text),
+    "byte": lambda text, vocab_size: ByteTokenizer()}
+
+
 def load_tokenizer(data: dict) -> Tokenizer:
     """The tokenizer of which data is the `to_json()`. Raises ValueError if data is invalid."""
     kinds = {cls.kind: cls for cls in (BPETokenizer, CharTokenizer, ByteTokenizer)}
@@ -201,15 +208,11 @@ def fingerprint(tokenizer: Tokenizer | None) -> str | None:
 
 
 def make_tokenizer(kind: str, text: str, vocab_size: int) -> Tokenizer:
-    """A tokenizer of that kind; bpe and char learn from text. Raises ValueError on an unknown kind.
-    """
-    if kind == "bpe":
-        return BPETokenizer.train(text, vocab_size)
-    if kind == "char":
-        return CharTokenizer.train(text)
-    if kind not in ("gpt2", "byte"):
-        raise ValueError(f"there is no tokenizer {kind!r}: choose bpe, gpt2, char or byte")
-    return BPETokenizer() if kind == "gpt2" else ByteTokenizer()
+    """A tokenizer of that kind; text is what bpe and char learn from. Raises ValueError on a kind
+    that there is not."""
+    if kind not in TOKENIZERS:
+        raise ValueError(f"there is no tokenizer {kind!r}: choose one of {', '.join(TOKENIZERS)}")
+    return TOKENIZERS[kind](text, vocab_size)
 
 
 def end_of_text(tokenizer: Tokenizer | None) -> int | None:

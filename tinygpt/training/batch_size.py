@@ -1,17 +1,46 @@
 """The largest micro-batch that fits into the memory of a device."""
 
 import os
+import sys
+import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from tinygrad import GlobalCounters
 
 from tinygpt import device
+from tinygpt.data.load import TokenData
+from tinygpt.model.language_model import LanguageModel
+from tinygpt.training.config import TrainConfig
+from tinygpt.training.run import prepare
 
 SHARE = 0.8  # of the memory that is free on a CPU, which others use too
 ADVICE = ("lower --batch_size and raise --gradient_accumulation_steps as much, or take "
           "--batch_size auto; --grad_checkpoint, a smaller --block_size and --optimizer adamw8bit "
           "take less too")
+
+
+def fit_batch_size(model: LanguageModel, config: TrainConfig, data: TokenData) -> TrainConfig:
+    """config with the largest micro-batch that fits, and as many tokens a step."""
+    sequences = config.batch_size * config.gradient_accumulation_steps
+
+    def split(n: int, **changes) -> TrainConfig:
+        return replace(config, batch_size=n, gradient_accumulation_steps=sequences // n,
+                       auto_batch_size=False, **changes)
+
+    def trial(n: int):
+        with tempfile.TemporaryDirectory() as folder:
+            run = prepare(model, split(n, out_dir=folder, resume=False, curriculum=False), data)
+        run.steps.evaluate(run.batches.batch, 1)
+        for _ in range(2):  # compiled by the first
+            run.step(0.0)  # which leaves the weights as they are
+        return run
+
+    print("finding the largest micro-batch that fits", file=sys.stderr)
+    n = largest_micro_batch(sequences, trial, available_memory())
+    print(f"batch_size {n}, gradient_accumulation_steps {sequences // n}", file=sys.stderr)
+    return split(n)
 
 
 def largest_micro_batch(sequences: int, trial: Callable[[int], object],

@@ -13,8 +13,6 @@ from tinygpt.model.language_model import LanguageModel
 from tinygpt.safetensors_file import BAD_VALUES
 from tinygpt.training.ranks import Ranks
 
-MOMENTS = {"adamw": 2, "muon": 1, "lion": 1, "adamw8bit": 0.5}  # numbers of state for a weight
-
 
 def check_ranks(model: LanguageModel, config: TrainConfig, data: TokenData, ranks: Ranks) -> None:
     """Raises ValueError where the processes cannot share a step, or differ in settings or data."""
@@ -41,7 +39,7 @@ def check_memory(model: LanguageModel, config: TrainConfig) -> None:
     shape, params = model.config, lora.trainable(model.state_dict(), config.freeze)
     trained = sum(p.numel() for p in params.values()) / config.devices
     needed = 4 * (model.num_params() * (2 if config.ema else 1)
-                  + trained * (1 + MOMENTS[config.optimizer]))
+                  + trained * (1 + OPTIMIZERS[config.optimizer].state_size))
     device.check_memory(int(needed), "the weights, their gradients and the optimizer's state",
                         "make the model smaller (--n_layer, --n_embd, --vocab_size), or take "
                         "--optimizer adamw8bit or --lora_rank")

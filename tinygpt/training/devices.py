@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from tinygrad import Tensor
 
 from tinygpt import device
-from tinygpt.config import TrainConfig
+from tinygpt.training.config import TrainConfig
 
 
 class Devices:

@@ -12,7 +12,6 @@ from tinygrad import Tensor
 
 from tinygpt import kernels
 from tinygpt.checkpoint import CheckpointError, check_arrays
-from tinygpt.config import TrainConfig
 from tinygpt.kernels.blockwise import BLOCK
 
 
@@ -26,14 +25,15 @@ def clip_scale(norm: Tensor, limit: float) -> Tensor:
     return (limit / (norm + 1e-6)).minimum(1.0) if limit else norm.ones_like()
 
 
-def make_optimizer(params: dict[str, Tensor], config: TrainConfig) -> "Optimizer":
-    """The optimizer that config names, on float32 tensors by name."""
-    cls = {"adamw": AdamW, "lion": Lion, "muon": Muon, "adamw8bit": AdamW8bit}[config.optimizer]
-    return cls(params, config.beta1, config.beta2, config.weight_decay)
+def make_optimizer(params: dict[str, Tensor], config) -> "Optimizer":
+    """The optimizer that a TrainConfig names, on float32 tensors by name."""
+    return OPTIMIZERS[config.optimizer](params, config.beta1, config.beta2, config.weight_decay)
 
 
 class Optimizer:
     """Base class. params are float32 tensors by name; step (1,) float32 counts the updates."""
+
+    state_size: float  # float32 numbers of state for each weight
 
     def __init__(self, params: dict[str, Tensor]):
         self.params = params
@@ -71,7 +71,7 @@ class Optimizer:
 def _maker(state: dict) -> str:
     """The optimizer of a state: names begin with it, but for AdamW."""
     kinds = {name.split(".")[0] for name in state}
-    return next((kind for kind in ("lion", "muon", "adamw8bit") if kind in kinds), "adamw")
+    return next((kind for kind in OPTIMIZERS if kind in kinds), "adamw")
 
 
 class AdamW(Optimizer):
@@ -79,6 +79,8 @@ class AdamW(Optimizer):
 
     The moments m and v are float32 of the parameters' shapes.
     """
+
+    state_size = 2
 
     def __init__(self, params: dict[str, Tensor], beta1: float = 0.9, beta2: float = 0.99,
                  weight_decay: float = 0.1, eps: float = 1e-8):
@@ -117,6 +119,8 @@ class Lion(Optimizer):
     The momentum is float32 of the parameters' shapes.
     """
 
+    state_size = 1
+
     def __init__(self, params: dict[str, Tensor], beta1: float = 0.9, beta2: float = 0.99,
                  weight_decay: float = 0.1):
         super().__init__(params)
@@ -144,6 +148,8 @@ class Muon(Optimizer):
     The momentum, float32 of a matrix's shape, is orthogonalized, and scaled to the root mean square
     of AdamW's steps, 0.2, so that AdamW's learning rate and weight decay suit both.
     """
+
+    state_size = 1
 
     def __init__(self, params: dict[str, Tensor], beta1: float = 0.9, beta2: float = 0.99,
                  weight_decay: float = 0.1, momentum: float = 0.95):
@@ -230,6 +236,8 @@ class AdamW8bit(Optimizer):
     as in bitsandbytes.
     """
 
+    state_size = 0.5
+
     def __init__(self, params: dict[str, Tensor], beta1: float = 0.9, beta2: float = 0.99,
                  weight_decay: float = 0.1, eps: float = 1e-8):
         super().__init__(params)
@@ -264,6 +272,9 @@ class AdamW8bit(Optimizer):
                 state |= {f"adamw8bit.{kind}.{name}": moment,
                           f"adamw8bit.{kind}_max.{name}": absmax}
         return state
+
+
+OPTIMIZERS = {"adamw": AdamW, "lion": Lion, "muon": Muon, "adamw8bit": AdamW8bit}
 
 
 def _zeros(shape: tuple[int, ...], dtype=np.float32) -> Tensor:

@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 
 from tinygpt import checkpoint, device
-from tinygpt.config import TrainConfig
 from tinygpt.data.load import Batches, TokenData
 from tinygpt.data.tokenizer import up_to_end
 from tinygpt.flags import to_json
@@ -25,6 +24,7 @@ from tinygpt.training.checks import (
     check_resumable,
     check_vocabulary,
 )
+from tinygpt.training.config import TrainConfig
 from tinygpt.training.devices import Devices
 from tinygpt.training.loggers import check_loggers, make_loggers
 from tinygpt.training.loss_scale import LossScale

@@ -6,10 +6,10 @@ import numpy as np
 from tinygrad import Tensor, dtypes
 
 from tinygpt import device, kernels
-from tinygpt.config import TrainConfig
 from tinygpt.kernels.jit import compiled
 from tinygpt.kernels.random import make_key
 from tinygpt.kernels.training import training
+from tinygpt.training.config import TrainConfig
 from tinygpt.training.devices import Devices
 from tinygpt.training.optim import EMA, Optimizer, clip_scale, global_norm
 from tinygpt.training.ranks import Buckets, Ranks
