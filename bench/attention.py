@@ -20,7 +20,7 @@ import tinygpt  # noqa: F401 (finds the compiler)
 from bench.measure import in_turn, record
 from bench.peer import enter_torch, synchronize, torch_device
 from tinygpt import kernels
-from tinygpt.kernels.cpu.launch import cpu_count
+from tinygpt.machine import cpu_count
 
 CASES = [(12, 64, 4, 32), (12, 256, 6, 64), (1, 4096, 12, 64)]  # B, T, H, D
 

@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import tinygpt  # noqa: F401 (finds the compiler)
 from bench.measure import in_turn, record
 from tinygpt import kernels
-from tinygpt.kernels.cpu.launch import cpu_count
+from tinygpt.machine import cpu_count
 
 N, V = 1024, 50257
 

@@ -21,7 +21,7 @@ from gpt import GPT, GPTConfig
 from tinygpt import kernels
 from tinygpt.config import TrainConfig
 from tinygpt.data.load import TokenData
-from tinygpt.kernels.cpu.launch import cpu_count
+from tinygpt.machine import cpu_count
 from tinygpt.training.ranks import Ranks, world
 from train import Run
 

@@ -18,7 +18,7 @@ from gpt import GPT, GPTConfig
 from tinygpt.config import TrainConfig
 from tinygpt.data.load import TokenData
 from tinygpt.kernels import use
-from tinygpt.kernels.cpu.launch import cpu_count
+from tinygpt.machine import cpu_count
 from train import Run
 
 # layers, heads, width, block, batch, vocabulary

@@ -12,7 +12,7 @@ from tiny import TINY
 from tinygrad import Tensor
 
 from gpt import GPT, KVCache
-from tinygpt import check, checkpoint, kernels
+from tinygpt import check, checkpoint, kernels, machine
 from tinygpt.kernels import cases
 
 NO_OPERATIONS = {"IMPLEMENTATIONS", "in_use", "stored", "set_threads", "use"}
@@ -178,4 +178,4 @@ def test_threads_are_those_asked_for(monkeypatch):
     monkeypatch.setattr(check, "code_checks", lambda *_: [])
     check.run(check.CheckConfig(threads=3))
     check.run(check.CheckConfig())
-    assert asked == [3, kernels.cpu.launch.cpu_count()]
+    assert asked == [3, machine.cpu_count()]

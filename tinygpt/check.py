@@ -22,7 +22,7 @@ from tinygrad import Tensor
 from tinygrad.helpers import Context
 
 from gpt import GPT, GPTConfig
-from tinygpt import checkpoint, command, device, kernels
+from tinygpt import checkpoint, command, device, kernels, machine
 from tinygpt.config import TrainConfig, check, setting
 from tinygpt.data.tokenizer import ByteTokenizer
 from tinygpt.flags import parse_flags
@@ -382,7 +382,7 @@ def run(config: CheckConfig) -> bool:
     """Makes all checks that config asks for and prints what they find; whether all are ok."""
     device.choose(config.device)
     kernels.use(config.kernels)
-    kernels.set_threads(config.threads or kernels.cpu.launch.cpu_count())
+    kernels.set_threads(config.threads or machine.cpu_count())
     with tempfile.TemporaryDirectory(prefix="tinygpt-") as folder:
         checks = [("compiler and device", check_compiler), *(
             checkpoint_checks(config) if config.checkpoint else code_checks(config, Path(folder)))]

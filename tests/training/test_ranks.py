@@ -19,7 +19,7 @@ from gpt import GPT, GPTConfig
 from tinygpt import checkpoint
 from tinygpt.config import TrainConfig
 from tinygpt.data.load import load_data
-from tinygpt.kernels.cpu.launch import cpu_count
+from tinygpt.machine import cpu_count
 from tinygpt.training import ranks
 from tinygpt.training.ranks import Buckets, Ranks, RanksError
 from train import Run, main, train

@@ -35,7 +35,7 @@ from tinygpt.data.documents import (
 )
 from tinygpt.data.token_files import parse_sealed, sealed
 from tinygpt.data.tokenizer import Tokenizer, load_tokenizer, make_tokenizer
-from tinygpt.kernels.cpu.launch import cpu_count
+from tinygpt.machine import cpu_count
 
 PIECE = 32 << 20  # bytes of text in a shard, at most
 LEARN = 64 << 20  # bytes that the merges of bpe are learned from

@@ -15,7 +15,7 @@ from tinygpt.config import SampleConfig, TrainConfig
 from tinygpt.data.load import Batches, TokenData
 from tinygpt.data.tokenizer import up_to_end
 from tinygpt.flags import to_json
-from tinygpt.kernels.cpu.launch import cpu_count
+from tinygpt.machine import cpu_count
 from tinygpt.model import lora
 from tinygpt.model.language_model import LanguageModel
 from tinygpt.safetensors_file import BAD_VALUES

@@ -34,6 +34,7 @@ from tinygrad.renderer import Estimates
 from tinygrad.uop.ops import KernelInfo, Ops, ProgramInfo, UOp
 
 from tinygpt.kernels.jit import constant
+from tinygpt.machine import cpu_count, cpu_info
 
 FOLDER = Path(__file__).parent
 IS_014 = "target" in ProgramInfo.__dataclass_fields__
@@ -67,12 +68,9 @@ def source(file: str, **defines: str | int) -> tuple[str, str]:
 def processor() -> str:
     """A name for what this processor can do: what is compiled for it may not run on another, which
     may share tinygrad's cache."""
-    facts = platform.machine()
-    with suppress(OSError):
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-        facts += "".join(sorted(set(re.findall(r"^(?:flags|Features|model name)\s*:.*$", text,
-                                               re.M))))
-    return hashlib.sha256(facts.encode()).hexdigest()[:12]
+    lines = re.findall(r"^(?:flags|Features|model name)\s*:.*$", cpu_info(), re.M)
+    return hashlib.sha256("".join([platform.machine(), *sorted(set(lines))]).encode()
+                          ).hexdigest()[:12]
 
 
 def program(name: str, code: str, buffers, outputs: int, flops: int) -> UOp:
@@ -191,12 +189,6 @@ class Pool:
             worker.join(1)
 
 
-def cpus() -> frozenset[int]:
-    """The CPUs that this process may use, by number."""
-    known = hasattr(os, "sched_getaffinity")
-    return frozenset(os.sched_getaffinity(0) if known else range(os.cpu_count()))
-
-
 def off_the_worker(finalizer: Callable[..., None]) -> Callable[..., None]:
     """A finalizer that waits for the CPU's thread of kernels, put off where that very thread runs
     it, which would wait for itself for ever: until another thread calls one.
@@ -223,28 +215,14 @@ if not IS_014:
 
 
 @functools.cache
-def cpu_count() -> int:
-    """How many CPUs this process may use: those it may run on, or fewer by a container's quota."""
-    allowed = len(cpus())
-    with suppress(OSError, ValueError):  # no such control group, or "max"
-        quota, period = map(int, Path("/sys/fs/cgroup/cpu.max").read_text().split())
-        allowed = min(allowed, max(1, math.ceil(quota / period)))
-    return allowed
-
-
-@functools.cache
 def amx() -> str:
     """"real" where this processor multiplies bfloat16 in AMX tiles and Linux lets this process
     use them, else ""."""
-    if sys.platform != "linux" or platform.machine() != "x86_64":
-        return ""
-    try:
-        offered = "amx_bf16" in Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
+    if platform.machine() != "x86_64" or "amx_bf16" not in cpu_info():
         return ""
     arch_prctl, request_permission, tile_data = 158, 0x1023, 18
-    return "real" if offered and not ctypes.CDLL(None).syscall(
-        arch_prctl, request_permission, tile_data) else ""
+    refused = ctypes.CDLL(None).syscall(arch_prctl, request_permission, tile_data)
+    return "" if refused else "real"
 
 
 MOST_THREADS = 64  # as many semaphores as pool_t has
