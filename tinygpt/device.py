@@ -23,7 +23,7 @@ from tinygrad import Device, Tensor, helpers
 from tinygrad.helpers import CACHEDB, CACHELEVEL, DEV
 
 from tinygpt import machine
-from tinygpt.kernels.cpu.launch import compilations
+from tinygpt.kernels.cpu.compile import compilations
 
 NO_COMPILER = ("tinygrad's CPU device needs clang, and none was found: "
                "pip install ziglang, or install clang, or name one in CC")

@@ -30,7 +30,7 @@ from operations import (
 from tinygrad import Tensor, TinyJit, dtypes
 
 from tinygpt import kernels
-from tinygpt.kernels.cpu import launch
+from tinygpt.kernels.cpu import kernel
 from tinygpt.kernels.random import make_key, random_bits
 
 NUMBERED = [(operation, n) for operation, cases in CASES.items() for n in range(len(cases))]
@@ -231,14 +231,14 @@ PROCESSORS = {"avx512": ["x86_64", "-march=sapphirerapids"], "sse": ["x86_64", "
 @pytest.fixture(scope="module")
 def c_sources():
     """The source of every C kernel that CASES use, with and without AMX."""
-    sources, build = {}, launch.program
+    sources, build = {}, kernel.program
 
     def program(name, code, *rest):
         sources[name] = code
         return build(name, code, *rest)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(launch, "program", program)
+        patch.setattr(kernel, "program", program)
         for amx in ("", "real"):
             patch.setattr(kernels.cpu, "amx", lambda amx=amx: amx)
             for operation, dtype in itertools.product(CASES, TOLERANCE):

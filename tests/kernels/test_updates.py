@@ -6,7 +6,7 @@ from operations import check, draw, implementations, np_orthogonalize, tensors
 from tinygrad import Tensor
 
 from tinygpt import kernels
-from tinygpt.kernels.cpu import launch
+from tinygpt.kernels.cpu.threads import pool
 
 
 @pytest.mark.parametrize("implementation", implementations("orthogonalize"))
@@ -44,11 +44,12 @@ def test_orthogonalize_of_many_is_that_of_each(implementation):
 
 def test_orthogonalize_has_room_for_every_thread_that_there_is(monkeypatch):
     """Also where fewer were asked for when the threads had begun."""
-    made, empty, threads = [], Tensor.empty, launch.pool().threads
-    monkeypatch.setattr(launch, "_threads", 1)
+    made, empty, threads = [], Tensor.empty, pool().threads
+    kernels.set_threads(1)
     monkeypatch.setattr(Tensor, "empty", lambda *shape, **options: made.append(shape)
                         or empty(*shape, **options))
     kernels.orthogonalize(*[Tensor.ones(5, 7)] * 16, implementation="cpu")
+    kernels.set_threads(threads)
     assert (min(threads, 16), 4, 5, 5) in made
 
 

@@ -19,7 +19,8 @@ import warnings
 from tinygrad import Tensor, UOp
 
 from tinygpt.kernels import cpu, flash, portable, reference, stock
-from tinygpt.kernels.cpu.launch import set_threads, stored
+from tinygpt.kernels.cpu.kernel import stored
+from tinygpt.kernels.cpu.threads import set_threads
 
 __all__ = ["IMPLEMENTATIONS", "adamw", "adamw8bit", "attention", "cached_attention",
            "cross_entropy", "draw", "dropout", "embedding", "gelu", "in_use", "layer_norm",

@@ -16,7 +16,7 @@ from tinygrad import Tensor, UOp, dtypes
 from tinygrad.dtype import DType
 from tinygrad.renderer import Renderer
 
-from tinygpt.kernels.cpu.launch import plain, untransposed
+from tinygpt.kernels.cpu.kernel import plain, untransposed
 from tinygpt.kernels.jit import constant
 from tinygpt.kernels.tiles import MATRICES, Heads, Problem, Tiles, choose_tiles
 from tinygpt.kernels.workgroup import arguments, find_core, render, renderer_of
@@ -266,7 +266,7 @@ def _run(kernel, problem: Problem, outputs: list[Tensor], inputs: list[Tensor],
         return kernel(problem, *[b.base for b in buffers])
 
     made = Tensor.custom_kernel(*outputs, *inputs, fxn=build, grad_fxn=gradient)[:len(outputs)]
-    return [y * 1 for y in made]  # values: see `tinygpt.kernels.cpu.launch.Kernel`
+    return [y * 1 for y in made]  # values: see `tinygpt.kernels.cpu.kernel.Kernel`
 
 
 def sources(q: tuple[int, ...], k: tuple[int, ...], dtype: DType, renderer: Renderer,

@@ -1,4 +1,9 @@
-"""Steps that tinygrad compiles at their first call, and constants that are no part of a step."""
+"""Steps that tinygrad compiles at their first call, constants that are no part of a step, and which
+release of tinygrad this is.
+
+Private interfaces of tinygrad: the count of a TinyJit's calls, `capturing`, and the context
+variable CAPTURING.
+"""
 
 import functools
 import weakref
@@ -8,6 +13,9 @@ import numpy as np
 from tinygrad import Tensor, TinyJit
 from tinygrad.engine.realize import capturing
 from tinygrad.helpers import Context
+from tinygrad.uop.ops import ProgramInfo
+
+IS_014 = "target" in ProgramInfo.__dataclass_fields__  # 0.14 or later, not 0.13
 
 
 def compiled(method: Callable) -> TinyJit:

@@ -13,7 +13,7 @@ import operator
 from tinygrad import Tensor, UOp, dtypes
 
 from tinygpt.kernels import reference
-from tinygpt.kernels.cpu.launch import narrow
+from tinygpt.kernels.cpu.kernel import narrow
 from tinygpt.kernels.random import counter
 from tinygpt.kernels.reference import (
     adamw,

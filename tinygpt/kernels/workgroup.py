@@ -18,10 +18,11 @@ from tinygrad.dtype import AddrSpace, DType
 from tinygrad.helpers import Target
 from tinygrad.renderer import Estimates, Renderer
 from tinygrad.renderer.cstyle import CUDARenderer, MetalRenderer
-from tinygrad.uop.ops import AxisType, KernelInfo, Ops, ProgramInfo
+from tinygrad.uop.ops import AxisType, KernelInfo, Ops
+
+from tinygpt.kernels.jit import IS_014
 
 WARP = 32  # threads that multiply matrices together
-IS_014 = "target" in ProgramInfo.__dataclass_fields__
 
 Place = Callable[[UOp, int], tuple]  # (lane, number of an element) -> (row, column)
 

@@ -9,7 +9,9 @@ functions can take.
 from tinygrad import Tensor, UOp, dtypes
 
 from tinygpt.kernels import reference
-from tinygpt.kernels.cpu.launch import Kernel, amx, constants, memory, pool, untransposed
+from tinygpt.kernels.cpu.compile import amx
+from tinygpt.kernels.cpu.kernel import Kernel, constants, memory, untransposed
+from tinygpt.kernels.cpu.threads import pool
 
 FLOAT_IN, FLOAT_OUT, ACT_IN, ACT_OUT = "const float*", "float*", "const act*", "act*"
 WEIGHT_IN = "const void*"  # of as many bits as the define WEIGHT says

@@ -2,7 +2,7 @@
  *
  * Work is handed out by a 64-bit ticket, generation << 32 | next index, so that a worker that
  * wakes up late can never take part of a newer job, and the caller waits only for the tasks that
- * were taken. The pool lives in one block of memory that launch.py allocates and fills.
+ * were taken. The pool lives in one block of memory that threads.py allocates and fills.
  */
 typedef unsigned long u64;
 typedef unsigned int u32;
