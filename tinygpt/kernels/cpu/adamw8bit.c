@@ -72,18 +72,17 @@ HOT float quantize(byte* codes, const float* x, const map_t* map, int with_sign,
 
 static void some_blocks(void* args, int index);
 
-KERNEL void NAME(float* p, byte* m, float* m_tops, byte* v, float* v_tops, const float* grad,
-                 const float* options, const long* dims, const u64* table) {
-  pool_t* pool = (pool_t*)table[0];
+KERNEL void NAME(ARGUMENTS) {
+  DECLARE_NAMES
   map_t with_sign, without;
   adamw8bit_t g = {.p = p, .m = m, .v = v, .m_tops = m_tops, .v_tops = v_tops, .grad = grad,
-                   .options = options, .with_sign = &with_sign, .without = &without, .n = dims[0]};
+                   .options = options, .with_sign = &with_sign, .without = &without, .n = n};
   if (options[8] == 0.f) return;
   make_map(&with_sign, 1);
   make_map(&without, 0);
-  g.blocks = (g.n + BLOCK - 1) / BLOCK;
-  g.tasks = MAX(1, MIN(4 * (long)pool->threads, g.blocks / 16));
-  parallel_for(pool, some_blocks, &g, g.tasks);
+  g.blocks = (n + BLOCK - 1) / BLOCK;
+  g.tasks = MAX(1, MIN(4 * (long)shared->pool->threads, g.blocks / 16));
+  parallel_for(shared->pool, some_blocks, &g, g.tasks);
 }
 
 KERNEL static void some_blocks(void* args, int index) {

@@ -31,9 +31,9 @@ FOLDER = Path(__file__).parent
 
 
 @functools.cache
-def source(file: str, **defines: str | int) -> tuple[str, str]:
-    """A C file with its includes and defines, and a name for it, in which numbers and types (whose
-    names are in lower case) stand."""
+def source(file: str, name: str, defines: tuple[tuple[str, str | int], ...] = ()
+           ) -> tuple[str, str]:
+    """The name, and a C file with its includes and defines, of which NAME is one."""
     def read(name: str) -> str:
         text = (FOLDER / name).read_text(encoding="utf-8")
         return re.sub(r'^#include "(.*)"$', lambda m: included(m[1]), text, flags=re.M)
@@ -46,9 +46,7 @@ def source(file: str, **defines: str | int) -> tuple[str, str]:
         seen.add(name)
         return read(name)
 
-    name = "_".join([file.removesuffix(".c"), *(f"{k}{v}" for k, v in defines.items()
-                                                if isinstance(v, int) or k.islower())]).lower()
-    lines = [f"#define {k} {v}\n" for k, v in (defines | {"NAME": name}).items()]
+    lines = [f"#define {k} {v}\n" for k, v in (*defines, ("NAME", name))]
     return name, f"// for {processor()}\n" + "".join(lines) + read(file)
 
 

@@ -6,8 +6,8 @@ maketuple, gettuple, after, param_like, placeholder_like), and the Ops that view
 
 import functools
 import math
+import struct
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 from tinygrad import Tensor, UOp, dtypes
@@ -18,6 +18,13 @@ from tinygpt.kernels.cpu.compile import compilations, program, source
 from tinygpt.kernels.cpu.threads import table
 from tinygpt.kernels.jit import constant
 
+# What the elements of tensors are in C; vector.h has bf16 and f16
+C_TYPES = {dtypes.float32: "float", dtypes.bfloat16: "bf16", dtypes.float16: "f16",
+           dtypes.int32: "int", dtypes.uint32: "unsigned", dtypes.int8: "signed char",
+           dtypes.uint8: "unsigned char"}
+Tensors = dict[str, Tensor | list[Tensor] | None]
+Sizes = dict[str, int | float | list[int]]
+
 
 @functools.cache
 def constants(dtype, *values: float) -> Tensor:
@@ -25,56 +32,125 @@ def constants(dtype, *values: float) -> Tensor:
     return constant(np.array(values, _to_np_dtype(dtype)), "CPU")
 
 
-@dataclass(frozen=True)
 class Kernel:
-    """A C file and how it is called: its arguments are outputs, inputs, sizes and the pool."""
+    """A C file, called with tensors and sizes that have the same names in C.
 
-    file: str
-    arguments: tuple[tuple[str, str], ...] = ()  # (C type, name), for files with ARGUMENTS
-    defines: tuple[tuple[str, str | int], ...] = ()
+    There, a tensor x is a pointer to x_t, the type of its elements; where it is None, x is 0, and
+    where it is a list, an array of pointers. A size is a long, one that is a Python float a float,
+    and a list of sizes an array. `defines` are macros.
+    """
 
-    def __call__(self, outputs: list[Tensor], inputs: list[Tensor], sizes: tuple[int, ...],
-                 gradient=None, flops: int = 0) -> list[Tensor]:
-        """New tensors of the shapes and dtypes of `outputs`, as the kernel computes them.
+    def __init__(self, file: str, **defines: int | str):
+        self.file, self.defines = file, defines
 
-        gradient takes the gradient of the first output and the kernel's own outputs and returns a
-        gradient, or None, for each of `inputs`.
+    def __call__(self, *, outputs: Tensors, inputs: Tensors, sizes: Sizes, gradient=None,
+                 flops: int = 0) -> Tensors:
+        """New tensors of the shapes and dtypes of `outputs`, by name, as the kernel computes them.
+
+        gradient takes the gradient of the first output and all that the kernel made, by name, and
+        returns the gradients of inputs by name.
         """
-        count, name, build = len(outputs), *self._program(len(outputs), sizes, flops)
-        inputs = [plain(x) for x in inputs]
-        arguments = [x.uop for x in (*inputs, constants(dtypes.int64, *sizes), table())]
+        name, build = self._program(outputs, inputs, sizes, flops)
+        empty, given = _flat(outputs), {key: plain(x) for key, x in _flat(inputs).items()}
+        arguments = [x.uop for x in (*given.values(), *_tables(sizes))]
 
         def backward(dy: UOp, call: UOp):
-            made = [Tensor(call.gettuple(i)) for i in range(count)]
-            grads = [g if g is None else g.reshape(x.shape).uop
-                     for g, x in zip(gradient(Tensor(dy), made), inputs, strict=True)]
-            return (*grads, None, None)
+            made = [Tensor(call.gettuple(i)) for i in range(len(empty))]
+            grads = gradient(Tensor(dy), _nested(outputs, made))
+            assert grads.keys() <= inputs.keys()
+            found = [grads.get(key) for key in given] + [None] * (len(arguments) - len(given))
+            return tuple(g if g is None else g.reshape(x.shape).uop
+                         for g, x in zip(found, arguments, strict=True))
 
         # A function of its arguments: an output is a value, and has no memory until it is realized
         # that an assignment to it would write into. Flat memory is what tinygrad need not copy.
-        written = [Tensor.empty(t.numel(), dtype=t.dtype, device="CPU").uop for t in outputs]
+        written = [Tensor.empty(t.numel(), dtype=t.dtype, device="CPU").uop for t in empty.values()]
         body = [*written, *(uop.param_like(i) for i, uop in enumerate(arguments))]
         kernel = build(*(UOp.placeholder_like(x, slot=i) for i, x in enumerate(body))).call(*body)
         call = UOp.maketuple(*(buffer.after(kernel) for buffer in written)).call(
             *arguments, grad_fxn=gradient and backward, name=name, precompile=True)
-        return [Tensor(call.gettuple(i)).reshape(t.shape) * 1 for i, t in enumerate(outputs)]
+        return _nested(outputs, [Tensor(call.gettuple(i)).reshape(t.shape) * 1
+                                 for i, t in enumerate(empty.values())])
 
-    def in_place(self, changed: list[Tensor], inputs: list[Tensor], sizes: tuple[int, ...],
-                 flops: int = 0) -> list[Tensor]:
+    def in_place(self, *, changed: Tensors, inputs: Tensors, sizes: Sizes, flops: int = 0
+                 ) -> Tensors:
         """Runs a kernel that writes into realized tensors, and returns them as they are then."""
-        _, build = self._program(len(changed), sizes, flops)
-        inputs = [plain(x) for x in inputs]
-        return Tensor.custom_kernel(*changed, *inputs, constants(dtypes.int64, *sizes), table(),
-                                    fxn=build)[:len(changed)]
+        _, build = self._program(changed, inputs, sizes, flops)
+        given = [plain(x) for x in _flat(inputs).values()]
+        made = Tensor.custom_kernel(*_flat(changed).values(), *given, *_tables(sizes),
+                                    fxn=build)
+        return _nested(changed, made)
 
-    def _program(self, outputs: int, sizes: tuple[int, ...], flops: int) -> tuple[str, Callable]:
+    def _program(self, outputs: Tensors, inputs: Tensors, sizes: Sizes, flops: int
+                 ) -> tuple[str, Callable]:
         """The kernel's name, and what makes its program for some buffers, the outputs first."""
-        defines = dict(self.defines)
-        if self.arguments:
-            defines["ARGUMENTS"] = " ".join(f"{kind} {name}," for kind, name in self.arguments)
-        name, code = source(self.file, **defines)
+        name, code = source(self.file, *self._declarations(outputs, inputs, sizes))
         compilations().begin(code)
-        return name, lambda *buffers: program(name, code, buffers, outputs, flops)
+        count = len(_flat(outputs))
+        return name, lambda *buffers: program(name, code, buffers, count, flops)
+
+    def _declarations(self, outputs: Tensors, inputs: Tensors, sizes: Sizes
+                      ) -> tuple[str, tuple[tuple[str, int | str], ...]]:
+        """A name that differs where the code does, and what the C file sees defined."""
+        title = [self.file.removesuffix(".c"), *(f"{k}{v}" for k, v in self.defines.items()
+                                                 if isinstance(v, int))]
+        defines, arguments, declared = dict(self.defines), [], []
+        for const, tensors in (("", outputs), ("const ", inputs)):
+            for name, value in tensors.items():
+                parts = _flat({name: value})
+                if not parts:
+                    declared.append(f"void* const {name} = 0;")
+                    title.append(f"no_{name}")
+                    continue
+                kind = defines[f"{name}_t"] = C_TYPES[next(iter(parts.values())).dtype]
+                title += [] if kind in ("float", "int") else [name, kind.replace(" ", "_")]
+                arguments += [f"{const}{name}_t* {part}" for part in parts]
+                if isinstance(value, list):
+                    declared.append(f"{const}{name}_t* {name}[] = {{{', '.join(parts)}}};")
+        at = 0
+        for name, value in sizes.items():
+            if isinstance(value, list):
+                declared.append(f"const long* {name} = sizes + {at};")
+            elif isinstance(value, float):
+                declared.append(f"const float {name} = __builtin_bit_cast(double, sizes[{at}]);")
+            else:
+                declared.append(f"const long {name} = sizes[{at}];")
+            at += len(_words(value))
+        arguments += ["const long* sizes", "const shared_t* shared"]
+        defines["ARGUMENTS"] = ", ".join(arguments)
+        defines["DECLARE_NAMES"] = " ".join(declared)
+        return "_".join(title).lower(), tuple(defines.items())
+
+
+def _words(size: int | float | list[int]) -> list[int]:
+    """The 64-bit words of a size, a float's those of a double."""
+    if isinstance(size, float):
+        return list(struct.unpack("q", struct.pack("d", size)))
+    return size if isinstance(size, list) else [size]
+
+
+def _tables(sizes: Sizes) -> list[Tensor]:
+    """The last two arguments of a kernel."""
+    words = [word for size in sizes.values() for word in _words(size)]
+    return [constants(dtypes.int64, *words), table()]
+
+
+def _flat(tensors: Tensors) -> dict[str, Tensor]:
+    """Those that are there, each of a list under a name of its own."""
+    flat = {}
+    for name, value in tensors.items():
+        if isinstance(value, list):
+            flat |= {f"{name}{i}": x for i, x in enumerate(value)}
+        elif value is not None:
+            flat[name] = value
+    return flat
+
+
+def _nested(tensors: Tensors, flat: list[Tensor]) -> Tensors:
+    """`flat` under the names of `tensors`, in lists where those are lists."""
+    rest = iter(flat)
+    return {name: [next(rest) for _ in value] if isinstance(value, list) else next(rest)
+            for name, value in tensors.items() if value is not None}
 
 
 def plain(x: Tensor) -> Tensor:

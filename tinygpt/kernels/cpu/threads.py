@@ -57,7 +57,7 @@ class Pool:
         for i, semaphore in enumerate(semaphores):
             self.words[self.SEMAPHORES + i] = semaphore
         self._post, self._semaphore_addresses = post, semaphores
-        work = function(*source("worker.c"))
+        work = function(*source("worker.c", "worker"))
         stack = threading.stack_size(WORKER_STACK)
         self._workers = [threading.Thread(target=work, daemon=True, args=[
             ctypes.c_uint64(self.address), ctypes.c_uint64(i)]) for i in range(threads - 1)]
@@ -102,7 +102,7 @@ def pool() -> Pool:
 
 @functools.cache
 def table() -> Tensor:
-    """(3,) uint64: the addresses of the pool and of its workspace, and the workspace's bytes."""
+    """What pool.h calls shared_t, (3,) uint64."""
     return constant(np.array([pool().address, pool().workspace, WORKSPACE_BYTES], np.uint64), "CPU")
 
 
