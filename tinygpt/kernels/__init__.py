@@ -193,9 +193,8 @@ def adamw(p: Tensor, m: Tensor, v: Tensor, grad: Tensor, options: Tensor,
           implementation: str = "auto") -> list[Tensor]:
     """One AdamW step (arXiv:1711.05101) on a weight p and its moments m and v, in place.
 
-    All four are float32 of one shape. options (9,) float32: learning rate, beta1, beta2, epsilon,
-    weight decay, 1 / (1 - beta1^t), 1 / (1 - beta2^t), a scale of the gradient, and 0 where
-    nothing may change. Returns p, m and v, to be realized.
+    All four are float32 of one shape. options (9,) float32 are those of `options.AdamWOptions`.
+    Returns p, m and v, to be realized.
     """
     return _run("adamw", implementation, (p, m, v, grad), options)
 
@@ -215,8 +214,8 @@ def lion(p: Tensor, m: Tensor, grad: Tensor, options: Tensor,
          implementation: str = "auto") -> list[Tensor]:
     """One Lion step (arXiv:2302.06675) on a weight p and its momentum m, in place.
 
-    All three are float32 of one shape. options (6,) float32: learning rate, beta1, beta2, weight
-    decay, a scale of the gradient, and 0 where nothing may change. Returns p and m, to be realized.
+    All three are float32 of one shape. options (6,) float32 are those of `options.LionOptions`.
+    Returns p and m, to be realized.
     """
     return _run("lion", implementation, (p, m, grad), options)
 

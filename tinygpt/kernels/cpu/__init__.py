@@ -12,6 +12,7 @@ from tinygpt.kernels import reference
 from tinygpt.kernels.cpu.compile import amx
 from tinygpt.kernels.cpu.kernel import Kernel, constants, memory, untransposed
 from tinygpt.kernels.cpu.threads import pool
+from tinygpt.kernels.options import AdamWOptions, LionOptions
 
 GEMV_ROWS = 4  # as many rows at most are cheaper as dot products than packed
 MOST_INPUTS = 32  # of a kernel; tinygrad 0.14 allows 63 arguments
@@ -317,21 +318,22 @@ def _orthogonalize(xs):
 
 
 def adamw(p, m, v, grad, options):
-    return _in_place("adamw.c", dict(p=p, m=m, v=v), grad, options)
+    return _update("adamw.c", AdamWOptions, dict(p=p, m=m, v=v), grad, options)
 
 
 def lion(p, m, grad, options):
-    return _in_place("lion.c", dict(p=p, m=m), grad, options)
+    return _update("lion.c", LionOptions, dict(p=p, m=m), grad, options)
 
 
 def adamw8bit(p, m, m_tops, v, v_tops, grad, options):
-    return _in_place("adamw8bit.c", dict(p=p, m=m, m_tops=m_tops, v=v, v_tops=v_tops), grad,
-                     options)
+    tensors = dict(p=p, m=m, m_tops=m_tops, v=v, v_tops=v_tops)
+    return _update("adamw8bit.c", AdamWOptions, tensors, grad, options)
 
 
-def _in_place(file, tensors, grad, options):
-    updated = Kernel(file).in_place(changed=tensors, inputs=dict(grad=grad, options=options),
-                                    sizes=dict(n=tensors["p"].numel()))
+def _update(file, kind, tensors, grad, options):
+    updated = Kernel(file, OPTIONS=", ".join(kind._fields)).in_place(
+        changed=tensors, inputs=dict(grad=grad, options=options),
+        sizes=dict(n=tensors["p"].numel()))
     for name, tensor in tensors.items():
         tensor.replace(updated[name])
     return list(tensors.values())

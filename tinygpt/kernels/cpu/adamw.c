@@ -5,7 +5,8 @@
 
 typedef struct {
   float *p, *m, *v;
-  const float *grad, *options;
+  const float* grad;
+  const adamw_options_t* options;
   long n, tasks;
 } adamw_t;
 
@@ -13,8 +14,9 @@ static void some_elements(void* args, int index);
 
 KERNEL void NAME(ARGUMENTS) {
   DECLARE_NAMES
-  adamw_t g = {.p = p, .m = m, .v = v, .grad = grad, .options = options, .n = n};
-  if (options[8] == 0.f) return;
+  adamw_t g = {.p = p, .m = m, .v = v, .grad = grad, .n = n,
+               .options = (const adamw_options_t*)options};
+  if (g.options->apply == 0.f) return;
   g.tasks = MAX(1, MIN(4 * (long)shared->pool->threads, n / 16384));
   parallel_for(shared->pool, some_elements, &g, g.tasks);
 }

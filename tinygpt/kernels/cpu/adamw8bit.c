@@ -19,7 +19,8 @@ typedef struct {
   float* p;
   byte *m, *v;
   float *m_tops, *v_tops;
-  const float *grad, *options;
+  const float* grad;
+  const adamw_options_t* options;
   const map_t *with_sign, *without;
   long n, blocks, tasks;
 } adamw8bit_t;
@@ -76,8 +77,9 @@ KERNEL void NAME(ARGUMENTS) {
   DECLARE_NAMES
   map_t with_sign, without;
   adamw8bit_t g = {.p = p, .m = m, .v = v, .m_tops = m_tops, .v_tops = v_tops, .grad = grad,
-                   .options = options, .with_sign = &with_sign, .without = &without, .n = n};
-  if (options[8] == 0.f) return;
+                   .options = (const adamw_options_t*)options, .with_sign = &with_sign,
+                   .without = &without, .n = n};
+  if (g.options->apply == 0.f) return;
   make_map(&with_sign, 1);
   make_map(&without, 0);
   g.blocks = (n + BLOCK - 1) / BLOCK;
