@@ -57,8 +57,7 @@ def large(case: str) -> dict[str, np.ndarray]:
 
 
 OPTIONS = {"gelu_tanh": dict(tanh=True), "cross_entropy": dict(targets=TARGETS)}
-BOTH = [(case, i) for case in LARGE for i in implementations(case.removesuffix("_tanh"))
-        if i != "tinygrad"]  # whose attention rounds scores to float16
+BOTH = [(case, i) for case in LARGE for i in implementations(case.removesuffix("_tanh"))]
 
 
 @pytest.mark.parametrize("case, implementation", BOTH)

@@ -74,7 +74,7 @@ def test_square_sum(implementation):
 @pytest.mark.parametrize("implementation", implementations("adamw"))
 @pytest.mark.parametrize("shape", [(17, 31), (1,), (509,)])
 def test_adamw_updates_in_place_or_not_at_all(implementation, shape):
-    skip_where_it_is_not_for(implementation, {})
+    skip_where_it_is_not_for(implementation)
     arrays = draw(dict(p=shape, m=shape, v=shape, grad=shape))
     arrays["v"] = np.abs(arrays["v"])
     p, m, v, g = arrays["p"], arrays["m"], arrays["v"], ADAMW.grad_scale * arrays["grad"]

@@ -3,14 +3,12 @@
     reference   plain Tensor code: the specification
     cpu         C for the CPU (kernels/cpu/)
     portable    Tensor code that tinygrad compiles well on every device
-    tinygrad    tinygrad's own scaled_dot_product_attention (attention only)
     flash       UOps for a GPU's workgroups and tensor cores (attention only, kernels/flash.py)
 
-`implementation="auto"` takes the fastest one that can run: `cpu` where it can, `flash` on the
-devices of FLASH_WINS, else `portable`. `use()` narrows that for the whole process. An
-implementation asked for by name runs or raises ValueError, and so do shapes that do not fit one
-another. Activations are float32, bfloat16 or float16, and arithmetic inside is float32; weights
-are float32.
+`implementation="auto"` takes the first in AUTO that can run, and `use()` changes that for the whole
+process. An implementation asked for by name runs or raises ValueError, and so do shapes that do not
+fit one another. Activations are float32, bfloat16 or float16, and arithmetic inside is float32;
+weights are float32.
 """
 
 import functools
@@ -18,7 +16,7 @@ import warnings
 
 from tinygrad import Tensor, UOp
 
-from tinygpt.kernels import cpu, flash, portable, reference, stock
+from tinygpt.kernels import cpu, flash, portable, reference
 from tinygpt.kernels.cpu.kernel import stored
 from tinygpt.kernels.cpu.threads import set_threads
 
@@ -27,18 +25,18 @@ __all__ = ["IMPLEMENTATIONS", "adamw", "adamw8bit", "attention", "cached_attenti
            "linear", "lion", "orthogonalize", "quantized_embedding", "quantized_linear",
            "rms_norm", "rope", "set_threads", "square_sum", "stored", "swiglu", "use"]
 
-IMPLEMENTATIONS = {"reference": reference, "cpu": cpu, "portable": portable, "tinygrad": stock,
-                   "flash": flash}
-# Devices on which flash attention was measured to be faster in every case (bench/gpu.csv)
-FLASH_WINS = frozenset({"CUDA"})
+IMPLEMENTATIONS = {"reference": reference, "cpu": cpu, "portable": portable, "flash": flash}
+# What "auto" tries on a device, the fastest first, elsewhere "portable" alone. Flash attention is
+# there where it was measured to be faster in every case (bench/gpu.csv).
+AUTO = {"CPU": ("cpu", "portable"), "CUDA": ("flash", "portable")}
 _in_use = "auto"
 
 
 def use(implementation: str) -> None:
     """Makes `implementation` what "auto" means from now on; "auto" itself undoes that.
 
-    An operation that `implementation` does not have at all is `portable`'s, beside "flash" the
-    automatic one; tensors that it cannot take raise ValueError where they meet it.
+    An operation that `implementation` does not have at all is chosen automatically; tensors that
+    it cannot take raise ValueError.
     """
     global _in_use
     _in_use = _check_name(implementation)
@@ -235,31 +233,23 @@ def orthogonalize(*xs: Tensor, implementation: str = "auto") -> list[Tensor]:
 
 
 def _run(operation: str, implementation: str, tensors: tuple, *options):
-    """Calls the operation of an implementation; `tensors` decide whether `cpu` can take them."""
-    name = _check_name(implementation)
-    if name == "auto":
-        name = _choose(operation, tensors)
-    if not _offers(name, operation, tensors):
-        kinds = ", ".join(f"{t.dtype} {t.shape} on {t.device}" for t in tensors if t is not None)
-        raise ValueError(f"the kernels {name!r} have no {operation} for {kinds}")
-    return getattr(IMPLEMENTATIONS[name], operation)(*tensors, *options)
+    """Calls the operation of the first implementation that can run it on these tensors."""
+    for name in _preferences(operation, _check_name(implementation), tensors[0].device):
+        if _offers(name, operation, tensors):
+            return getattr(IMPLEMENTATIONS[name], operation)(*tensors, *options)
+        if implementation == _in_use == "auto" and name == "cpu" and hasattr(cpu, operation):
+            _say_fallback(operation, ", ".join(str(t.dtype) for t in tensors if t is not None))
+    kinds = ", ".join(f"{t.dtype} {t.shape} on {t.device}" for t in tensors if t is not None)
+    raise ValueError(f"the kernels {name!r} have no {operation} for {kinds}")
 
 
-def _choose(operation: str, tensors: tuple) -> str:
-    """What "auto" means for an operation on these tensors."""
+def _preferences(operation: str, implementation: str, device) -> tuple[str, ...]:
+    """The implementations to be tried, the fastest first; one alone that was asked for by name."""
+    if implementation != "auto":
+        return (implementation,)
     if _in_use != "auto" and hasattr(IMPLEMENTATIONS[_in_use], operation):
-        return _in_use  # even where it cannot run: it was asked for
-    if _in_use not in ("auto", "flash"):
-        return "portable"
-    if _offers("cpu", operation, tensors):
-        return "cpu"
-    if _in_use == "auto" and hasattr(flash, operation):
-        device = str(tensors[0].device).split(":")[0]
-        if device in FLASH_WINS and _offers("flash", operation, tensors):
-            return "flash"
-    if hasattr(cpu, operation) and str(tensors[0].device) == "CPU":
-        _say_fallback(operation, ", ".join(str(t.dtype) for t in tensors if t is not None))
-    return "portable"
+        return (_in_use,)
+    return AUTO.get(str(device).split(":")[0], ("portable",))
 
 
 def _offers(name: str, operation: str, tensors: tuple) -> bool:
@@ -270,7 +260,7 @@ def _offers(name: str, operation: str, tensors: tuple) -> bool:
 
 @functools.cache
 def _say_fallback(operation: str, kinds: str) -> None:
-    warnings.warn(f"no C kernel for {operation} of {kinds}: the portable one runs", stacklevel=5)
+    warnings.warn(f"no C kernel for {operation} of {kinds}: the portable one runs", stacklevel=4)
 
 
 def _check(operation: str, fits: bool, *tensors: Tensor | None) -> None:

@@ -169,15 +169,12 @@ def implementations(operation: str, but: str = "") -> list[str]:
             if name != but and hasattr(module, operation)]
 
 
-def can_run(implementation: str, options: dict, dtype: str = "float32") -> bool:
-    """Whether the implementation is for a case with such options, on the default device."""
+def can_run(implementation: str, dtype: str = "float32") -> bool:
+    """Whether the implementation is for the default device and for that dtype there."""
     on_cpu = Device.DEFAULT.startswith("CPU")
     if not on_cpu and getattr(dtypes, dtype) not in renderer_of(Device.DEFAULT).supported_dtypes():
         return False
-    if implementation in ("cpu", "flash"):
-        return on_cpu == (implementation == "cpu")
-    # tinygrad's attention draws its dropout from global state
-    return implementation != "tinygrad" or "dropout_key" not in options
+    return implementation not in ("cpu", "flash") or on_cpu == (implementation == "cpu")
 
 
 def differentiate(operation: str, implementation: str, inputs: dict[str, Tensor], options: dict,
