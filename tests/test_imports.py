@@ -82,6 +82,14 @@ def test_the_machine_is_described_by_the_standard_library():
         assert name.split(".")[0] in sys.stdlib_module_names, name
 
 
+@pytest.mark.parametrize("module", sorted(
+    m for m in SOURCES if room(m) != "kernels" and m != "tinygpt.device"))
+def test_private_interfaces_of_tinygrad_are_imported_in_kernels_and_device_only(module):
+    public = {"tinygrad", "tinygrad.helpers", "tinygrad.nn.state"}
+    for name in imports(SOURCES[module]):
+        assert name in public or not name.startswith("tinygrad."), name
+
+
 def test_no_cycles():
     """A package's own modules do not count as imports of the package."""
     graph = {m: {n for n in ours(m) if n != m and not m.startswith(n + ".")} for m in SOURCES}

@@ -1,5 +1,8 @@
-"""Which device computes, what compiles for it, and the few of tinygrad's inner interfaces that
-code outside the kernels needs."""
+"""Which device computes, what compiles for it, and what is in its memory.
+
+Private interfaces of tinygrad: the connection to its cache, the processes in which 0.14 compiles,
+and the buffers of tensors.
+"""
 
 import ctypes
 import errno

@@ -1,4 +1,4 @@
-"""The operations of the model, each one function whatever implements it.
+"""The operations of the model, each one function with several implementations.
 
     reference   plain Tensor code: the specification
     cpu         C for the CPU (kernels/cpu/)
@@ -66,7 +66,7 @@ def embedding(idx: Tensor, weight: Tensor, implementation: str = "auto") -> Tens
 def quantized_linear(x: Tensor, weight: Tensor, scale: Tensor | None = None,
                      bias: Tensor | None = None, residual: Tensor | None = None,
                      implementation: str = "auto") -> Tensor:
-    """residual + x @ (scale * weight).T + bias with weights that are kept small; no gradient.
+    """residual + x @ (scale * weight).T + bias with weights of few bits; no gradient.
 
     x (..., C), weight (N, C) int8 with scale (N,) float32, a row's, or float16 without one,
     bias (N,), residual (..., N) -> (..., N) in x's dtype.
@@ -123,7 +123,7 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, implementation: str = "auto") -> T
 def dropout(x: Tensor, p: float, key: Tensor | None, implementation: str = "auto") -> Tensor:
     """Zeroes each element with probability p and scales the rest by 1 / (1 - p).
 
-    key (1,) uint32 decides which (see random.py); without one, x comes back unchanged.
+    key (1,) uint32 decides which (see random.py); without a key x is returned unchanged.
     """
     return _run("dropout", implementation, (x,), p, key)
 
@@ -137,8 +137,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, offset: int | UOp = 0, window: in
     q (B, H, T, D), k and v (B, G, S, D), H a multiple of G -> (B, H, T, D) in q's dtype.
     Query i stands at position offset + i (a symbolic offset is fine) and sees the keys at
     positions up to its own, with `window` only the last `window` of them. Keys behind the last
-    query do not matter while they are finite. dropout_p, below 1, acts on the softmax's weights
-    where there is a key.
+    query have no effect as long as they are finite. dropout_p, below 1, applies to the softmax's
+    weights if there is a dropout_key.
     """
     _check_attention(q, k, v, window)
     if not 0 <= dropout_p < 1:
@@ -166,7 +166,7 @@ def cached_attention(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tens
 def cross_entropy(logits: Tensor, targets: Tensor, label_smoothing: float = 0.0,
                   z_loss: float = 0.0, implementation: str = "auto") -> Tensor:
     """Mean negative log-likelihood in nats, a scalar float32, over the targets that are not
-    negative: -1 (nanoGPT) and -100 (Hugging Face) mark what is not to be predicted.
+    negative: -1 (nanoGPT) and -100 (Hugging Face) mark positions without a target.
 
     logits (N, V), targets (N,) int32. Label smoothing mixes the target with the uniform
     distribution (arXiv:1512.00567); z_loss adds z_loss * log(Z)^2 (arXiv:2204.02311). NaN where

@@ -1,4 +1,5 @@
-"""Flash attention (arXiv:2205.14135, arXiv:2307.08691) for GPUs, as kernels made of UOps.
+"""Flash attention (arXiv:2205.14135, arXiv:2307.08691) for GPUs, as kernels made of UOps,
+tinygrad's private interface.
 
 A workgroup holds the tile of some queries (or, for the gradients of keys and values, of some keys)
 in shared memory and walks over the tiles of what they see. The softmax is computed on the way, so
@@ -26,7 +27,8 @@ HIDDEN = -1e30  # a score that weighs nothing; finite, for compilers that assume
 
 
 def fits(operation: str, q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Are these of one float type, on one device with workgroups, with heads that fit there?"""
+    """Whether q, k and v are of one float type, on one device with workgroups, and heads of their
+    size fit in a workgroup's memory."""
     if not all((x.device, x.dtype) == (q.device, q.dtype) for x in (k, v)):
         return False
     if q.dtype not in DTYPES or not isinstance(q.device, str):

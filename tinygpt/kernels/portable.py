@@ -4,6 +4,8 @@ The mathematics is `reference.py`'s. What is added are barriers, which stop tiny
 a matrix product with what surrounds it (and then computing it again for every output), and
 column sums in two stages, which it can spread over cores and vector lanes. On a GPU, activations
 of 16 bits are multiplied as such, which its tensor cores can, and summed in float32.
+
+Private interfaces of tinygrad: `embedding` is a UOp's call with a gradient of its own.
 """
 
 import functools
@@ -169,8 +171,8 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _barrier(x: Tensor) -> Tensor:
-    """`x` in memory of its own, and so its gradient; times one, so that an assignment to either is
-    to a value and does not change that memory under what else is computed from it."""
+    """`x` in memory of its own, and its gradient too. Multiplied by one each is a value: assigning
+    to it does not overwrite that memory, which other results are computed from."""
     return (x * 1).contiguous().contiguous_backward() * 1
 
 

@@ -2,8 +2,8 @@
 
 Nothing here is tuned. Every other implementation has to agree with this one, forward and
 gradients, and tests and benchmarks measure against it alone. Whatever the activations are,
-arithmetic is float32 (in float16 the square of 300 is infinite), or float64 where they are that, in
-which `tinygpt.check` differentiates. The docstrings of the operations are in
+arithmetic is float32 (in float16 the square of 300 is infinite), or float64 for activations in
+float64, which `tinygpt.check` uses. The docstrings of the operations are in
 `tinygpt/kernels/__init__.py`.
 """
 
@@ -20,7 +20,7 @@ from tinygpt.kernels.random import counter, random_bits, uniform
 
 
 def _wide(x):
-    """x in float32, or in float64 where it is that."""
+    """x in float32, or in float64 if it already is."""
     return x.cast(least_upper_dtype(x.dtype, dtypes.float32))
 
 

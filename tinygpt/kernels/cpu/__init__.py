@@ -14,7 +14,7 @@ from tinygpt.kernels.cpu.kernel import Kernel, constants, memory, untransposed
 from tinygpt.kernels.cpu.threads import pool
 from tinygpt.kernels.options import AdamWOptions, LionOptions
 
-GEMV_ROWS = 4  # as many rows at most are cheaper as dot products than packed
+GEMV_ROWS = 4  # up to so many rows dot products are faster than packing
 MOST_INPUTS = 32  # of a kernel; tinygrad 0.14 allows 63 arguments
 GEMM_STRIP, GEMM_SLICE = 1536, 512  # the greatest NC and the least KC of gemm.h
 WIDEST_HEAD = 2048  # whose tiles fit on the stack of a thread
@@ -25,7 +25,8 @@ ACTIVATIONS = (dtypes.float32, dtypes.bfloat16, dtypes.float16)
 
 
 def fits(operation: str, *tensors: Tensor | None) -> bool:
-    """Are these, but for what is None, on the CPU and of dtypes that the operation can take?"""
+    """Whether the tensors that are not None are on the CPU and of dtypes that the operation takes.
+    """
     given = [t for t in tensors if t is not None]
     if "attention" in operation and given[0].shape[-1] > WIDEST_HEAD:
         return False

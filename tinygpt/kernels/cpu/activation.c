@@ -1,6 +1,6 @@
-/* One activation, forward or backward, over n elements. KIND names it:
+/* One activation, forward or backward, over n elements, the one that is defined of
  *   GELU (arXiv:1606.08415), GELU_TANH, its approximation, SWIGLU (arXiv:2002.05202) of two inputs
- * With BACKWARD 1 the first input is the gradient of the output. */
+ * With BACKWARD 1 dy is the gradient of the output, and out and out_up are those of x and up. */
 #include "pool.h"
 #include "vector.h"
 

@@ -34,7 +34,7 @@ typedef struct {
 
 #define AT(p, s, b, h, i) ((p) + (s).start + (b) * (s).batch + (h) * (s).head + (i) * (s).row)
 
-/* The part of an attention_t that both directions' names give */
+/* The fields of an attention_t that both directions set, from the names at their entry */
 #define SIZES \
   .B = B, .H = H, .G = G, .T = T, .S = S, .D = D, .DP = ROUND_UP(D, COLS), \
   .qs = *(const strides_t*)q_strides, .ks = *(const strides_t*)k_strides, \

@@ -1,8 +1,8 @@
 /* Attention of one new position: writes its key and value into the cache, (B, G, S, D) each, and
  * out (B, H, D) is the softmax-weighted sum of the values that its queries see. The keys and values
- * of a head are streamed once for all queries that share them. With START, (B), row b does not see
- * the keys before start[b]. Where there are fewer heads than threads, their keys are split, and what
- * the parts give is merged (arXiv:2311.01282). */
+ * of a head are streamed once for all queries that share them. With start (B) row b does not see the
+ * keys before start[b]. Where there are fewer heads than threads, their keys are split, and the
+ * results of the parts are merged (arXiv:2311.01282). */
 #include "pool.h"
 #include "vector.h"
 

@@ -1,7 +1,7 @@
 /* Causal flash attention, forward: out (B, T, H, D), and for the backward pass the logarithm to
  * base 2 of each softmax's denominator, lse (B, H, T). Scores are kept transposed, S[j][i], so that
- * the lanes of a vector are queries and the softmax needs no reduction across lanes. With START,
- * (B), the queries of row b see no key before start[b] but their own. */
+ * the lanes of a vector are queries and the softmax needs no reduction across lanes. With start
+ * (B) the queries of row b see no key before start[b] but their own. */
 #include "attention.h"
 
 static void query_tile(void* args, int index);

@@ -95,10 +95,10 @@ def function(name: str, code: str):
 
 
 class Compilations:
-    """Compiles sources in threads of its own while Python makes the graph that will ask for them.
+    """Compiles sources in background threads while Python still builds the graph that uses them.
 
-    tinygrad's compiler, which is asked for what its cache lacks, then waits for them instead.
-    Ctrl-C, which a terminal sends to clang too, does not end it half-way.
+    tinygrad's compiler then waits for such a source instead of compiling it. clang runs with SIGINT
+    blocked, because a terminal sends Ctrl-C to it too.
     """
 
     def __init__(self):

@@ -1,6 +1,6 @@
 /* The loops around the micro kernels of gemm_float.h and, with AMX 1, gemm_amx.h, as BLIS has them
  * (Van Zee and van de Geijn, ACM TOMS 2015), and the way from a block to C. A file that includes
- * this one includes one of those behind its entry.
+ * this one includes one of those after its entry.
  *
  *   C (M x N) = op(A) op(B) + bias + residual, all row-major
  *

@@ -1,5 +1,5 @@
-/* Y (M x N) = X (M x K) W^T (N x K) + bias + residual for few rows M, or weights that are stored
- * small: one pass over the weights, each row of them read once as a single stream. */
+/* Y (M x N) = X (M x K) W^T (N x K) + bias + residual for few rows M, or weights of few
+ * bits: one pass over the weights, each row of them read once as a single stream. */
 #include "pool.h"
 #include "vector.h"
 #include "weight.h"

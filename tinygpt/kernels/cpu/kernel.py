@@ -130,13 +130,13 @@ def _words(size: int | float | list[int]) -> list[int]:
 
 
 def _tables(sizes: Sizes) -> list[Tensor]:
-    """The last two arguments of a kernel."""
+    """A kernel's last two arguments: its sizes, and shared_t of pool.h."""
     words = [word for size in sizes.values() for word in _words(size)]
     return [constants(dtypes.int64, *words), table()]
 
 
 def _flat(tensors: Tensors) -> dict[str, Tensor]:
-    """Those that are there, each of a list under a name of its own."""
+    """The tensors that are not None, those of a list x as x0, x1, ..."""
     flat = {}
     for name, value in tensors.items():
         if isinstance(value, list):
@@ -154,10 +154,10 @@ def _nested(tensors: Tensors, flat: list[Tensor]) -> Tensors:
 
 
 def plain(x: Tensor) -> Tensor:
-    """x without what only names its dimensions anew around a kernel's output, which tinygrad would
-    otherwise copy.
+    """x without the views of a kernel's output that leave its elements where they are, which
+    tinygrad would otherwise copy.
 
-    Kernels get every size as an argument, so the shape that is left does not matter to them.
+    The shape changes, but kernels get every size as an argument.
     """
     source, _, strides = memory(x)
     dense = [math.prod(x.shape[i + 1:]) for i in range(x.ndim)]
@@ -166,7 +166,7 @@ def plain(x: Tensor) -> Tensor:
 
 
 def stored(x: Tensor) -> Tensor:
-    """x in memory once it is realized; a kernel's output without a copy of it."""
+    """x, contiguous in memory once it is realized; a kernel's output is not copied."""
     return plain(x).contiguous().reshape(x.shape)
 
 
@@ -198,7 +198,7 @@ def memory(x: Tensor) -> tuple[Tensor, int, tuple[int, ...]]:
 
 
 def narrow(x: Tensor) -> Tensor:
-    """What x was before it was cast from 16 bits to float32; x itself where it was not."""
+    """The tensor of 16 bits that was cast to the float32 tensor x, or x itself."""
     uop = _valued(x.uop)
     while uop.op is Ops.CONTIGUOUS:
         uop = _valued(uop.src[0])
@@ -207,7 +207,7 @@ def narrow(x: Tensor) -> Tensor:
 
 
 def _valued(uop: UOp) -> UOp:
-    """uop without multiplications by one, which make values of kernels' outputs."""
+    """uop without the multiplications by one that make kernels' outputs values."""
     while uop.op is Ops.MUL:
         others = [x for x, y in (uop.src, uop.src[::-1])
                   if y.base.op is Ops.CONST and y.base.arg == 1]
@@ -218,6 +218,6 @@ def _valued(uop: UOp) -> UOp:
 
 
 def untransposed(x: Tensor) -> Tensor | None:
-    """What x is `transpose(1, 2)` of, where it is that; None elsewhere."""
+    """The tensor of which x is `transpose(1, 2)`, or None."""
     is_swap = x.uop.op is Ops.PERMUTE and tuple(x.uop.arg) == (0, 2, 1, 3)
     return Tensor(x.uop.src[0]) if is_swap else None

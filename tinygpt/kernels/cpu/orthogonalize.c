@@ -3,7 +3,7 @@
  *   x <- p(A) x,  A = x x^T,  p(A) = 3.4445 - 4.7750 A + 2.0315 A^2    (arXiv:2502.16982)
  * from x of norm 1. A and its polynomials commute, so the steps are taken on A (N x N), N the lesser
  * of R and C, and their product is applied to x once. All of them are symmetric, which halves the
- * work, and made so to the bit: what is not grows at every step.
+ * work, and exactly so, since any asymmetry grows at every step.
  *
  * Each thread takes a matrix at a time; where there are more threads than matrices, all of them work
  * on each product. scratch is 4 x N x N, of the largest N, for each thread that takes a matrix. */

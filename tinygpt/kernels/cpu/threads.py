@@ -70,7 +70,7 @@ class Pool:
         """Lets the workers return, which they must before their code is unmapped."""
         if os.getpid() != self.process:  # a fork, which has no workers
             return
-        with suppress(RuntimeError):  # of a kernel that failed, and has been told
+        with suppress(RuntimeError):  # of a kernel that failed, which was reported
             Device["CPU"].synchronize()
         generation = (self.words[self.TICKET] >> 32) + 1
         self.words[self.JOBS + generation % 16 * 8 + 2] = 0  # a job of no tasks
@@ -107,18 +107,18 @@ def table() -> Tensor:
 
 
 def off_the_worker(finalizer: Callable[..., None]) -> Callable[..., None]:
-    """A finalizer that waits for the CPU's thread of kernels, put off where that very thread runs
-    it, which would wait for itself for ever: until another thread calls one.
+    """Defers a finalizer that waits for the thread that runs the CPU's kernels, where that thread
+    itself calls it and would deadlock, until another thread calls one.
 
-    tinygrad 0.13's thread is Python's too, so that the garbage collector may run on it.
+    In tinygrad 0.13 that thread also runs Python, and so the garbage collector may run on it.
     """
-    put_off: list[tuple] = []
+    deferred: list[tuple] = []
 
     def finalize(*args) -> None:
         on_the_worker = isinstance(threading.current_thread(), CPUWorker)
-        put_off.append(args)
-        while put_off and not on_the_worker:
-            finalizer(*put_off.pop())
+        deferred.append(args)
+        while deferred and not on_the_worker:
+            finalizer(*deferred.pop())
     return finalize
 
 
