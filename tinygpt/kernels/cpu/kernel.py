@@ -8,6 +8,7 @@ import functools
 import math
 import struct
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 from tinygrad import Tensor, UOp, dtypes
@@ -92,8 +93,8 @@ class Kernel:
     def _declarations(self, outputs: Tensors, inputs: Tensors, sizes: Sizes
                       ) -> tuple[str, tuple[tuple[str, int | str], ...]]:
         """A name that differs where the code does, and what the C file sees defined."""
-        title = [self.file.removesuffix(".c"), *(f"{k}{v}" for k, v in self.defines.items()
-                                                 if isinstance(v, int))]
+        title = [Path(self.file).stem, *(f"{k}{v}" for k, v in self.defines.items()
+                                         if isinstance(v, int))]
         defines, arguments, declared = dict(self.defines), [], []
         for const, tensors in (("", outputs), ("const ", inputs)):
             for name, value in tensors.items():
