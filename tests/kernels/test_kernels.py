@@ -13,6 +13,7 @@ from operations import (
     CASES,
     KEY,
     TOLERANCE,
+    WITHOUT_GRADIENT,
     check,
     constants,
     cotangent,
@@ -228,7 +229,7 @@ PROCESSORS = {"avx512": ["x86_64", "-march=sapphirerapids"], "sse": ["x86_64", "
 
 @pytest.fixture(scope="module")
 def c_sources():
-    """The source of every C kernel that CASES use, with and without AMX."""
+    """The source of every C kernel that the cases use, with and without AMX."""
     sources, build = {}, kernel.program
 
     def program(name, code, *rest):
@@ -244,6 +245,9 @@ def c_sources():
                     shapes, options = CASES[operation][0]
                     differentiate(operation, "cpu", tensors(draw(shapes), dtype),
                                   constants(options))
+        for operation, cases in WITHOUT_GRADIENT.items():
+            for shapes, options in cases:
+                run(operation, "cpu", draw(shapes), options)
     return sources
 
 
