@@ -100,7 +100,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5,
 
 
 def gelu(x: Tensor, tanh: bool = False, implementation: str = "auto") -> Tensor:
-    """GELU (arXiv:1606.08415), exact or, as GPT-2 has it, by its tanh approximation."""
+    """GELU (arXiv:1606.08415), exact or by its tanh approximation, which GPT-2 uses."""
     return _run("gelu", implementation, (x,), tanh)
 
 
@@ -152,9 +152,9 @@ def cached_attention(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tens
     """Writes k and v (B, G, T, D) into a cache, keys and values (B, G, S, D), from position offset
     on, and is then `attention` of q (B, H, T, D) to the cache; no gradient.
 
-    keys and values have to be realized, and hold what is written when the result is realized. With
-    start (B,) int32 the queries of row b do not see keys before start[b], which are padding; a
-    query that is itself before start[b] sees its own key alone.
+    keys and values have to be realized; realizing the result writes into them. With start (B,)
+    int32 the queries of row b do not see keys before start[b], which are padding; a query that is
+    itself before start[b] sees its own key alone.
     """
     _check_attention(q, keys, values, window)
     _check("cached_attention", k.shape == v.shape == (*keys.shape[:2], q.shape[2], q.shape[3]),

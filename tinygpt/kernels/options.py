@@ -1,36 +1,18 @@
-"""The numbers that the operations of optimizers take, by name and in their order in a tensor.
+"""The numbers that the operations of optimizers take, in their order in a tensor, by name.
 
 C files have them as the fields of a struct.
 """
 
-from typing import NamedTuple
+from collections import namedtuple
 
 from tinygrad import Tensor
 
-
-class AdamWOptions(NamedTuple):
-    """adamw's and adamw8bit's; t is the number of the step, from 1 on."""
-
-    learning_rate: float | Tensor
-    beta1: float | Tensor
-    beta2: float | Tensor
-    eps: float | Tensor
-    weight_decay: float | Tensor
-    bias_correction1: float | Tensor  # 1 / (1 - beta1^t)
-    bias_correction2: float | Tensor  # 1 / (1 - beta2^t)
-    grad_scale: float | Tensor  # gradients are multiplied by it
-    apply: float | Tensor  # 0 where nothing may change
-
-
-class LionOptions(NamedTuple):
-    """lion's, as AdamW's of the same names."""
-
-    learning_rate: float | Tensor
-    beta1: float | Tensor
-    beta2: float | Tensor
-    weight_decay: float | Tensor
-    grad_scale: float | Tensor
-    apply: float | Tensor
+# bias_correction1 is 1 / (1 - beta1^t) at step t; apply is 0 where nothing may change
+AdamWOptions = namedtuple("AdamWOptions", [
+    "learning_rate", "beta1", "beta2", "eps", "weight_decay", "bias_correction1",
+    "bias_correction2", "grad_scale", "apply"])
+LionOptions = namedtuple("LionOptions", [
+    "learning_rate", "beta1", "beta2", "weight_decay", "grad_scale", "apply"])
 
 
 def unpack(kind: type, options: Tensor):

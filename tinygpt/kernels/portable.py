@@ -149,7 +149,7 @@ def _orthogonalize(x):
         product = step if product is None else _product(product, step)
         if i < 4:
             A = _product(_product(step, A), step)
-            A = ((A + A.T) / 2).contiguous()  # else what is not symmetric grows at every step
+            A = ((A + A.T) / 2).contiguous()  # any asymmetry would grow at every step
     return _product(product, x) if wide else _product(x, product)
 
 

@@ -1,9 +1,9 @@
 """The operations in C, for float32, bfloat16 and float16 on tinygrad's CPU device.
 
-Each C file stands beside this one and says what it computes. It is compiled once for a machine
-and takes its sizes when it runs. Arithmetic is float32 whatever the activations are, but for the
-matrix products of bfloat16 activations on a processor with AMX. `fits` says which tensors these
-functions can take.
+Each C file in this folder begins with what it computes. It is compiled once for a machine and takes
+its sizes when it runs. Arithmetic is float32 whatever the activations are, but for the matrix
+products of bfloat16 activations on a processor with AMX. `fits` decides whether these functions can
+take given tensors.
 """
 
 from tinygrad import Tensor, UOp, dtypes

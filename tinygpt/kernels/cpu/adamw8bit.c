@@ -39,7 +39,7 @@ HOT void make_map(map_t* map, int with_sign) {
   }
   if (!with_sign) map->least[0] = 1e-45f;               /* only zero becomes zero */
   map->values[with_sign ? 128 : 1] = 1.f;
-  map->whole = (float)((1 + below) / 2);                        /* what is above is nearest to 1 */
+  map->whole = (float)((1 + below) / 2);                        /* larger ones are nearest to 1 */
 }
 
 HOT void dequantize(float* x, const byte* codes, float top, const map_t* map, long n) {

@@ -52,8 +52,8 @@ def source(file: str, name: str, defines: tuple[tuple[str, str | int], ...] = ()
 
 @functools.cache
 def processor() -> str:
-    """A name for what this processor can do: what is compiled for it may not run on another, which
-    may share tinygrad's cache."""
+    """A hash of this processor's features: code compiled for it may not run on another processor,
+    which may share tinygrad's cache."""
     lines = re.findall(r"^(?:flags|Features|model name)\s*:.*$", cpu_info(), re.M)
     return hashlib.sha256("".join([platform.machine(), *sorted(set(lines))]).encode()
                           ).hexdigest()[:12]
@@ -75,14 +75,14 @@ def program(name: str, code: str, buffers, outputs: int, flops: int) -> UOp:
     sink = UOp.sink(*[b.base for b in buffers],
                     arg=KernelInfo(name=name, estimates=Estimates(ops=flops)))
     linear = UOp(Ops.LINEAR, src=(*sink.src, sink))
-    facts = dict(name=name, globals=tuple(range(len(buffers))), outs=tuple(range(outputs)),
+    fields = dict(name=name, globals=tuple(range(len(buffers))), outs=tuple(range(outputs)),
                  ins=tuple(range(outputs, len(buffers))))
     text = UOp(Ops.SOURCE, arg=code)
     if IS_014:
-        info = ProgramInfo(**facts, target=Device["CPU"].renderer.target)
+        info = ProgramInfo(**fields, target=Device["CPU"].renderer.target)
         return UOp(Ops.PROGRAM, src=(sink, linear, text), arg=info)
     return UOp(Ops.PROGRAM, src=(sink, UOp(Ops.DEVICE, arg="CPU"), linear, text),
-               arg=ProgramInfo(**facts))
+               arg=ProgramInfo(**fields))
 
 
 def function(name: str, code: str):

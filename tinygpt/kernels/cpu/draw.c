@@ -34,7 +34,7 @@ KERNEL void NAME(ARGUMENTS) {
   }
 }
 
-/* natural logarithm of positive normal numbers, as slog2 in vector.h has it */
+/* natural logarithm of positive normal numbers, as by slog2 in vector.h */
 HOT vfloat vlog(vfloat x) {
   const vint exponent = ((vint)x - 0x3f3504f3) >> 23;
   const vfloat m = (vfloat)((vint)x - (exponent << 23)) - 1.0f;

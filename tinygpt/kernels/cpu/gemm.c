@@ -1,4 +1,4 @@
-/* One matrix product; gemm.h says of what. */
+/* One matrix product, which gemm.h describes */
 #include "gemm.h"
 
 KERNEL void NAME(ARGUMENTS) {
