@@ -1,9 +1,10 @@
 """Causal attention, forward and backward, ours and PyTorch's in turn: python bench/attention.py
 
-    python bench/attention.py [--bfloat16] [--kernels flash portable]
+    python bench/attention.py [--bfloat16] [--kernels flash portable tinygrad]
 
-Several kernels are timed in the same run. On a GPU (`DEV=CUDA python bench/attention.py --kernels
-flash portable`, or DEV=METAL) PyTorch computes there too.
+Several kernels are timed in the same run; `tinygrad` is tinygrad's own attention. On a GPU
+(`DEV=CUDA python bench/attention.py --kernels flash portable`, or DEV=METAL) PyTorch computes there
+too.
 """
 
 import argparse
@@ -19,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from bench.measure import in_turn, record
 from bench.peer import enter_torch, synchronize, torch_device
 from tinygpt import device, kernels
-from tinygpt.kernels.cpu.launch import cpu_count
+from tinygpt.machine import cpu_count
 
 CASES = [(12, 64, 4, 32), (12, 256, 6, 64), (1, 4096, 12, 64)]  # B, T, H, D
 
@@ -31,7 +32,10 @@ def ours(arrays: list[np.ndarray], implementation: str, dtype: str, backward: bo
     @TinyJit
     def step(q, k, v, dy):
         heads = [x.transpose(1, 2) for x in (q, k, v)]  # (B, H, T, D)
-        y = kernels.attention(*heads, implementation=implementation).transpose(1, 2)
+        if implementation == "tinygrad":
+            y = heads[0].scaled_dot_product_attention(*heads[1:], is_causal=True).transpose(1, 2)
+        else:
+            y = kernels.attention(*heads, implementation=implementation).transpose(1, 2)
         results = [y, *(y.gradient(q, k, v, gradient=dy) if backward else [])]
         Tensor.realize(*results)
         return results
@@ -65,7 +69,8 @@ def main() -> None:
     device.prepare()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--bfloat16", action="store_true")
-    parser.add_argument("--kernels", default=["auto"], nargs="+", help="which of ours")
+    parser.add_argument("--kernels", default=["auto"], nargs="+",
+                        help="which of ours; tinygrad: its own attention")
     parser.add_argument("--seconds", type=float, default=6, help="for each peer and case")
     args = parser.parse_args()
     torch.set_num_threads(cpu_count())

@@ -14,7 +14,7 @@ from torch.nn import functional as F  # noqa: N812
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from bench.measure import in_turn, record
 from tinygpt import device, kernels
-from tinygpt.kernels.cpu.launch import cpu_count
+from tinygpt.machine import cpu_count
 
 N, V = 1024, 50257
 

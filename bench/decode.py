@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from bench.measure import in_turn, record
 from bench.peer import Cache, PeerGPT, enter_torch, torch_device
 from gpt import GPT, GPTConfig
-from tinygpt.kernels.cpu.launch import cpu_count
+from tinygpt.machine import cpu_count
 
 CASES = {"small": (6, 6, 384, 256, 512), "124M": (12, 12, 768, 1024, 50257)}  # L, H, C, T, V
 PROMPT, TOKENS = 16, 128

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tinygpt.kernels.cpu.launch import cpu_count
+from tinygpt.machine import cpu_count
 
 RESULTS = Path(__file__).parent / "results.csv"
 FIELDS = ["date", "script", "case", "unit", "ours", "peer", "theirs", "ratio", "machine",

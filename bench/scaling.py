@@ -19,7 +19,7 @@ from bench.measure import record
 from gpt import GPT, GPTConfig
 from tinygpt import kernels
 from tinygpt.data.load import TokenData
-from tinygpt.kernels.cpu.launch import cpu_count
+from tinygpt.machine import cpu_count
 from tinygpt.training.config import TrainConfig
 from tinygpt.training.ranks import Ranks, world
 from tinygpt.training.run import Run, prepare

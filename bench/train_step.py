@@ -17,7 +17,7 @@ from bench.peer import PeerGPT, enter_torch, torch_device
 from gpt import GPT, GPTConfig
 from tinygpt.data.load import TokenData
 from tinygpt.kernels import use
-from tinygpt.kernels.cpu.launch import cpu_count
+from tinygpt.machine import cpu_count
 from tinygpt.training.config import TrainConfig
 from tinygpt.training.run import prepare
 

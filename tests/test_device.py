@@ -218,19 +218,11 @@ def test_a_device_can_be_chosen_by_any_case():
     assert device.choose("auto") == before
 
 
-def test_counts_and_flops_are_positive():
-    assert 1 <= device.cpu_count() <= os.cpu_count()
+def test_model_flops_utilization_is_against_the_devices_peak(monkeypatch):
     assert 1e9 < device.peak_flops() < 1e16
-
-
-@pytest.mark.parametrize("name, dtype, peak", [
-    ("NVIDIA H100 80GB HBM3", "bfloat16", 989e12), ("NVIDIA H100 PCIe", "float16", 756e12),
-    ("NVIDIA A100-SXM4-80GB", "float32", 19.5e12), ("NVIDIA L40S", "bfloat16", 362e12),
-    ("NVIDIA L4", "bfloat16", 121e12), ("Radeon", "bfloat16", None), ("", "float32", None)])
-def test_peak_flops_of_gpus(monkeypatch, name, dtype, peak):
     monkeypatch.setattr(device, "default", lambda: "CUDA")
-    monkeypatch.setattr(device, "gpu_name", lambda: name)
-    assert device.peak_flops(dtype) == peak
+    monkeypatch.setattr(device, "gpu_name", lambda: "NVIDIA H200")
+    assert device.peak_flops("bfloat16") == 989e12
 
 
 @pytest.mark.parametrize("dtype", [dtypes.float32, dtypes.int32, dtypes.uint32, dtypes.bool])

@@ -67,7 +67,7 @@ def name(*run: str) -> str:
 
 @pytest.mark.parametrize("run", RUNS, ids=lambda run: "-".join(run))
 def test_losses_are_those_that_were_recorded(run, tmp_path):
-    if not can_run(run[0], {}):
+    if not can_run(run[0]):
         pytest.skip(f"the kernels {run[0]} do not run here")
     golden = json.loads(FILE.read_text(encoding="utf-8"))[name(*run)]
     found = losses(*run, tmp_path / "out")

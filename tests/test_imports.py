@@ -12,6 +12,7 @@ from conftest import ROOT
 COMMANDS = ("train", "generate", "tinygpt.evaluate", "tinygpt.check", "tinygpt.command")
 # the rooms of the house, and those that each one knows besides itself
 KNOWS = {
+    "machine": set(),  # which all rooms know
     "kernels": set(),
     "tinygpt": {"kernels", "data"},  # config, device, checkpoint, ...
     "data": {"kernels", "tinygpt"},
@@ -49,6 +50,8 @@ def room(module: str) -> str:
     if module in COMMANDS:
         return "commands"
     folder = SOURCES[module].relative_to(ROOT).parts[:-1]
+    if module == "tinygpt.machine":  # below the kernels, and all others
+        return "machine"
     return folder[-1] if len(folder) == 1 else folder[1] if folder else module
 
 
@@ -62,15 +65,29 @@ def test_the_house_is_as_designed():
 def test_a_file_imports_only_what_its_room_knows(module):
     here = room(module)
     for name in ours(module):
-        assert room(name) in KNOWS[here] | {here}, f"{module} imports {name}"
+        assert room(name) in KNOWS[here] | {here, "machine"}, f"{module} imports {name}"
 
 
 @pytest.mark.parametrize("module", sorted(m for m in SOURCES if m.startswith("tinygpt.kernels")))
-def test_kernels_import_tinygrad_numpy_and_themselves_only(module):
+def test_kernels_import_tinygrad_numpy_and_what_is_below_them_only(module):
     for name in imports(SOURCES[module]):
         top = name.split(".")[0]
         assert (top in sys.stdlib_module_names or top in ("tinygrad", "numpy")
-                or name.startswith("tinygpt.kernels")), f"{module} imports {name}"
+                or name == "tinygpt.machine" or name.startswith("tinygpt.kernels")), (
+                    f"{module} imports {name}")
+
+
+def test_the_machine_is_described_by_the_standard_library():
+    for name in imports(SOURCES["tinygpt.machine"]):
+        assert name.split(".")[0] in sys.stdlib_module_names, name
+
+
+@pytest.mark.parametrize("module", sorted(
+    m for m in SOURCES if room(m) != "kernels" and m != "tinygpt.device"))
+def test_private_interfaces_of_tinygrad_are_imported_in_kernels_and_device_only(module):
+    public = {"tinygrad", "tinygrad.helpers", "tinygrad.nn.state"}
+    for name in imports(SOURCES[module]):
+        assert name in public or not name.startswith("tinygrad."), name
 
 
 def test_no_cycles():

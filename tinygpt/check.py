@@ -133,7 +133,7 @@ def check_kernel(operation: str, implementation: str, dtype: str) -> Finding:
     """An implementation against the reference, in every case of the operation."""
     found = []
     for number, (shapes, options) in enumerate((cases.CASES | cases.WITHOUT_GRADIENT)[operation]):
-        if not cases.can_run(implementation, options, dtype) or (number and dtype != "float32"):
+        if not cases.can_run(implementation, dtype) or (number and dtype != "float32"):
             continue
         right = specified(operation, number)
         arrays = cases.draw(shapes)
@@ -149,7 +149,7 @@ def check_kernel(operation: str, implementation: str, dtype: str) -> Finding:
 def kernel_checks(wanted: str) -> list[Check]:
     """A check for each operation, implementation and dtype: of all implementations that run here
     except the reference, or of the wanted one. Raises ValueError if that one cannot run."""
-    names = [name for name in kernels.IMPLEMENTATIONS if cases.can_run(name, {})]
+    names = [name for name in kernels.IMPLEMENTATIONS if cases.can_run(name)]
     if wanted != "auto" and wanted not in names:
         raise ValueError(f"kernels={wanted!r} cannot run on {device.default()}: choose auto or one "
                          f"of {', '.join(names)}")
@@ -159,7 +159,7 @@ def kernel_checks(wanted: str) -> list[Check]:
             for name in names for operation in cases.CASES | cases.WITHOUT_GRADIENT
             if name in cases.implementations(operation) for dtype in cases.TOLERANCE
             if dtype == "float32"
-            or (operation in cases.IN_16_BITS and cases.can_run(name, {}, dtype))]
+            or (operation in cases.IN_16_BITS and cases.can_run(name, dtype))]
 
 
 # ---- the model

@@ -1,5 +1,8 @@
-"""Which device computes, what compiles for it, and the few of tinygrad's inner interfaces that
-code outside the kernels needs."""
+"""Which device computes, what compiles for it, and what is in its memory.
+
+Private interfaces of tinygrad: the connection to its cache, the processes in which 0.14 compiles,
+and the buffers of tensors.
+"""
 
 import ctypes
 import errno
@@ -22,22 +25,14 @@ import numpy as np
 from tinygrad import Device, Tensor, helpers
 from tinygrad.helpers import CACHEDB, CACHELEVEL, DEV
 
-from tinygpt.kernels.cpu.launch import compilations, cpu_count
+from tinygpt import machine
+from tinygpt.kernels.cpu.compile import compilations
 
 NO_COMPILER = ("tinygrad's CPU device needs clang, and none was found: "
                "pip install ziglang, or install clang, or name one in CC")
 
 # devices of tinygrad that store or move data, or do neither (NULL)
 CANNOT_COMPUTE = ("DISK", "NPY", "NULL", "RDMA", "TINYFS")
-
-# FLOP/s in bfloat16 and float16, dense, on tensor cores, and in float32 without them, of NVIDIA's
-# datasheets, by the words of a device's name; V100 and T4 have no bfloat16
-GPU_PEAKS = {
-    "H200": (989e12, 67e12), "H100 PCIe": (756e12, 51e12), "H100": (989e12, 67e12),
-    "A100": (312e12, 19.5e12), "A10": (125e12, 31.2e12), "L40S": (362e12, 91.6e12),
-    "L4": (121e12, 30.3e12), "V100": (125e12, 15.7e12), "T4": (65e12, 8.1e12),
-    "RTX 4090": (165e12, 82.6e12), "RTX 3090": (71e12, 35.6e12),
-}
 
 
 def _has_no_gpu() -> bool:
@@ -277,7 +272,7 @@ def describe() -> str:
     if not name.startswith("CPU"):
         return f"{name} ({model})" if (model := gpu_name()) else name
     compiler = os.environ.get("CC") or shutil.which("clang")
-    return f"CPU ({cpu_count()} cores, {platform.machine()}, compiler {compiler})"
+    return f"CPU ({machine.cpu_count()} cores, {platform.machine()}, compiler {compiler})"
 
 
 def gpu_name() -> str:
@@ -293,24 +288,13 @@ def gpu_name() -> str:
 
 
 def peak_flops(dtype: str = "float32") -> float | None:
-    """What model FLOPs utilization is measured against, in floating-point operations a second.
+    """FLOP/s of the default device, which model FLOPs utilization is measured against.
 
-    A GPU's is that of its datasheet (GPU_PEAKS), None for one that is not there. A CPU's is an
-    estimate in float32: cores x clock x 2 x lanes x fused multiply-add units.
+    A GPU's are those of its datasheet, None where it is unknown; a CPU's an estimate in float32.
     """
-    if not default().startswith("CPU"):
-        words = set(gpu_name().replace("-", " ").split())
-        half, single = next((peaks for name, peaks in GPU_PEAKS.items()
-                             if words.issuperset(name.split())), (None, None))
-        return single if dtype == "float32" else half
-    lanes, clock = 4, 3e9  # NEON, and a clock that modern cores reach
-    try:
-        info = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        info = ""
-    lanes = 16 if "avx512f" in info else 8 if "avx2" in info else lanes
-    speeds = [float(line.split(":")[1]) for line in info.splitlines() if line.startswith("cpu MHz")]
-    return cpu_count() * (max(speeds) * 1e6 if speeds else clock) * 2 * lanes * 2
+    if default().startswith("CPU"):
+        return machine.cpu_peak_flops()
+    return machine.gpu_peak_flops(gpu_name(), dtype)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -319,15 +303,9 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def memory() -> int:
-    """Bytes of memory that the default device can have: this machine's, or what its control group
-    leaves of them, on a CPU; elsewhere more than any GPU has."""
-    if not default().startswith("CPU"):
-        return 1 << 40
-    there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    try:
-        return min(there, int(Path("/sys/fs/cgroup/memory.max").read_text()))
-    except (OSError, ValueError):  # another system, or no limit
-        return there
+    """Bytes of memory that the default device can have: this machine's on a CPU, elsewhere more
+    than any GPU has."""
+    return machine.memory() if default().startswith("CPU") else 1 << 40
 
 
 def check_memory(needed: int, what: str, remedy: str) -> None:

@@ -1,4 +1,4 @@
-"""What attention has to be beside equal to the reference."""
+"""Properties of attention besides equality with the reference."""
 
 import numpy as np
 import pytest

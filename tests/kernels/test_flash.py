@@ -151,7 +151,7 @@ def test_auto_takes_it_where_it_measured_faster(monkeypatch):
     for name in ("flash", "portable"):
         monkeypatch.setattr(kernels.IMPLEMENTATIONS[name], "attention", lambda *_, name=name: name)
     assert kernels.attention(x, x, x) == "portable"
-    monkeypatch.setattr(kernels, "FLASH_WINS", {"PYTHON"})
+    monkeypatch.setitem(kernels.AUTO, "PYTHON", kernels.AUTO["CUDA"])
     assert kernels.attention(x, x, x) == "flash"
     big = Tensor.empty(1, 1, 3, 4096, device="PYTHON")
     assert kernels.attention(big, big, big) == "portable"

@@ -1,5 +1,7 @@
 """Operations on float16 activations: large ones, tensor cores' products, and C's conversions."""
 
+import ctypes
+
 import numpy as np
 import pytest
 from operations import check, cotangent, draw, implementations, run
@@ -9,7 +11,7 @@ from tinygrad import Tensor, dtypes
 from tinygpt import kernels
 from tinygpt.kernels import portable
 from tinygpt.kernels.cases import heads
-from tinygpt.kernels.cpu import launch
+from tinygpt.kernels.cpu.compile import FOLDER, function
 
 # rows and columns that fill no vector; whatever is not in SMALL is multiplied by 300
 LARGE = {
@@ -55,8 +57,7 @@ def large(case: str) -> dict[str, np.ndarray]:
 
 
 OPTIONS = {"gelu_tanh": dict(tanh=True), "cross_entropy": dict(targets=TARGETS)}
-BOTH = [(case, i) for case in LARGE for i in implementations(case.removesuffix("_tanh"))
-        if i != "tinygrad"]  # whose attention rounds scores to float16
+BOTH = [(case, i) for case in LARGE for i in implementations(case.removesuffix("_tanh"))]
 
 
 @pytest.mark.parametrize("case, implementation", BOTH)
@@ -114,9 +115,9 @@ void convert(const float* from, f16* to, const f16* half, float* back, long n) {
 @pytest.mark.parametrize("by_hand", [False, True])
 def test_conversions_in_c_are_numpys(by_hand, rng):
     """Those of the processor, and those for processors that have none."""
-    vector = (launch.FOLDER / "vector.h").read_text(encoding="utf-8")
+    vector = (FOLDER / "vector.h").read_text(encoding="utf-8")
     undone = [f"#undef {name}\n" for name in ("__F16C__", "__AVX512F__", "__aarch64__")]
-    function = launch.function("convert", "".join(undone if by_hand else []) + vector + CONVERSIONS)
+    convert = function("convert", "".join(undone if by_hand else []) + vector + CONVERSIONS)
     half = np.arange(1 << 16, dtype=np.uint16).view(np.float16)
     numbers = half.astype(np.float32)
     finite = np.sort(numbers[np.isfinite(numbers)])
@@ -128,8 +129,8 @@ def test_conversions_in_c_are_numpys(by_hand, rng):
     given = np.resize(given, -(-len(given) // 16) * 16)
     halves = np.resize(half, len(given))
     to, back = np.empty(len(given), np.float16), np.empty(len(given), np.float32)
-    function(*(launch.ctypes.c_uint64(a.ctypes.data) for a in (given, to, halves, back)),
-             launch.ctypes.c_uint64(len(given)))
+    convert(*(ctypes.c_uint64(a.ctypes.data) for a in (given, to, halves, back)),
+             ctypes.c_uint64(len(given)))
     with np.errstate(over="ignore"):
         np.testing.assert_array_equal(to, given.astype(np.float16))
     np.testing.assert_array_equal(back, halves.astype(np.float32))

@@ -13,6 +13,7 @@ from operations import (
     CASES,
     KEY,
     TOLERANCE,
+    WITHOUT_GRADIENT,
     check,
     constants,
     cotangent,
@@ -30,7 +31,7 @@ from operations import (
 from tinygrad import Tensor, TinyJit, dtypes
 
 from tinygpt import kernels
-from tinygpt.kernels.cpu import launch
+from tinygpt.kernels.cpu import kernel
 from tinygpt.kernels.random import make_key, random_bits
 
 NUMBERED = [(operation, n) for operation, cases in CASES.items() for n in range(len(cases))]
@@ -127,8 +128,6 @@ def test_use_decides_what_auto_means(restore, monkeypatch):
     for name in kernels.IMPLEMENTATIONS:
         kernels.use(name)
         assert kernels.attention(q, k, v) == name
-    kernels.use("tinygrad")
-    assert kernels.gelu(q) == "portable"  # tinygrad's has none
     kernels.use("flash")
     assert kernels.gelu(q) == before[0]  # flash has attention alone
     kernels.use("reference")
@@ -230,15 +229,15 @@ PROCESSORS = {"avx512": ["x86_64", "-march=sapphirerapids"], "sse": ["x86_64", "
 
 @pytest.fixture(scope="module")
 def c_sources():
-    """The source of every C kernel that CASES use, with and without AMX."""
-    sources, build = {}, launch.program
+    """The source of every C kernel that the cases use, with and without AMX."""
+    sources, build = {}, kernel.program
 
     def program(name, code, *rest):
         sources[name] = code
         return build(name, code, *rest)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(launch, "program", program)
+        patch.setattr(kernel, "program", program)
         for amx in ("", "real"):
             patch.setattr(kernels.cpu, "amx", lambda amx=amx: amx)
             for operation, dtype in itertools.product(CASES, TOLERANCE):
@@ -246,6 +245,9 @@ def c_sources():
                     shapes, options = CASES[operation][0]
                     differentiate(operation, "cpu", tensors(draw(shapes), dtype),
                                   constants(options))
+        for operation, cases in WITHOUT_GRADIENT.items():
+            for shapes, options in cases:
+                run(operation, "cpu", draw(shapes), options)
     return sources
 
 

@@ -2,11 +2,19 @@
 
 import numpy as np
 import pytest
-from operations import check, draw, implementations, np_orthogonalize, tensors
+from operations import (
+    check,
+    draw,
+    implementations,
+    np_orthogonalize,
+    skip_where_it_is_not_for,
+    tensors,
+)
 from tinygrad import Tensor
 
 from tinygpt import kernels
-from tinygpt.kernels.cpu import launch
+from tinygpt.kernels.cases import ADAMW, LION
+from tinygpt.kernels.cpu.threads import pool
 
 
 @pytest.mark.parametrize("implementation", implementations("orthogonalize"))
@@ -44,11 +52,12 @@ def test_orthogonalize_of_many_is_that_of_each(implementation):
 
 def test_orthogonalize_has_room_for_every_thread_that_there_is(monkeypatch):
     """Also where fewer were asked for when the threads had begun."""
-    made, empty, threads = [], Tensor.empty, launch.pool().threads
-    monkeypatch.setattr(launch, "_threads", 1)
+    made, empty, threads = [], Tensor.empty, pool().threads
+    kernels.set_threads(1)
     monkeypatch.setattr(Tensor, "empty", lambda *shape, **options: made.append(shape)
                         or empty(*shape, **options))
     kernels.orthogonalize(*[Tensor.ones(5, 7)] * 16, implementation="cpu")
+    kernels.set_threads(threads)
     assert (min(threads, 16), 4, 5, 5) in made
 
 
@@ -65,20 +74,18 @@ def test_square_sum(implementation):
 @pytest.mark.parametrize("implementation", implementations("adamw"))
 @pytest.mark.parametrize("shape", [(17, 31), (1,), (509,)])
 def test_adamw_updates_in_place_or_not_at_all(implementation, shape):
+    skip_where_it_is_not_for(implementation)
     arrays = draw(dict(p=shape, m=shape, v=shape, grad=shape))
     arrays["v"] = np.abs(arrays["v"])
-    lr, b1, b2, eps, decay, debias1, debias2, scale = 0.1, 0.9, 0.95, 1e-3, 0.2, 3.0, 5.0, 0.5
-    p, m, v, g = arrays["p"], arrays["m"], arrays["v"], scale * arrays["grad"]
-    m, v = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * g**2
-    p = p * (1 - lr * decay) - lr * (m * debias1) / (np.sqrt(v * debias2) + eps)
+    p, m, v, g = arrays["p"], arrays["m"], arrays["v"], ADAMW.grad_scale * arrays["grad"]
+    m = ADAMW.beta1 * m + (1 - ADAMW.beta1) * g
+    v = ADAMW.beta2 * v + (1 - ADAMW.beta2) * g**2
+    p = p * (1 - ADAMW.learning_rate * ADAMW.weight_decay) - ADAMW.learning_rate * (
+        m * ADAMW.bias_correction1) / (np.sqrt(v * ADAMW.bias_correction2) + ADAMW.eps)
     for apply, right in ((1.0, {"p": p, "m": m, "v": v}), (0.0, arrays)):
         state = tensors(arrays | ({} if apply else dict(grad=arrays["grad"] * np.float32("nan"))))
-        options = [lr, b1, b2, eps, decay, debias1, debias2, scale, apply]
-        try:
-            Tensor.realize(*kernels.adamw(*state.values(), Tensor(options, dtype="float32"),
-                                          implementation=implementation))
-        except ValueError as error:
-            pytest.skip(f"not offered: {error}")
+        options = Tensor(ADAMW._replace(apply=apply), dtype="float32")
+        Tensor.realize(*kernels.adamw(*state.values(), options, implementation=implementation))
         check({n: state[n].numpy() for n in "pmv"}, {n: right[n] for n in "pmv"})
 
 
@@ -87,13 +94,13 @@ def test_adamw_updates_in_place_or_not_at_all(implementation, shape):
 def test_lion_updates_in_place_or_not_at_all(implementation, shape):
     arrays = draw(dict(p=shape, m=shape, grad=shape))
     arrays["grad"].flat[0] = arrays["m"].flat[0] = 0.0  # whose sign is 0
-    lr, b1, b2, decay, scale = 0.1, 0.9, 0.95, 0.2, 0.5
-    p, m, g = arrays["p"], arrays["m"], scale * arrays["grad"]
-    p = p * (1 - lr * decay) - lr * np.sign(b1 * m + (1 - b1) * g)
-    m = b2 * m + (1 - b2) * g
+    p, m, g = arrays["p"], arrays["m"], LION.grad_scale * arrays["grad"]
+    p = (p * (1 - LION.learning_rate * LION.weight_decay)
+         - LION.learning_rate * np.sign(LION.beta1 * m + (1 - LION.beta1) * g))
+    m = LION.beta2 * m + (1 - LION.beta2) * g
     for apply, right in ((1.0, {"p": p, "m": m}), (0.0, arrays)):
         state = tensors(arrays | ({} if apply else dict(grad=arrays["grad"] * np.float32("nan"))))
-        options = Tensor([lr, b1, b2, decay, scale, apply], dtype="float32")
+        options = Tensor(LION._replace(apply=apply), dtype="float32")
         Tensor.realize(*kernels.lion(*state.values(), options, implementation=implementation))
         check({n: state[n].numpy() for n in "pm"}, {n: right[n] for n in "pm"})
 
@@ -109,13 +116,12 @@ def test_adamw8bit_is_the_reference(rng, n, apply):
     for name in "mv":  # the last block's end is of no weight
         arrays[name].reshape(-1)[n:] = 0
     arrays["m_tops"][-1] = 0.0
-    options = [0.1, 0.9, 0.95, 1e-3, 0.2, 3.0, 5.0, 0.5, apply]
+    options = Tensor(ADAMW._replace(apply=apply), dtype="float32")
     found = []
     for implementation in ("cpu", "reference"):
         state = {k: Tensor(a.astype(np.uint8 if k in "mv" else np.float32)).realize()
                  for k, a in arrays.items()}
-        Tensor.realize(*kernels.adamw8bit(*state.values(), Tensor(options, dtype="float32"),
-                                          implementation=implementation))
+        Tensor.realize(*kernels.adamw8bit(*state.values(), options, implementation=implementation))
         found.append({k: t.numpy() for k, t in state.items()})
     for name in ("p", "m_tops", "v_tops"):
         np.testing.assert_allclose(found[0][name], found[1][name], rtol=1e-5, atol=1e-6)

@@ -10,7 +10,7 @@ from tinygrad.nn.state import get_state_dict
 from gpt import GPT, GPTConfig, TrainConfig
 from tinygpt import kernels
 from tinygpt.data.tokenizer import ByteTokenizer
-from tinygpt.kernels.cpu import launch
+from tinygpt.kernels.cpu import kernel
 from tinygpt.model.quantize import KINDS, QuantizedMatrix
 from train import train
 
@@ -55,13 +55,13 @@ def test_products_and_rows_equal_numpy(shape, kind, implementation, rng):
 
 @pytest.mark.parametrize("instructions", [True, False])
 def test_every_finite_float16_is_read_exactly(instructions, monkeypatch):
-    source = launch.source
+    source = kernel.source
 
-    def without(file, **defines):
-        name, code = source(file, **defines)
+    def without(*file):
+        name, code = source(*file)
         return f"{name}_soft", "#undef __F16C__\n#undef __AVX512F__\n#undef __aarch64__\n" + code
     if not instructions:
-        monkeypatch.setattr(launch, "source", without)
+        monkeypatch.setattr(kernel, "source", without)
     halves = np.arange(2**16, dtype=np.uint16).view(np.float16)
     halves = halves[np.isfinite(halves)].reshape(-1, 16)
     weight, wanted = Tensor(halves).realize(), halves.astype(np.float32)

@@ -18,7 +18,7 @@ from tinygrad import Tensor
 from gpt import GPT, GPTConfig
 from tinygpt import checkpoint
 from tinygpt.data.load import load_data
-from tinygpt.kernels.cpu.launch import cpu_count
+from tinygpt.machine import cpu_count
 from tinygpt.training import ranks
 from tinygpt.training.config import TrainConfig
 from tinygpt.training.ranks import Buckets, Ranks, RanksError

@@ -34,7 +34,7 @@ from tinygpt.data.documents import (
 )
 from tinygpt.data.token_files import dump_with_checksum, load_with_checksum
 from tinygpt.data.tokenizer import Tokenizer, end_of_text, load_tokenizer, make_tokenizer
-from tinygpt.kernels.cpu.launch import cpu_count
+from tinygpt.machine import cpu_count
 
 PIECE = 32 << 20  # maximum bytes of text in a shard
 LEARN = 64 << 20  # bytes of text from which bpe learns its merges

@@ -1,16 +1,14 @@
-"""The operations of the model, each one function whatever implements it.
+"""The operations of the model, each one function with several implementations.
 
     reference   plain Tensor code: the specification
     cpu         C for the CPU (kernels/cpu/)
     portable    Tensor code that tinygrad compiles well on every device
-    tinygrad    tinygrad's own scaled_dot_product_attention (attention only)
     flash       UOps for a GPU's workgroups and tensor cores (attention only, kernels/flash.py)
 
-`implementation="auto"` takes the fastest one that can run: `cpu` where it can, `flash` on the
-devices of FLASH_WINS, else `portable`. `use()` narrows that for the whole process. An
-implementation asked for by name runs or raises ValueError, and so do shapes that do not fit one
-another. Activations are float32, bfloat16 or float16, and arithmetic inside is float32; weights
-are float32.
+`implementation="auto"` takes the first in AUTO that can run, and `use()` changes that for the whole
+process. An implementation asked for by name runs or raises ValueError, and so do shapes that do not
+fit one another. Activations are float32, bfloat16 or float16, and arithmetic inside is float32;
+weights are float32.
 """
 
 import functools
@@ -18,26 +16,27 @@ import warnings
 
 from tinygrad import Tensor, UOp
 
-from tinygpt.kernels import cpu, flash, portable, reference, stock
-from tinygpt.kernels.cpu.launch import set_threads, stored
+from tinygpt.kernels import cpu, flash, portable, reference
+from tinygpt.kernels.cpu.kernel import stored
+from tinygpt.kernels.cpu.threads import set_threads
 
 __all__ = ["IMPLEMENTATIONS", "adamw", "adamw8bit", "attention", "cached_attention",
            "cross_entropy", "draw", "dropout", "embedding", "gelu", "in_use", "layer_norm",
            "linear", "lion", "orthogonalize", "quantized_embedding", "quantized_linear",
            "rms_norm", "rope", "set_threads", "square_sum", "stored", "swiglu", "use"]
 
-IMPLEMENTATIONS = {"reference": reference, "cpu": cpu, "portable": portable, "tinygrad": stock,
-                   "flash": flash}
-# Devices on which flash attention was measured to be faster in every case (bench/gpu.csv)
-FLASH_WINS = frozenset({"CUDA"})
+IMPLEMENTATIONS = {"reference": reference, "cpu": cpu, "portable": portable, "flash": flash}
+# What "auto" tries on a device, the fastest first, elsewhere "portable" alone. Flash attention is
+# there where it was measured to be faster in every case (bench/gpu.csv).
+AUTO = {"CPU": ("cpu", "portable"), "CUDA": ("flash", "portable")}
 _in_use = "auto"
 
 
 def use(implementation: str) -> None:
     """Makes `implementation` what "auto" means from now on; "auto" itself undoes that.
 
-    An operation that `implementation` does not have at all is `portable`'s, beside "flash" the
-    automatic one; tensors that it cannot take raise ValueError where they meet it.
+    An operation that `implementation` does not have at all is chosen automatically; tensors that
+    it cannot take raise ValueError.
     """
     global _in_use
     _in_use = _check_name(implementation)
@@ -67,7 +66,7 @@ def embedding(idx: Tensor, weight: Tensor, implementation: str = "auto") -> Tens
 def quantized_linear(x: Tensor, weight: Tensor, scale: Tensor | None = None,
                      bias: Tensor | None = None, residual: Tensor | None = None,
                      implementation: str = "auto") -> Tensor:
-    """residual + x @ (scale * weight).T + bias with weights that are kept small; no gradient.
+    """residual + x @ (scale * weight).T + bias with weights of few bits; no gradient.
 
     x (..., C), weight (N, C) int8 with scale (N,) float32, a row's, or float16 without one,
     bias (N,), residual (..., N) -> (..., N) in x's dtype.
@@ -101,7 +100,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5,
 
 
 def gelu(x: Tensor, tanh: bool = False, implementation: str = "auto") -> Tensor:
-    """GELU (arXiv:1606.08415), exact or, as GPT-2 has it, by its tanh approximation."""
+    """GELU (arXiv:1606.08415), exact or by its tanh approximation, which GPT-2 uses."""
     return _run("gelu", implementation, (x,), tanh)
 
 
@@ -124,7 +123,7 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, implementation: str = "auto") -> T
 def dropout(x: Tensor, p: float, key: Tensor | None, implementation: str = "auto") -> Tensor:
     """Zeroes each element with probability p and scales the rest by 1 / (1 - p).
 
-    key (1,) uint32 decides which (see random.py); without one, x comes back unchanged.
+    key (1,) uint32 decides which (see random.py); without a key x is returned unchanged.
     """
     return _run("dropout", implementation, (x,), p, key)
 
@@ -138,8 +137,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, offset: int | UOp = 0, window: in
     q (B, H, T, D), k and v (B, G, S, D), H a multiple of G -> (B, H, T, D) in q's dtype.
     Query i stands at position offset + i (a symbolic offset is fine) and sees the keys at
     positions up to its own, with `window` only the last `window` of them. Keys behind the last
-    query do not matter while they are finite. dropout_p, below 1, acts on the softmax's weights
-    where there is a key.
+    query have no effect as long as they are finite. dropout_p, below 1, applies to the softmax's
+    weights if there is a dropout_key.
     """
     _check_attention(q, k, v, window)
     if not 0 <= dropout_p < 1:
@@ -153,9 +152,9 @@ def cached_attention(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tens
     """Writes k and v (B, G, T, D) into a cache, keys and values (B, G, S, D), from position offset
     on, and is then `attention` of q (B, H, T, D) to the cache; no gradient.
 
-    keys and values have to be realized, and hold what is written when the result is realized. With
-    start (B,) int32 the queries of row b do not see keys before start[b], which are padding; a
-    query that is itself before start[b] sees its own key alone.
+    keys and values have to be realized; realizing the result writes into them. With start (B,)
+    int32 the queries of row b do not see keys before start[b], which are padding; a query that is
+    itself before start[b] sees its own key alone.
     """
     _check_attention(q, keys, values, window)
     _check("cached_attention", k.shape == v.shape == (*keys.shape[:2], q.shape[2], q.shape[3]),
@@ -167,7 +166,7 @@ def cached_attention(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tens
 def cross_entropy(logits: Tensor, targets: Tensor, label_smoothing: float = 0.0,
                   z_loss: float = 0.0, implementation: str = "auto") -> Tensor:
     """Mean negative log-likelihood in nats, a scalar float32, over the targets that are not
-    negative: -1 (nanoGPT) and -100 (Hugging Face) mark what is not to be predicted.
+    negative: -1 (nanoGPT) and -100 (Hugging Face) mark positions without a target.
 
     logits (N, V), targets (N,) int32. Label smoothing mixes the target with the uniform
     distribution (arXiv:1512.00567); z_loss adds z_loss * log(Z)^2 (arXiv:2204.02311). NaN where
@@ -192,9 +191,8 @@ def adamw(p: Tensor, m: Tensor, v: Tensor, grad: Tensor, options: Tensor,
           implementation: str = "auto") -> list[Tensor]:
     """One AdamW step (arXiv:1711.05101) on a weight p and its moments m and v, in place.
 
-    All four are float32 of one shape. options (9,) float32: learning rate, beta1, beta2, epsilon,
-    weight decay, 1 / (1 - beta1^t), 1 / (1 - beta2^t), a scale of the gradient, and 0 where
-    nothing may change. Returns p, m and v, to be realized.
+    All four are float32 of one shape. options (9,) float32 are those of `options.AdamWOptions`.
+    Returns p, m and v, to be realized.
     """
     return _run("adamw", implementation, (p, m, v, grad), options)
 
@@ -214,8 +212,8 @@ def lion(p: Tensor, m: Tensor, grad: Tensor, options: Tensor,
          implementation: str = "auto") -> list[Tensor]:
     """One Lion step (arXiv:2302.06675) on a weight p and its momentum m, in place.
 
-    All three are float32 of one shape. options (6,) float32: learning rate, beta1, beta2, weight
-    decay, a scale of the gradient, and 0 where nothing may change. Returns p and m, to be realized.
+    All three are float32 of one shape. options (6,) float32 are those of `options.LionOptions`.
+    Returns p and m, to be realized.
     """
     return _run("lion", implementation, (p, m, grad), options)
 
@@ -235,31 +233,23 @@ def orthogonalize(*xs: Tensor, implementation: str = "auto") -> list[Tensor]:
 
 
 def _run(operation: str, implementation: str, tensors: tuple, *options):
-    """Calls the operation of an implementation; `tensors` decide whether `cpu` can take them."""
-    name = _check_name(implementation)
-    if name == "auto":
-        name = _choose(operation, tensors)
-    if not _offers(name, operation, tensors):
-        kinds = ", ".join(f"{t.dtype} {t.shape} on {t.device}" for t in tensors if t is not None)
-        raise ValueError(f"the kernels {name!r} have no {operation} for {kinds}")
-    return getattr(IMPLEMENTATIONS[name], operation)(*tensors, *options)
+    """Calls the operation of the first implementation that can run it on these tensors."""
+    for name in _preferences(operation, _check_name(implementation), tensors[0].device):
+        if _offers(name, operation, tensors):
+            return getattr(IMPLEMENTATIONS[name], operation)(*tensors, *options)
+        if implementation == _in_use == "auto" and name == "cpu" and hasattr(cpu, operation):
+            _say_fallback(operation, ", ".join(str(t.dtype) for t in tensors if t is not None))
+    kinds = ", ".join(f"{t.dtype} {t.shape} on {t.device}" for t in tensors if t is not None)
+    raise ValueError(f"the kernels {name!r} have no {operation} for {kinds}")
 
 
-def _choose(operation: str, tensors: tuple) -> str:
-    """What "auto" means for an operation on these tensors."""
+def _preferences(operation: str, implementation: str, device) -> tuple[str, ...]:
+    """The implementations to be tried, the fastest first; one alone that was asked for by name."""
+    if implementation != "auto":
+        return (implementation,)
     if _in_use != "auto" and hasattr(IMPLEMENTATIONS[_in_use], operation):
-        return _in_use  # even where it cannot run: it was asked for
-    if _in_use not in ("auto", "flash"):
-        return "portable"
-    if _offers("cpu", operation, tensors):
-        return "cpu"
-    if _in_use == "auto" and hasattr(flash, operation):
-        device = str(tensors[0].device).split(":")[0]
-        if device in FLASH_WINS and _offers("flash", operation, tensors):
-            return "flash"
-    if hasattr(cpu, operation) and str(tensors[0].device) == "CPU":
-        _say_fallback(operation, ", ".join(str(t.dtype) for t in tensors if t is not None))
-    return "portable"
+        return (_in_use,)
+    return AUTO.get(str(device).split(":")[0], ("portable",))
 
 
 def _offers(name: str, operation: str, tensors: tuple) -> bool:
@@ -270,7 +260,7 @@ def _offers(name: str, operation: str, tensors: tuple) -> bool:
 
 @functools.cache
 def _say_fallback(operation: str, kinds: str) -> None:
-    warnings.warn(f"no C kernel for {operation} of {kinds}: the portable one runs", stacklevel=5)
+    warnings.warn(f"no C kernel for {operation} of {kinds}: the portable one runs", stacklevel=4)
 
 
 def _check(operation: str, fits: bool, *tensors: Tensor | None) -> None:

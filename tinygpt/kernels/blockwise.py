@@ -12,8 +12,8 @@ BLOCK = 256  # numbers that share a magnitude
 def _decades(signed: bool) -> list[tuple[int, float, float]]:
     """(n, unit, least) of the seven decades, the lowest first.
 
-    A decade has n values, unit * (0.1 + 0.9 (j + 0.5) / n), whose codes are n + j; what is at least
-    `least` is nearer to one of them than to those below.
+    A decade has n values, unit * (0.1 + 0.9 (j + 0.5) / n), with the codes n + j; numbers from
+    `least` on are nearer to one of them than to those below.
     """
     found, below = [], 0.0
     for i in range(7):
@@ -48,7 +48,7 @@ def quantize(x: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
     j = ((y / unit - 0.1) / 0.9 * n).floor().maximum(0.0).minimum(n - 1)
     codes = (n > 0).where(n + j, 0.0)
     last = _decades(signed)[-1][0]
-    whole = (1 + (1 - 0.45 / last)) / 2  # what is above is nearest to 1
+    whole = (1 + (1 - 0.45 / last)) / 2  # larger numbers are nearest to 1
     if not signed:
         return (y > whole).where(1.0, codes).cast("uint8"), tops
     codes = ((x < 0) & (codes > 0)).where(codes + 128, codes)

@@ -5,6 +5,7 @@ import numpy as np
 from tinygrad import Device, Tensor, dtypes
 
 from tinygpt import kernels
+from tinygpt.kernels.options import AdamWOptions, LionOptions
 from tinygpt.kernels.random import make_key
 from tinygpt.kernels.workgroup import renderer_of
 
@@ -43,7 +44,10 @@ KEY = make_key(1, 2)
 GROUPED = heads(2, 4, 2, 5, 5, 8)
 CACHED = heads(1, 5, 1, 3, 13, 6)
 SQUARE = heads(1, 4, 2, 7, 7, 7)
-ADAMW = numbers(0.1, 0.9, 0.95, 1e-3, 0.2, 3, 5, 0.5, 1)
+ADAMW = AdamWOptions(learning_rate=0.1, beta1=0.9, beta2=0.95, eps=1e-3, weight_decay=0.2,
+                     bias_correction1=3.0, bias_correction2=5.0, grad_scale=0.5, apply=1.0)
+LION = LionOptions(learning_rate=0.1, beta1=0.9, beta2=0.95, weight_decay=0.2, grad_scale=0.5,
+                   apply=1.0)
 
 # operation: (shapes of the inputs that have a gradient, other arguments), ...; in 16 bits the
 # first of each only
@@ -114,14 +118,14 @@ WITHOUT_GRADIENT = {
         (dict(logits=(3, 509)), dict(key=KEY, temperature=numbers(0.7))),
         (dict(logits=(5, 37)), {}),
     ],
-    "adamw": [(dict(p=s, m=s, v=positive(*s), grad=s), dict(options=ADAMW))
+    "adamw": [(dict(p=s, m=s, v=positive(*s), grad=s), dict(options=numbers(*ADAMW)))
               for s in ((16, 32), (17, 31), (1,))],
     "adamw8bit": [
         (dict(p=(512,), m=ids((2, 256), 256).astype(np.uint8), m_tops=positive(2, 1),
               v=ids((2, 256), 256).astype(np.uint8), v_tops=positive(2, 1), grad=(512,)),
-         dict(options=ADAMW)),
+         dict(options=numbers(*ADAMW))),
     ],
-    "lion": [(dict(p=s, m=s, grad=s), dict(options=numbers(0.1, 0.9, 0.95, 0.2, 0.5, 1)))
+    "lion": [(dict(p=s, m=s, grad=s), dict(options=numbers(*LION)))
              for s in ((16, 32), (17, 31), (1,))],
     "square_sum": [(dict(a=(17, 31), b=(1,), c=(3, 5, 7), d=(5000,)), {})],
     "orthogonalize": [(dict(a=(16, 48), b=(37, 16), c=(1, 7)), {})],
@@ -165,15 +169,12 @@ def implementations(operation: str, but: str = "") -> list[str]:
             if name != but and hasattr(module, operation)]
 
 
-def can_run(implementation: str, options: dict, dtype: str = "float32") -> bool:
-    """Whether the implementation is for a case with such options, on the default device."""
+def can_run(implementation: str, dtype: str = "float32") -> bool:
+    """Whether the implementation is for the default device and for that dtype there."""
     on_cpu = Device.DEFAULT.startswith("CPU")
     if not on_cpu and getattr(dtypes, dtype) not in renderer_of(Device.DEFAULT).supported_dtypes():
         return False
-    if implementation in ("cpu", "flash"):
-        return on_cpu == (implementation == "cpu")
-    # tinygrad's attention draws its dropout from global state
-    return implementation != "tinygrad" or "dropout_key" not in options
+    return implementation not in ("cpu", "flash") or on_cpu == (implementation == "cpu")
 
 
 def differentiate(operation: str, implementation: str, inputs: dict[str, Tensor], options: dict,

@@ -1,4 +1,5 @@
-"""Flash attention (arXiv:2205.14135, arXiv:2307.08691) for GPUs, as kernels made of UOps.
+"""Flash attention (arXiv:2205.14135, arXiv:2307.08691) for GPUs, as kernels made of UOps,
+tinygrad's private interface.
 
 A workgroup holds the tile of some queries (or, for the gradients of keys and values, of some keys)
 in shared memory and walks over the tiles of what they see. The softmax is computed on the way, so
@@ -16,7 +17,7 @@ from tinygrad import Tensor, UOp, dtypes
 from tinygrad.dtype import DType
 from tinygrad.renderer import Renderer
 
-from tinygpt.kernels.cpu.launch import plain, untransposed
+from tinygpt.kernels.cpu.kernel import plain, untransposed
 from tinygpt.kernels.jit import constant
 from tinygpt.kernels.tiles import MATRICES, Heads, Problem, Tiles, choose_tiles
 from tinygpt.kernels.workgroup import arguments, find_core, render, renderer_of
@@ -26,7 +27,8 @@ HIDDEN = -1e30  # a score that weighs nothing; finite, for compilers that assume
 
 
 def fits(operation: str, q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Are these of one float type, on one device with workgroups, with heads that fit there?"""
+    """Whether q, k and v are of one float type, on one device with workgroups, and heads of their
+    size fit in a workgroup's memory."""
     if not all((x.device, x.dtype) == (q.device, q.dtype) for x in (k, v)):
         return False
     if q.dtype not in DTYPES or not isinstance(q.device, str):
@@ -266,7 +268,7 @@ def _run(kernel, problem: Problem, outputs: list[Tensor], inputs: list[Tensor],
         return kernel(problem, *[b.base for b in buffers])
 
     made = Tensor.custom_kernel(*outputs, *inputs, fxn=build, grad_fxn=gradient)[:len(outputs)]
-    return [y * 1 for y in made]  # values: see `tinygpt.kernels.cpu.launch.Kernel`
+    return [y * 1 for y in made]  # values: see `tinygpt.kernels.cpu.kernel.Kernel`
 
 
 def sources(q: tuple[int, ...], k: tuple[int, ...], dtype: DType, renderer: Renderer,

@@ -1,4 +1,7 @@
-"""The loss that a model returns."""
+"""The loss that a model returns.
+
+Private interfaces of tinygrad: Tensor's ufix and _wrap_uop are overridden.
+"""
 
 from collections.abc import Callable
 

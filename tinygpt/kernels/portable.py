@@ -4,6 +4,8 @@ The mathematics is `reference.py`'s. What is added are barriers, which stop tiny
 a matrix product with what surrounds it (and then computing it again for every output), and
 column sums in two stages, which it can spread over cores and vector lanes. On a GPU, activations
 of 16 bits are multiplied as such, which its tensor cores can, and summed in float32.
+
+Private interfaces of tinygrad: `embedding` is a UOp's call with a gradient of its own.
 """
 
 import functools
@@ -13,7 +15,7 @@ import operator
 from tinygrad import Tensor, UOp, dtypes
 
 from tinygpt.kernels import reference
-from tinygpt.kernels.cpu.launch import narrow
+from tinygpt.kernels.cpu.kernel import narrow
 from tinygpt.kernels.random import counter
 from tinygpt.kernels.reference import (
     adamw,
@@ -147,7 +149,7 @@ def _orthogonalize(x):
         product = step if product is None else _product(product, step)
         if i < 4:
             A = _product(_product(step, A), step)
-            A = ((A + A.T) / 2).contiguous()  # else what is not symmetric grows at every step
+            A = ((A + A.T) / 2).contiguous()  # any asymmetry would grow at every step
     return _product(product, x) if wide else _product(x, product)
 
 
@@ -169,8 +171,8 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _barrier(x: Tensor) -> Tensor:
-    """`x` in memory of its own, and so its gradient; times one, so that an assignment to either is
-    to a value and does not change that memory under what else is computed from it."""
+    """`x` in memory of its own, and its gradient too. Multiplied by one each is a value: assigning
+    to it does not overwrite that memory, which other results are computed from."""
     return (x * 1).contiguous().contiguous_backward() * 1
 
 

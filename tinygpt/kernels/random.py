@@ -7,7 +7,7 @@ resumed run, by another device. The mixer is Wellons' `lowbias32`, a bijection o
 import numpy as np
 from tinygrad import Tensor, dtypes
 
-from tinygpt.kernels.cpu.launch import IS_014
+from tinygpt.kernels.jit import IS_014
 
 
 def make_key(*words: int) -> np.ndarray:

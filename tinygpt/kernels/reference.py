@@ -2,8 +2,8 @@
 
 Nothing here is tuned. Every other implementation has to agree with this one, forward and
 gradients, and tests and benchmarks measure against it alone. Whatever the activations are,
-arithmetic is float32 (in float16 the square of 300 is infinite), or float64 where they are that, in
-which `tinygpt.check` differentiates. The docstrings of the operations are in
+arithmetic is float32 (in float16 the square of 300 is infinite), or float64 for activations in
+float64, which `tinygpt.check` uses. The docstrings of the operations are in
 `tinygpt/kernels/__init__.py`.
 """
 
@@ -15,11 +15,12 @@ from tinygrad import dtypes
 from tinygrad.dtype import least_upper_dtype
 
 from tinygpt.kernels.blockwise import dequantize, in_blocks, quantize
+from tinygpt.kernels.options import AdamWOptions, LionOptions, unpack
 from tinygpt.kernels.random import counter, random_bits, uniform
 
 
 def _wide(x):
-    """x in float32, or in float64 where it is that."""
+    """x in float32, or in float64 if it already is."""
     return x.cast(least_upper_dtype(x.dtype, dtypes.float32))
 
 
@@ -160,23 +161,25 @@ def _orthogonalize(x):
 
 
 def lion(p, m, grad, options):
-    lr, beta1, beta2, decay, scale, apply = (options[i:i + 1] for i in range(6))
-    grad = grad * scale
-    step = (beta1 * m + (1 - beta1) * grad).sign()
-    moved, later = p * (1 - lr * decay) - lr * step, beta2 * m + (1 - beta2) * grad
-    p.assign((apply != 0).where(moved, p))
-    m.assign((apply != 0).where(later, m))
+    o = unpack(LionOptions, options)
+    grad = grad * o.grad_scale
+    step = (o.beta1 * m + (1 - o.beta1) * grad).sign()
+    moved = p * (1 - o.learning_rate * o.weight_decay) - o.learning_rate * step
+    later = o.beta2 * m + (1 - o.beta2) * grad
+    p.assign((o.apply != 0).where(moved, p))
+    m.assign((o.apply != 0).where(later, m))
     return [p, m]
 
 
 def adamw(p, m, v, grad, options):
-    lr, beta1, beta2, eps, decay, debias1, debias2, scale, apply = (
-        options[i:i + 1] for i in range(9))
-    grad = grad * scale
-    m.assign((apply != 0).where(beta1 * m + (1 - beta1) * grad, m))
-    v.assign((apply != 0).where(beta2 * v + (1 - beta2) * grad * grad, v))
-    moved = p * (1 - lr * decay) - lr * (m * debias1) / ((v * debias2).sqrt() + eps)
-    p.assign((apply != 0).where(moved, p))
+    o = unpack(AdamWOptions, options)
+    grad = grad * o.grad_scale
+    m.assign((o.apply != 0).where(o.beta1 * m + (1 - o.beta1) * grad, m))
+    v.assign((o.apply != 0).where(o.beta2 * v + (1 - o.beta2) * grad * grad, v))
+    root = (v * o.bias_correction2).sqrt() + o.eps
+    moved = (p * (1 - o.learning_rate * o.weight_decay)
+             - o.learning_rate * (m * o.bias_correction1) / root)
+    p.assign((o.apply != 0).where(moved, p))
     return [p, m, v]
 
 
@@ -184,8 +187,8 @@ def adamw8bit(p, m, m_tops, v, v_tops, grad, options):
     moments = [dequantize(codes, tops, signed).reshape(-1)[:p.numel()].reshape(p.shape).contiguous()
                for codes, tops, signed in ((m, m_tops, True), (v, v_tops, False))]
     p, *moments = adamw(p, *moments, grad, options)
-    updated = [p]
+    updated, apply = [p], unpack(AdamWOptions, options).apply
     for new, codes, tops, signed in ((moments[0], m, m_tops, True), (moments[1], v, v_tops, False)):
         for old, x in zip((codes, tops), quantize(in_blocks(new), signed), strict=True):
-            updated.append(old.assign((options[8:9] != 0).where(x, old)))
+            updated.append(old.assign((apply != 0).where(x, old)))
     return updated

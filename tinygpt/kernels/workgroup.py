@@ -1,8 +1,9 @@
 """Programs for a GPU's workgroup, written in tinygrad's UOps: threads with registers, memory that
 they share, barriers, and products of matrices, on tensor cores where tinygrad has them.
 
-The UOps used here are tinygrad's inner interface, of 0.13 and 0.14. What is private to a thread
-happens in the order of the program; what is shared is ordered by barriers alone.
+The UOps used here, to_program, renderers and tensor cores are private interfaces of tinygrad, of
+0.13 and 0.14. A thread's own operations happen in the order of the program; those on shared memory
+are ordered by barriers alone.
 """
 
 import contextlib
@@ -18,10 +19,11 @@ from tinygrad.dtype import AddrSpace, DType
 from tinygrad.helpers import Target
 from tinygrad.renderer import Estimates, Renderer
 from tinygrad.renderer.cstyle import CUDARenderer, MetalRenderer
-from tinygrad.uop.ops import AxisType, KernelInfo, Ops, ProgramInfo
+from tinygrad.uop.ops import AxisType, KernelInfo, Ops
+
+from tinygpt.kernels.jit import IS_014
 
 WARP = 32  # threads that multiply matrices together
-IS_014 = "target" in ProgramInfo.__dataclass_fields__
 
 Place = Callable[[UOp, int], tuple]  # (lane, number of an element) -> (row, column)
 
@@ -187,7 +189,7 @@ class Program:
 
     @contextlib.contextmanager
     def loop(self, count: int | UOp) -> Iterator[UOp]:
-        """Repeats what is done inside; a body that uses barriers has to end with one."""
+        """Repeats its body; a body that uses barriers has to end with one."""
         if isinstance(count, int) and count == 1:
             yield self.block * 0
             return
@@ -207,5 +209,5 @@ class Program:
 
     def kernel(self, name: str, flops: int) -> UOp:
         info = KernelInfo(name=name, estimates=Estimates(ops=flops))
-        # the tag says that tinygrad need not optimize it; it could not count its operations either
+        # the tag keeps tinygrad from optimizing it and from counting its operations, which fails
         return UOp.sink(*self._results, *self._now, arg=info, tag=1)

@@ -6,11 +6,12 @@ from pathlib import Path
 import numpy as np
 
 from tinygpt import checkpoint, device
-from tinygpt.config import TrainConfig
 from tinygpt.data.load import TokenData
 from tinygpt.model import lora
 from tinygpt.model.language_model import LanguageModel
 from tinygpt.safetensors_file import BAD_VALUES
+from tinygpt.training.config import TrainConfig
+from tinygpt.training.optim import OPTIMIZERS
 from tinygpt.training.ranks import Ranks
 
 

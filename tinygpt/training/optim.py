@@ -13,6 +13,7 @@ from tinygrad import Tensor
 from tinygpt import kernels
 from tinygpt.checkpoint import CheckpointError, check_arrays
 from tinygpt.kernels.blockwise import BLOCK
+from tinygpt.kernels.options import AdamWOptions, LionOptions
 
 
 def global_norm(tensors: list[Tensor]) -> Tensor:
@@ -98,12 +99,15 @@ class AdamW(Optimizer):
         return updated
 
     def options(self, learning_rate: Tensor, scale: Tensor, apply: Tensor) -> dict[bool, Tensor]:
-        """The options of `kernels.adamw`, (9,) float32, for vectors (False) and matrices (True)."""
+        """The options of `kernels.adamw`, (9,) float32, of vectors (False) and matrices (True)."""
         def bias_correction(beta: float) -> Tensor:
             return 1 / (1 - (self.step * math.log(beta)).exp()) if beta else self.step.ones_like()
-        return {is_matrix: _packed(
-            learning_rate, self.beta1, self.beta2, self.eps, self.weight_decay * is_matrix,
-            bias_correction(self.beta1), bias_correction(self.beta2), scale, apply.where(1.0, 0.0))
+        return {is_matrix: _packed(AdamWOptions(
+            learning_rate=learning_rate, beta1=self.beta1, beta2=self.beta2, eps=self.eps,
+            weight_decay=self.weight_decay * is_matrix,
+            bias_correction1=bias_correction(self.beta1),
+            bias_correction2=bias_correction(self.beta2),
+            grad_scale=scale, apply=apply.where(1.0, 0.0)))
             for is_matrix in (False, True)}
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -130,9 +134,10 @@ class Lion(Optimizer):
     def update(self, grads: list[Tensor], learning_rate: Tensor, scale: Tensor,
                apply: Tensor) -> list[Tensor]:
         updated = [self.step.assign(self.step + apply.where(1.0, 0.0))]
-        options = {is_matrix: _packed(learning_rate, self.beta1, self.beta2,
-                                      self.weight_decay * is_matrix, scale, apply.where(1.0, 0.0))
-                   for is_matrix in (False, True)}
+        options = {is_matrix: _packed(LionOptions(
+            learning_rate=learning_rate, beta1=self.beta1, beta2=self.beta2,
+            weight_decay=self.weight_decay * is_matrix, grad_scale=scale,
+            apply=apply.where(1.0, 0.0))) for is_matrix in (False, True)}
         for (name, p), g in zip(self.params.items(), grads, strict=True):
             updated += kernels.lion(p, self.m[name], g, options[p.ndim >= 2])
         return updated
@@ -281,7 +286,8 @@ def _zeros(shape: tuple[int, ...], dtype=np.float32) -> Tensor:
     return Tensor(np.zeros(shape, dtype)).realize()
 
 
-def _packed(learning_rate: Tensor, *values: float | Tensor) -> Tensor:
-    """The learning rate and the values, numbers or one-element tensors, in one float32 tensor."""
+def _packed(options: AdamWOptions | LionOptions) -> Tensor:
+    """The options, numbers or tensors of one, in one float32 tensor."""
+    learning_rate, *values = options
     ones = [v.reshape(1) if isinstance(v, Tensor) else learning_rate.const_like(v) for v in values]
     return Tensor.cat(learning_rate, *ones).contiguous()

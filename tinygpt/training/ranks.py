@@ -16,7 +16,7 @@ import numpy as np
 from tinygrad import Tensor
 
 from tinygpt import device
-from tinygpt.kernels.cpu.launch import cpu_count, cpus
+from tinygpt.machine import cpu_count, cpus
 from tinygpt.streams import print_error
 
 BUCKET = 8 << 20  # elements, 32 MB: far above where the network's latency would be felt

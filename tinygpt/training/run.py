@@ -14,7 +14,7 @@ from tinygpt import checkpoint, device
 from tinygpt.data.load import Batches, TokenData
 from tinygpt.data.tokenizer import up_to_end
 from tinygpt.flags import to_json
-from tinygpt.kernels.cpu.launch import cpu_count
+from tinygpt.machine import cpu_count
 from tinygpt.model import lora
 from tinygpt.model.language_model import LanguageModel
 from tinygpt.training.checks import (

@@ -1,38 +1,38 @@
 """The operations in C, for float32, bfloat16 and float16 on tinygrad's CPU device.
 
-Each C file stands beside this one and says what it computes. It is compiled once for a machine
-and takes its sizes when it runs. Arithmetic is float32 whatever the activations are, but for the
-matrix products of bfloat16 activations on a processor with AMX. `fits` says which tensors these
-functions can take.
+Each C file in this folder begins with what it computes. It is compiled once for a machine and takes
+its sizes when it runs. Arithmetic is float32 whatever the activations are, but for the matrix
+products of bfloat16 activations on a processor with AMX. `fits` decides whether these functions can
+take given tensors.
 """
 
 from tinygrad import Tensor, UOp, dtypes
 
 from tinygpt.kernels import reference
-from tinygpt.kernels.cpu.launch import Kernel, amx, constants, memory, pool, untransposed
+from tinygpt.kernels.cpu.compile import amx
+from tinygpt.kernels.cpu.kernel import Kernel, constants, memory, untransposed
+from tinygpt.kernels.cpu.threads import pool
+from tinygpt.kernels.options import AdamWOptions, LionOptions
 
-FLOAT_IN, FLOAT_OUT, ACT_IN, ACT_OUT = "const float*", "float*", "const act*", "act*"
-WEIGHT_IN = "const void*"  # of as many bits as the define WEIGHT says
-GEMV_ROWS = 4  # as many rows at most are cheaper as dot products than packed
+GEMV_ROWS = 4  # up to so many rows dot products are faster than packing
 MOST_INPUTS = 32  # of a kernel; tinygrad 0.14 allows 63 arguments
 GEMM_STRIP, GEMM_SLICE = 1536, 512  # the greatest NC and the least KC of gemm.h
-
-
 WIDEST_HEAD = 2048  # whose tiles fit on the stack of a thread
 WITH_INTEGERS = ("embedding", "quantized_embedding", "cross_entropy", "adamw8bit", "draw")
 IN_16_BITS = ("linear", "quantized_linear", "layer_norm", "rms_norm", "gelu", "swiglu", "rope",
               "attention", "cached_attention", "cross_entropy", "draw")
-C_TYPES = {dtypes.float32: "float", dtypes.bfloat16: "bf16", dtypes.float16: "f16"}
+ACTIVATIONS = (dtypes.float32, dtypes.bfloat16, dtypes.float16)
 
 
 def fits(operation: str, *tensors: Tensor | None) -> bool:
-    """Are these, but for what is None, on the CPU and of dtypes that the operation can take?"""
+    """Whether the tensors that are not None are on the CPU and of dtypes that the operation takes.
+    """
     given = [t for t in tensors if t is not None]
     if "attention" in operation and given[0].shape[-1] > WIDEST_HEAD:
         return False
     return all(str(t.device) == "CPU" and (
         t.dtype == dtypes.float32
-        or (t.dtype in C_TYPES and operation in IN_16_BITS)
+        or (t.dtype in ACTIVATIONS and operation in IN_16_BITS)
         or (dtypes.is_int(t.dtype) and operation in WITH_INTEGERS)) for t in given)
 
 
@@ -40,87 +40,71 @@ def _empty(*shape: int, dtype=dtypes.float32) -> Tensor:
     return Tensor.empty(*shape, dtype=dtype, device="CPU")
 
 
+def _empty_like(x: Tensor | None, dtype=None) -> Tensor | None:
+    return x if x is None else _empty(*x.shape, dtype=dtype or x.dtype)
+
+
+def _float(x: Tensor | None) -> Tensor | None:
+    return x if x is None else x.float()
+
+
 def linear(x, weight, bias=None, residual=None):
     N, K = weight.shape
-    rows = x.numel() // K
-    shapes = x.shape, weight.shape, bias is not None, residual is not None
-    weight, bias = weight.float(), bias if bias is None else bias.float()
+    M = x.numel() // K
+    weight, bias = weight.float(), _float(bias)
     residual = residual if residual is None else residual.cast(x.dtype)
+    few = M <= GEMV_ROWS
 
-    def gradient(dy: Tensor, _) -> list[Tensor | None]:
-        x_shape, w_shape, with_bias, with_residual = shapes
-        dx = _gemm(x_shape, dy, weight, (rows, K, N))
-        dw, *sums = _gemm(w_shape, dy, x, (N, K, rows), ta=1, sums=with_bias, dtype=dtypes.float32)
-        return [dx, dw, *sums, *([dy] if with_residual else [])]
+    def gradient(dy: Tensor, _) -> dict[str, Tensor]:
+        dx = _gemm(_empty_like(x), dict(a=dy, b=weight), dict(M=M, N=K, K=N, ta=0, tb=0))["c"]
+        made = _gemm(_empty_like(weight), dict(a=dy, b=x), dict(M=N, N=K, K=M, ta=1, tb=0),
+                     sums=_empty_like(bias))
+        names = ("x", "weight") if few else ("a", "b")
+        grads = dict(zip(names, (dx, made["c"]), strict=True))
+        return grads | dict(bias=made.get("sums"), residual=dy)
 
-    if rows <= GEMV_ROWS:
+    if few:
         return _gemv(x, weight, None, bias, residual, gradient)
-    return _gemm((*x.shape[:-1], N), x, weight, (rows, N, K), bias, residual, tb=1,
-                 gradient=gradient)
+    return _gemm(_empty(*x.shape[:-1], N, dtype=x.dtype),
+                 dict(a=x, b=weight, bias=bias, residual=residual),
+                 dict(M=M, N=N, K=K, ta=0, tb=1), gradient=gradient)["c"]
 
 
 def quantized_linear(x, scale, bias, residual, weight):
-    scale, bias = (t if t is None else t.float() for t in (scale, bias))
     residual = residual if residual is None else residual.cast(x.dtype)
-    return _gemv(x, weight, scale, bias, residual)
+    return _gemv(x, weight, _float(scale), _float(bias), residual)
 
 
 def _gemv(x, weight, scale, bias, residual, gradient=None):
     N, K = weight.shape
     M = x.numel() // K
-    arguments = [(ACT_OUT, "y"), (ACT_IN, "x"), (WEIGHT_IN, "w")]
-    inputs, defines = [x, weight], dict([_act(x), ("WEIGHT", 8 * weight.dtype.itemsize)])
-    for kind, name, tensor in ((FLOAT_IN, "bias", bias), (ACT_IN, "residual", residual),
-                               (FLOAT_IN, "scale", scale)):
-        defines[name.upper()] = name if tensor is not None else 0
-        if tensor is not None:
-            inputs.append(tensor)
-            arguments.append((kind, name))
-    kernel = Kernel("gemv.c", tuple(arguments), tuple(defines.items()))
-    out = _empty(*x.shape[:-1], N, dtype=x.dtype)
-    return kernel([out], inputs, (M, N, K), gradient, 2 * M * N * K)[0]
+    return Kernel("gemv.c")(
+        outputs=dict(y=_empty(*x.shape[:-1], N, dtype=x.dtype)),
+        inputs=dict(x=x, weight=weight, bias=bias, residual=residual, scale=scale),
+        sizes=dict(M=M, N=N, K=K), gradient=gradient, flops=2 * M * N * K)["y"]
 
 
-def _gemm(shape, a, b, sizes, bias=None, residual=None, ta=0, tb=0, sums=None, gradient=None,
-          dtype=None):
-    """op(a) op(b) + bias + residual of `sizes` M, N, K, in a tensor of `shape` and `dtype`, a's
-    where none is given.
-
-    With `sums` not None a list of that and, if it is true, the column sums of a.
-    """
-    M, N, K = sizes
-    out = _empty(*shape, dtype=dtype or a.dtype)
-    outputs, inputs, arguments = [out], [a, b], [("c_t*", "c")]
-    defines = {"BIAS": 0, "RESIDUAL": 0, "SUMS": 0, "PARTIAL": 0}
-    matrices = zip(("a_t", "b_t", "c_t"), (a, b, out), strict=True)
-    defines |= {name: C_TYPES[t.dtype] for name, t in matrices}
-    if a.dtype == dtypes.bfloat16 and (kind := amx()):
-        defines |= {"AMX": 1, "AMX_EMULATED": int(kind == "emulated")}
-    if sums:
-        outputs.append(_empty(M))
-        arguments.append((FLOAT_OUT, "sums"))
-        defines["SUMS"] = "sums"
-    if out.dtype != dtypes.float32 and K > GEMM_SLICE:
-        outputs.append(_empty(M, min(N, GEMM_STRIP)))
-        arguments.append((FLOAT_OUT, "partial"))
-        defines["PARTIAL"] = "partial"
-    arguments += [("const a_t*", "a"), ("const b_t*", "b")]
-    for kind, name, tensor in ((FLOAT_IN, "bias", bias), ("const c_t*", "residual", residual)):
-        if tensor is not None:
-            inputs.append(tensor)
-            arguments.append((kind, name))
-            defines[name.upper()] = name
-    kernel = Kernel("gemm.c", tuple(arguments), tuple(defines.items()))
-    made = kernel(outputs, inputs, (*sizes, ta, tb), gradient, flops=2 * M * N * K)
-    return made[0] if sums is None else made[:1 + sums]
+def _gemm(c, inputs, sizes, sums=None, gradient=None):
+    """c = op(a) op(b) + bias + residual, and sums, the column sums of a; by name."""
+    M, N, K = (sizes[name] for name in "MNK")
+    narrow = c.dtype != dtypes.float32 and K > GEMM_SLICE
+    kind = amx() if inputs["a"].dtype == dtypes.bfloat16 else ""
+    defines = dict(AMX=1, AMX_EMULATED=int(kind == "emulated")) if kind else {}
+    return Kernel("gemm.c", **defines)(
+        outputs=dict(c=c, sums=sums, partial=_empty(M, min(N, GEMM_STRIP)) if narrow else None),
+        inputs=dict(bias=None, residual=None) | inputs, sizes=sizes, gradient=gradient,
+        flops=2 * M * N * K)
 
 
 def embedding(idx, weight):
     N, (V, C) = idx.numel(), weight.shape
     idx = idx.cast(dtypes.int32)
 
-    def gradient(dy: Tensor, _) -> list[Tensor | None]:
-        return [None, *Kernel("embedding_backward.c")([_empty(V, C)], [dy, idx], (N, V, C))]
+    def gradient(dy: Tensor, _) -> dict[str, Tensor]:
+        made = Kernel("embedding_backward.c")(
+            outputs=dict(dweight=_empty(V, C)), inputs=dict(dy=dy, idx=idx),
+            sizes=dict(N=N, V=V, C=C))
+        return dict(weight=made["dweight"])
 
     return _rows(idx, weight, None, gradient)
 
@@ -131,12 +115,9 @@ def quantized_embedding(idx, scale, weight):
 
 def _rows(idx, weight, scale, gradient=None):
     V, C = weight.shape
-    arguments = ((FLOAT_OUT, "out"), ("const int*", "idx"), (WEIGHT_IN, "weight"),
-                 *([(FLOAT_IN, "scale")] if scale is not None else []))
-    kernel = Kernel("embedding_forward.c", arguments, (
-        ("WEIGHT", 8 * weight.dtype.itemsize), ("SCALE", 0 if scale is None else "scale")))
-    inputs = [idx, weight, *([] if scale is None else [scale])]
-    return kernel([_empty(*idx.shape, C)], inputs, (idx.numel(), C, V), gradient)[0]
+    return Kernel("embedding_forward.c")(
+        outputs=dict(out=_empty(*idx.shape, C)), inputs=dict(idx=idx, weight=weight, scale=scale),
+        sizes=dict(N=idx.numel(), C=C, V=V), gradient=gradient)["out"]
 
 
 def layer_norm(x, weight, bias=None, eps=1e-5):
@@ -150,25 +131,18 @@ def rms_norm(x, weight, eps=1e-5):
 def _norm(x, weight, bias, eps, rms):
     C = x.shape[-1]
     N = x.numel() // C
-    shape, with_bias, kind = x.shape, bias is not None, _act(x)
-    weight, bias = weight.float(), bias if bias is None else bias.float()
+    weight, bias = weight.float(), _float(bias)
 
-    def gradient(dy: Tensor, made: list[Tensor]) -> list[Tensor | None]:
-        outputs = [_empty(*shape, dtype=x.dtype), _empty(C),
-                   *([_empty(C)] if with_bias else [])]
-        names = [(ACT_OUT, "dx"), (FLOAT_OUT, "dweight"), (FLOAT_OUT, "dbias")][:len(outputs)]
-        names += [(ACT_IN, "dy"), (ACT_IN, "x"), (FLOAT_IN, "weight"), (FLOAT_IN, "stats")]
-        kernel = Kernel("norm_backward.c", tuple(names),
-                        (kind, ("RMS", rms), ("DBIAS", "dbias" if with_bias else "((float*)0)")))
-        return [*kernel(outputs, [dy, x, weight, made[1]], (N, C)), None]
+    def gradient(dy: Tensor, made: dict[str, Tensor]) -> dict[str, Tensor]:
+        grads = Kernel("norm_backward.c", RMS=rms)(
+            outputs=dict(dx=_empty_like(x), dweight=_empty(C), dbias=_empty_like(bias)),
+            inputs=dict(dy=dy, x=x, weight=weight, stats=made["stats"]), sizes=dict(N=N, C=C))
+        return dict(x=grads["dx"], weight=grads["dweight"], bias=grads.get("dbias"))
 
-    names = [(ACT_OUT, "y"), (FLOAT_OUT, "stats"), (ACT_IN, "x"), (FLOAT_IN, "weight")]
-    names += [(FLOAT_IN, "bias")] if with_bias else []
-    kernel = Kernel("norm_forward.c", tuple(names),
-                    (kind, ("RMS", rms), ("BIAS", "bias" if with_bias else 0)))
-    inputs = [x, weight, *([bias] if with_bias else []), constants(dtypes.float32, eps)]
-    outputs = [_empty(*shape, dtype=x.dtype), _empty(N, 2)]
-    return kernel(outputs, inputs, (N, C), gradient)[0]
+    return Kernel("norm_forward.c", RMS=rms)(
+        outputs=dict(y=_empty_like(x), stats=_empty(N, 2)),
+        inputs=dict(x=x, weight=weight, bias=bias), sizes=dict(N=N, C=C, eps=float(eps)),
+        gradient=gradient)["y"]
 
 
 def gelu(x, tanh=False):
@@ -179,76 +153,65 @@ def swiglu(gate, up):
     return _activation("SWIGLU", gate, up.cast(gate.dtype))
 
 
-def _activation(kind: str, *inputs: Tensor) -> Tensor:
-    n, shapes, dtype = inputs[0].numel(), [x.shape for x in inputs], inputs[0].dtype
-    names = [(ACT_IN, name) for name in ("x", "up")[:len(inputs)]]
-    shared = (_act(inputs[0]), (kind, 1), ("UP", "up" if len(inputs) == 2 else 0))
+def _activation(kind: str, x: Tensor, up: Tensor | None = None) -> Tensor:
+    sizes = dict(n=x.numel())
 
-    def gradient(dy: Tensor, _) -> list[Tensor]:
-        outputs = [(ACT_OUT, name) for name in ("out", "out_up")[:len(inputs)]]
-        kernel = Kernel("activation.c", (*outputs, (ACT_IN, "dy"), *names),
-                        (*shared, ("BACKWARD", 1), ("DY", "dy"),
-                         ("OUT_UP", "out_up" if len(inputs) == 2 else 0)))
-        return kernel([_empty(*s, dtype=dtype) for s in shapes], [dy, *inputs], (n,))
+    def gradient(dy: Tensor, _) -> dict[str, Tensor]:
+        made = Kernel("activation.c", BACKWARD=1, **{kind: 1})(
+            outputs=dict(out=_empty_like(x), out_up=_empty_like(up)),
+            inputs=dict(dy=dy, x=x, up=up), sizes=sizes)
+        return dict(x=made["out"], up=made.get("out_up"))
 
-    kernel = Kernel("activation.c", ((ACT_OUT, "out"), *names),
-                    (*shared, ("BACKWARD", 0), ("DY", 0), ("OUT_UP", 0)))
-    return kernel([_empty(*shapes[0], dtype=dtype)], list(inputs), (n,), gradient)[0]
+    return Kernel("activation.c", BACKWARD=0, **{kind: 1})(
+        outputs=dict(out=_empty_like(x), out_up=None), inputs=dict(dy=None, x=x, up=up),
+        sizes=sizes, gradient=gradient)["out"]
 
 
 def rope(x, cos, sin):
     B, H, T, D = x.shape
     cos, sin = cos.float(), sin.float()
-    memory, strides = _strided(x)
-    shape = memory.shape
+    source, (batch, head, row) = _strided(x)
 
     def turn(x: Tensor, backward: int, gradient=None) -> Tensor:
-        kernel = Kernel("rope.c", defines=(_act(x), ("BACKWARD", backward)))
-        return kernel([_empty(*shape, dtype=x.dtype)], [x, cos, sin],
-                      (B, H, T, D, *strides), gradient)[0]
+        return Kernel("rope.c", BACKWARD=backward)(
+            outputs=dict(out=_empty(*source.shape, dtype=x.dtype)),
+            inputs=dict(x=x, cos=cos, sin=sin), gradient=gradient,
+            sizes=dict(B=B, H=H, T=T, D=D, batch=batch, head=head, row=row))["out"]
 
-    out = turn(memory, 0, lambda dy, _: [turn(dy, 1), None, None])
-    return out if memory is x else out.transpose(1, 2)
+    out = turn(source, 0, lambda dy, _: dict(x=turn(dy, 1)))
+    return out if source is x else out.transpose(1, 2)
 
 
 def attention(q, k, v, offset=0, window=None, dropout_p=0.0, dropout_key=None, start=None):
     B, H, T, D = q.shape
     G, S = k.shape[1:3]
-    inputs, places = _projections(q, k.cast(q.dtype), v.cast(q.dtype))
     drops = dropout_p > 0 and dropout_key is not None
-    offset = _number(offset)
-    key = dropout_key if drops else constants(dtypes.uint32, 0)
-    sizes = (B, H, G, T, S, D, *sum(places, ()), window or 0,
-             int(dropout_p * 2**32) if drops else 0)
+    sources, strides = _projections(q, k.cast(q.dtype), v.cast(q.dtype))
+    where = dict(offset=_number(offset),
+                 key=dropout_key if drops else constants(dtypes.uint32, 0))
+    sizes = dict(B=B, H=H, G=G, T=T, S=S, D=D, **strides, window=window or 0,
+                 dropout=int(dropout_p * 2**32) if drops else 0)
     flops = 2 * B * H * D * T * (2 * S - T)
-    names = list("qkv")[:len(inputs)]
-    known = [(ACT_IN, name) for name in names]
-    kind = (_act(q), *zip("QKV", names * (3 // len(names)), strict=True))
 
-    def gradient(dy: Tensor, made: list[Tensor]) -> list[Tensor | None]:
-        outputs = [_empty(*x.shape, dtype=x.dtype if n else dtypes.float32)
-                   for n, x in enumerate(inputs)]
-        given = [(ACT_IN, "dout"), (ACT_IN, "out"), (FLOAT_IN, "lse"), *known]
-        grads = [(ACT_OUT if n else FLOAT_OUT, f"d{name}") for n, name in enumerate(names)]
-        into = tuple((f"D{name}", f"d{value}") for name, value in kind[1:])
-        kernel = Kernel("attention_backward.c", (*grads, (FLOAT_OUT, "delta"), *given),
-                        (*kind, *into))
-        made = kernel([*outputs, _empty(B, H, T)], [dy, *made, *inputs, offset, key], sizes,
-                      flops=flops * 5 // 2)
-        return [made[0].cast(q.dtype), *made[1:-1], None, None]
+    def gradient(dy: Tensor, made: dict[str, Tensor]) -> dict[str, Tensor]:
+        grads = Kernel("attention_backward.c")(
+            outputs=dict(dq=_empty_like(sources["q"], dtypes.float32),
+                         dk=_empty_like(sources["k"]), dv=_empty_like(sources["v"]),
+                         delta=_empty(B, H, T)),
+            inputs=dict(dout=dy, **made, **sources, **where), sizes=sizes, flops=flops * 5 // 2)
+        return dict(q=grads["dq"].cast(q.dtype), k=grads.get("dk"), v=grads.get("dv"))
 
-    padding, more = _padding(start)
-    kernel = Kernel("attention_forward.c", ((ACT_OUT, "out"), (FLOAT_OUT, "lse"), *known, *more),
-                    (*kind, ("START", "start" if padding else 0)))
-    out = kernel([_empty(B, T, H, D, dtype=q.dtype), _empty(B, H, T)],
-                 [*inputs, *padding, offset, key], sizes, None if padding else gradient, flops)[0]
-    return out.transpose(1, 2)
+    made = Kernel("attention_forward.c")(
+        outputs=dict(out=_empty(B, T, H, D, dtype=q.dtype), lse=_empty(B, H, T)),
+        inputs=dict(**sources, start=start, **where), sizes=sizes,
+        gradient=gradient if start is None else None, flops=flops)
+    return made["out"].transpose(1, 2)
 
 
-def _projections(q, k, v) -> tuple[list[Tensor], list[tuple[int, ...]]]:
+def _projections(q, k, v) -> tuple[dict[str, Tensor | None], dict[str, list[int]]]:
     """The memory of q, k and v, and where in it each begins and its batch, head and row strides.
 
-    One tensor where the three are what a kernel projected together, else one each.
+    q's alone where the three are what a kernel projected together.
     """
     (B, H, T, D), G = q.shape, k.shape[1]
     width = (H + 2 * G) * D
@@ -259,9 +222,12 @@ def _projections(q, k, v) -> tuple[list[Tensor], list[tuple[int, ...]]]:
             and source.numel() == B * T * width
             and all(other.uop is source.uop for other, _, _ in views)
             and [(start, *strides) for _, start, strides in views] == [(*p, 1) for p in together]):
-        return [source], together
-    inputs, strides = zip(*[_strided(x) for x in (q, k, v)], strict=True)
-    return list(inputs), [(0, *s) for s in strides]
+        sources, places = (source, None, None), together
+    else:
+        sources, strides = zip(*[_strided(x) for x in (q, k, v)], strict=True)
+        places = [(0, *s) for s in strides]
+    return dict(zip("qkv", sources, strict=True)), {
+        f"{name}_strides": list(place) for name, place in zip("qkv", places, strict=True)}
 
 
 def cached_attention(q, k, v, keys, values, offset, window=None, start=None):
@@ -269,26 +235,18 @@ def cached_attention(q, k, v, keys, values, offset, window=None, start=None):
     if T > 1 or keys.dtype != q.dtype:
         reference.write_cache(k, v, keys, values, offset)
         return attention(q, keys, values, offset, window, start=start)
-    sources, places = [], []
-    for x in (q, k.cast(q.dtype), v.cast(q.dtype)):
+    sources, places = {}, {}
+    for name, x in dict(q=q, k=k.cast(q.dtype), v=v.cast(q.dtype)).items():
         source, first, strides = memory(x)
         if strides[3] != 1:
             source, first, strides = memory(x.contiguous())
-        sources.append(source)
-        places += [first, *strides[:2]]
-    padding, more = _padding(start)
-    arguments = (*((ACT_OUT, name) for name in ("out", "keys", "values")),
-                 *((ACT_IN, name) for name in "qkv"), ("const int*", "offset"), *more)
-    kernel = Kernel("attention_decode.c", arguments,
-                    (_act(q), ("START", "start" if padding else 0)))
-    return kernel.in_place(
-        [_empty(B, H, T, D, dtype=q.dtype), keys, values], [*sources, _number(offset), *padding],
-        (B, H, *keys.shape[1:], window or 0, *places), flops=4 * B * H * D * keys.shape[2])[0]
-
-
-def _padding(start: Tensor | None) -> tuple[list[Tensor], list[tuple[str, str]]]:
-    """The input, and its argument, that says where each row begins; neither without one."""
-    return ([], []) if start is None else ([start], [("const int*", "start")])
+        sources[name], places[f"{name}_strides"] = source, [first, *strides[:2]]
+    G, S = keys.shape[1:3]
+    return Kernel("attention_decode.c").in_place(
+        changed=dict(out=_empty(B, H, T, D, dtype=q.dtype), keys=keys, values=values),
+        inputs=dict(**sources, offset=_number(offset), start=start),
+        sizes=dict(B=B, H=H, G=G, S=S, D=D, window=window or 0, **places),
+        flops=4 * B * H * D * S)["out"]
 
 
 def _number(n: int | UOp) -> Tensor:
@@ -307,39 +265,29 @@ def _strided(x: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
     return x, (H * T * D, T * D, D)
 
 
-def _act(x: Tensor) -> tuple[str, str]:
-    """The define that names the type of activations in C."""
-    return "act", C_TYPES[x.dtype]
-
-
 def cross_entropy(logits, targets, label_smoothing=0.0, z_loss=0.0):
     N, V = logits.shape
     targets = targets.cast(dtypes.int32)
-    options = constants(dtypes.float32, label_smoothing, z_loss)
-    kind, sizes = (_act(logits),), (N, V)
+    sizes = dict(N=N, V=V, label_smoothing=float(label_smoothing), z_loss=float(z_loss))
 
-    def gradient(dloss: Tensor, made: list[Tensor]) -> list[Tensor | None]:
-        dx = Kernel("cross_entropy_backward.c", defines=kind)(
-            [_empty(N, V, dtype=logits.dtype)],
-            [dloss, logits, targets, made[1], options], sizes)
-        return [*dx, None, None]
+    def gradient(dloss: Tensor, made: dict[str, Tensor]) -> dict[str, Tensor]:
+        dx = Kernel("cross_entropy_backward.c")(
+            outputs=dict(dx=_empty_like(logits)), sizes=sizes,
+            inputs=dict(dloss=dloss, x=logits, y=targets, log_z=made["log_z"]))["dx"]
+        return dict(x=dx)
 
-    loss = Kernel("cross_entropy_forward.c", defines=kind)(
-        [_empty(N), _empty(N)], [logits, targets, options], sizes, gradient)[0]
+    loss = Kernel("cross_entropy_forward.c")(
+        outputs=dict(loss=_empty(N), log_z=_empty(N)), inputs=dict(x=logits, y=targets),
+        sizes=sizes, gradient=gradient)["loss"]
     return loss.sum() / (targets >= 0).sum()
 
 
 def draw(logits, key=None, temperature=None):
     B, V = logits.shape
-    given = [("const unsigned*", "key", key), (FLOAT_IN, "temperature", temperature)]
-    arguments = [("int*", "token"), (FLOAT_IN, "logits")]
-    arguments += [(kind, name) for kind, name, tensor in given if tensor is not None]
-    logits = logits.float()
-    kernel = Kernel("draw.c", tuple(arguments), tuple(
-        (name.upper(), 0 if tensor is None else name) for _, name, tensor in given))
-    inputs = [logits, *(tensor for _, _, tensor in given if tensor is not None)]
-    sizes = B, V, int(key is not None and key.shape[0] > 1)
-    return kernel([_empty(B, dtype=dtypes.int32)], inputs, sizes)[0]
+    return Kernel("draw.c")(
+        outputs=dict(token=_empty(B, dtype=dtypes.int32)),
+        inputs=dict(logits=logits.float(), key=key, temperature=temperature),
+        sizes=dict(B=B, V=V, key_stride=int(key is not None and key.shape[0] > 1)))["token"]
 
 
 def square_sum(*tensors):
@@ -351,11 +299,9 @@ def _parts(tensors, most):
 
 
 def _square_sum(tensors):
-    names = [f"x{i}" for i in range(len(tensors))]
-    kernel = Kernel("square_sum.c", ((FLOAT_OUT, "out"), *((FLOAT_IN, name) for name in names)),
-                    (("COUNT", len(names)), ("INPUTS", ", ".join(names))))
-    sizes = tuple(x.numel() for x in tensors)
-    return kernel([_empty(1)], list(tensors), sizes)[0].reshape(())
+    return Kernel("square_sum.c", COUNT=len(tensors))(
+        outputs=dict(out=_empty(1)), inputs=dict(x=list(tensors)),
+        sizes=dict(n=[x.numel() for x in tensors]))["out"].reshape(())
 
 
 def orthogonalize(*xs):
@@ -364,30 +310,31 @@ def orthogonalize(*xs):
 
 
 def _orthogonalize(xs):
-    outs, ins = ([f"{kind}{i}" for i in range(len(xs))] for kind in ("out", "x"))
-    kernel = Kernel("orthogonalize.c", (
-        *((FLOAT_OUT, name) for name in (*outs, "scratch")), *((FLOAT_IN, name) for name in ins)), (
-        ("COUNT", len(xs)), ("OUTPUTS", ", ".join(outs)), ("INPUTS", ", ".join(ins))))
     N = max(min(x.shape) for x in xs)
-    outputs = [*(_empty(*x.shape) for x in xs),
-               _empty(min(pool().threads, len(xs)), 4, N, N)]
-    return kernel(outputs, [x.contiguous() for x in xs], sum((x.shape for x in xs), ()))[:-1]
+    return Kernel("orthogonalize.c", COUNT=len(xs))(
+        outputs=dict(out=[_empty(*x.shape) for x in xs],
+                     scratch=_empty(min(pool().threads, len(xs)), 4, N, N)),
+        inputs=dict(x=[x.contiguous() for x in xs]),
+        sizes=dict(R=[x.shape[0] for x in xs], C=[x.shape[1] for x in xs]))["out"]
 
 
 def adamw(p, m, v, grad, options):
-    return _in_place("adamw.c", [p, m, v], grad, options)
+    return _update("adamw.c", AdamWOptions, dict(p=p, m=m, v=v), grad, options)
 
 
 def lion(p, m, grad, options):
-    return _in_place("lion.c", [p, m], grad, options)
+    return _update("lion.c", LionOptions, dict(p=p, m=m), grad, options)
 
 
 def adamw8bit(p, m, m_tops, v, v_tops, grad, options):
-    return _in_place("adamw8bit.c", [p, m, m_tops, v, v_tops], grad, options)
+    tensors = dict(p=p, m=m, m_tops=m_tops, v=v, v_tops=v_tops)
+    return _update("adamw8bit.c", AdamWOptions, tensors, grad, options)
 
 
-def _in_place(file, tensors, grad, options):
-    updated = Kernel(file).in_place(tensors, [grad, options], (tensors[0].numel(),))
-    for old, new in zip(tensors, updated, strict=True):
-        old.replace(new)
-    return tensors
+def _update(file, kind, tensors, grad, options):
+    updated = Kernel(file, OPTIONS=", ".join(kind._fields)).in_place(
+        changed=tensors, inputs=dict(grad=grad, options=options),
+        sizes=dict(n=tensors["p"].numel()))
+    for name, tensor in tensors.items():
+        tensor.replace(updated[name])
+    return list(tensors.values())

@@ -1,8 +1,10 @@
-/* One activation, forward or backward, over n elements. KIND names it:
+/* One activation, forward or backward, over n elements, the one that is defined of
  *   GELU (arXiv:1606.08415), GELU_TANH, its approximation, SWIGLU (arXiv:2002.05202) of two inputs
- * With BACKWARD 1 the first input is the gradient of the output. */
+ * With BACKWARD 1 dy is the gradient of the output, and out and out_up are those of x and up. */
 #include "pool.h"
 #include "vector.h"
+
+typedef x_t act;
 
 typedef struct {
   const act *dy, *x, *up;
@@ -12,11 +14,11 @@ typedef struct {
 
 static void some_elements(void* args, int index);
 
-KERNEL void NAME(ARGUMENTS const long* dims, const u64* table) {
-  pool_t* pool = (pool_t*)table[0];
-  activation_t g = {.dy = DY, .x = x, .up = UP, .out = out, .out_up = OUT_UP, .n = dims[0]};
-  g.tasks = MAX(1, MIN(4 * (long)pool->threads, g.n / 4096));
-  parallel_for(pool, some_elements, &g, g.tasks);
+KERNEL void NAME(ARGUMENTS) {
+  DECLARE_NAMES
+  activation_t g = {.dy = dy, .x = x, .up = up, .out = out, .out_up = out_up, .n = n};
+  g.tasks = MAX(1, MIN(4 * (long)shared->pool->threads, n / 4096));
+  parallel_for(shared->pool, some_elements, &g, g.tasks);
 }
 
 /* erf(z), z >= 0, given exp(-z^2), to 1.5e-7 (Abramowitz and Stegun 7.1.26) */

@@ -5,19 +5,20 @@
 
 typedef struct {
   float *p, *m, *v;
-  const float *grad, *options;
+  const float* grad;
+  const adamw_options_t* options;
   long n, tasks;
 } adamw_t;
 
 static void some_elements(void* args, int index);
 
-KERNEL void NAME(float* p, float* m, float* v, const float* grad, const float* options,
-                 const long* dims, const u64* table) {
-  pool_t* pool = (pool_t*)table[0];
-  adamw_t g = {.p = p, .m = m, .v = v, .grad = grad, .options = options, .n = dims[0]};
-  if (options[8] == 0.f) return;
-  g.tasks = MAX(1, MIN(4 * (long)pool->threads, g.n / 16384));
-  parallel_for(pool, some_elements, &g, g.tasks);
+KERNEL void NAME(ARGUMENTS) {
+  DECLARE_NAMES
+  adamw_t g = {.p = p, .m = m, .v = v, .grad = grad, .n = n,
+               .options = (const adamw_options_t*)options};
+  if (g.options->apply == 0.f) return;
+  g.tasks = MAX(1, MIN(4 * (long)shared->pool->threads, n / 16384));
+  parallel_for(shared->pool, some_elements, &g, g.tasks);
 }
 
 KERNEL static void some_elements(void* args, int index) {

@@ -1,9 +1,11 @@
-/* AdamW (arXiv:1711.05101) on n elements of a weight, in place. options: learning rate, beta1, beta2,
- * epsilon, weight decay, 1 / (1 - beta1^t), 1 / (1 - beta2^t), scale of the gradient, and 0 where
- * nothing may change. */
-HOT void adamw_step(float* p, float* m, float* v, const float* grad, const float* options, long n) {
-  const float lr = options[0], beta1 = options[1], beta2 = options[2], eps = options[3];
-  const float decay = options[4], debias1 = options[5], debias2 = options[6], scale = options[7];
+/* AdamW (arXiv:1711.05101) on n elements of a weight, in place */
+typedef struct { float OPTIONS; } adamw_options_t; /* options.py has the names */
+
+HOT void adamw_step(float* p, float* m, float* v, const float* grad, const adamw_options_t* o,
+                    long n) {
+  const float lr = o->learning_rate, beta1 = o->beta1, beta2 = o->beta2, eps = o->eps;
+  const float decay = o->weight_decay, scale = o->grad_scale;
+  const float debias1 = o->bias_correction1, debias2 = o->bias_correction2;
   for (long i = 0; i < n; i++) {
     const float x = grad[i] * scale;
     m[i] = beta1 * m[i] + (1.f - beta1) * x;

@@ -19,7 +19,8 @@ typedef struct {
   float* p;
   byte *m, *v;
   float *m_tops, *v_tops;
-  const float *grad, *options;
+  const float* grad;
+  const adamw_options_t* options;
   const map_t *with_sign, *without;
   long n, blocks, tasks;
 } adamw8bit_t;
@@ -38,7 +39,7 @@ HOT void make_map(map_t* map, int with_sign) {
   }
   if (!with_sign) map->least[0] = 1e-45f;               /* only zero becomes zero */
   map->values[with_sign ? 128 : 1] = 1.f;
-  map->whole = (float)((1 + below) / 2);                        /* what is above is nearest to 1 */
+  map->whole = (float)((1 + below) / 2);                        /* larger ones are nearest to 1 */
 }
 
 HOT void dequantize(float* x, const byte* codes, float top, const map_t* map, long n) {
@@ -72,18 +73,18 @@ HOT float quantize(byte* codes, const float* x, const map_t* map, int with_sign,
 
 static void some_blocks(void* args, int index);
 
-KERNEL void NAME(float* p, byte* m, float* m_tops, byte* v, float* v_tops, const float* grad,
-                 const float* options, const long* dims, const u64* table) {
-  pool_t* pool = (pool_t*)table[0];
+KERNEL void NAME(ARGUMENTS) {
+  DECLARE_NAMES
   map_t with_sign, without;
   adamw8bit_t g = {.p = p, .m = m, .v = v, .m_tops = m_tops, .v_tops = v_tops, .grad = grad,
-                   .options = options, .with_sign = &with_sign, .without = &without, .n = dims[0]};
-  if (options[8] == 0.f) return;
+                   .options = (const adamw_options_t*)options, .with_sign = &with_sign,
+                   .without = &without, .n = n};
+  if (g.options->apply == 0.f) return;
   make_map(&with_sign, 1);
   make_map(&without, 0);
-  g.blocks = (g.n + BLOCK - 1) / BLOCK;
-  g.tasks = MAX(1, MIN(4 * (long)pool->threads, g.blocks / 16));
-  parallel_for(pool, some_blocks, &g, g.tasks);
+  g.blocks = (n + BLOCK - 1) / BLOCK;
+  g.tasks = MAX(1, MIN(4 * (long)shared->pool->threads, g.blocks / 16));
+  parallel_for(shared->pool, some_blocks, &g, g.tasks);
 }
 
 KERNEL static void some_blocks(void* args, int index) {

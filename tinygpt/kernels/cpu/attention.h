@@ -6,6 +6,8 @@
 #include "pool.h"
 #include "vector.h"
 
+typedef q_t act;
+
 #if ROWS == 6
 #define BQ 96                  /* multiples of ROWS and of COLS */
 #define BK 96
@@ -32,20 +34,14 @@ typedef struct {
 
 #define AT(p, s, b, h, i) ((p) + (s).start + (b) * (s).batch + (h) * (s).head + (i) * (s).row)
 
-HOT void set_sizes(attention_t* a, const long* dims, const int* offset, const unsigned* key) {
-  a->B = dims[0], a->H = dims[1], a->G = dims[2], a->T = dims[3], a->S = dims[4], a->D = dims[5];
-  a->qs = (strides_t){dims[6], dims[7], dims[8], dims[9]};
-  a->ks = (strides_t){dims[10], dims[11], dims[12], dims[13]};
-  a->vs = (strides_t){dims[14], dims[15], dims[16], dims[17]};
-  a->os = (strides_t){0, a->T * a->H * a->D, a->D, a->H * a->D};
-  a->window = dims[18];
-  a->dropout = (unsigned)dims[19];
-  a->DP = ROUND_UP(a->D, COLS);
-  a->offset = offset[0];
-  a->key = key[0];
-  a->scale = 1.0f / __builtin_sqrtf((float)a->D);
-  a->keep = 1.0f / (1.0f - (float)a->dropout * 0x1p-32f);
-}
+/* The fields of an attention_t that both directions set, from the names at their entry */
+#define SIZES \
+  .B = B, .H = H, .G = G, .T = T, .S = S, .D = D, .DP = ROUND_UP(D, COLS), \
+  .qs = *(const strides_t*)q_strides, .ks = *(const strides_t*)k_strides, \
+  .vs = *(const strides_t*)v_strides, .os = {0, T * H * D, D, H * D}, \
+  .offset = offset[0], .window = window, .dropout = (unsigned)dropout, .key = key[0], \
+  .scale = 1.0f / __builtin_sqrtf((float)D), \
+  .keep = 1.0f / (1.0f - (float)(unsigned)dropout * 0x1p-32f)
 
 /* the keys [*first, *last) that the queries i0 .. i0 + n - 1 may see */
 HOT void visible_keys(const attention_t* a, long i0, long n, long* first, long* last) {

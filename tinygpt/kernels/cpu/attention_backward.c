@@ -11,18 +11,18 @@ static void key_task(void* args, int index);
 static void query_task(void* args, int index);
 static void delta_task(void* args, int index);
 
-KERNEL void NAME(ARGUMENTS const int* offset, const unsigned* key, const long* dims,
-                 const u64* table) {
-  pool_t* pool = (pool_t*)table[0];
-  attention_t a = {.q = Q, .k = K, .v = V, .dout = dout, .out = (act*)out, .lse = (float*)lse,
-                   .delta = delta, .dq = DQ, .dk = DK, .dv = DV};
-  set_sizes(&a, dims, offset, key);
-  parallel_for(pool, delta_task, &a, a.B * a.H);
-  if (a.B * a.G >= (long)pool->threads) {
-    parallel_for(pool, head_task, &a, a.B * a.G);
+KERNEL void NAME(ARGUMENTS) {
+  DECLARE_NAMES
+  pool_t* pool = shared->pool;
+  attention_t a = {.q = q, .k = k ? k : q, .v = v ? v : q, .dout = dout, .out = (act*)out,
+                   .lse = (float*)lse, .delta = delta, .dq = dq, .dk = dk ? dk : (act*)dq,
+                   .dv = dv ? dv : (act*)dq, SIZES};
+  parallel_for(pool, delta_task, &a, B * H);
+  if (B * G >= (long)pool->threads) {
+    parallel_for(pool, head_task, &a, B * G);
   } else {
-    parallel_for(pool, key_task, &a, a.B * a.G * ((a.S + BK - 1) / BK));
-    parallel_for(pool, query_task, &a, a.B * a.H * ((a.T + BQ - 1) / BQ));
+    parallel_for(pool, key_task, &a, B * G * ((S + BK - 1) / BK));
+    parallel_for(pool, query_task, &a, B * H * ((T + BQ - 1) / BQ));
   }
 }
 

@@ -1,10 +1,12 @@
 /* Attention of one new position: writes its key and value into the cache, (B, G, S, D) each, and
  * out (B, H, D) is the softmax-weighted sum of the values that its queries see. The keys and values
- * of a head are streamed once for all queries that share them. With START, (B), row b does not see
- * the keys before start[b]. Where there are fewer heads than threads, their keys are split, and what
- * the parts give is merged (arXiv:2311.01282). */
+ * of a head are streamed once for all queries that share them. With start (B) row b does not see the
+ * keys before start[b]. Where there are fewer heads than threads, their keys are split, and the
+ * results of the parts are merged (arXiv:2311.01282). */
 #include "pool.h"
 #include "vector.h"
+
+typedef q_t act;
 
 #define CHUNK 64   /* keys that are weighed at once */
 #define LOCAL(n) ((float*)__builtin_alloca_with_align((n) * sizeof(float), 512))
@@ -19,13 +21,16 @@ typedef struct {
 
 static void some_keys(void* args, int index);
 
+/* row b and head g of a new key or value begin at `first` + b * `batch` + g * `head` */
+typedef struct { long first, batch, head; } strides_t;
+
 /* the cache at position p = a new row for each of the heads */
-HOT void append(act* cache, const act* row, const long* dims, const long* where, long p) {
-  const long B = dims[0], G = dims[2], S = dims[3], D = dims[4];
+HOT void append(const decode_t* a, act* cache, const act* row, const long* strides, long B, long p) {
+  const strides_t s = *(const strides_t*)strides;
   for (long b = 0; b < B; b++)
-    for (long g = 0; g < G; g++)
-      for (long d = 0; d < D; d++)
-        cache[((b * G + g) * S + p) * D + d] = row[where[0] + b * where[1] + g * where[2] + d];
+    for (long g = 0; g < a->G; g++)
+      for (long d = 0; d < a->D; d++)
+        cache[((b * a->G + g) * a->S + p) * a->D + d] = row[s.first + b * s.batch + g * s.head + d];
 }
 
 /* merges the parts of head h into its output */
@@ -44,19 +49,19 @@ HOT void merge(const decode_t* a, long head) {
   for (long d = 0; d < D; d++) PUT(a->out + head * D + d, first[d] / first[D + 1]);
 }
 
-/* dims: B, H, G, S, D, window, and the first element, batch stride and head stride of q, k, v */
-KERNEL void NAME(ARGUMENTS const long* dims, const u64* table) {
-  pool_t* pool = (pool_t*)table[0];
-  const long B = dims[0], H = dims[1], G = dims[2], window = dims[5], p = offset[0];
-  decode_t a = {.q = q + dims[6], .keys = keys, .values = values, .out = out, .start = START,
-                .parts = (float*)table[1], .G = G, .S = dims[3], .D = dims[4], .group = H / G,
-                .q_batch = dims[7], .q_head = dims[8],
+KERNEL void NAME(ARGUMENTS) {
+  DECLARE_NAMES
+  const long p = offset[0];
+  const strides_t qs = *(const strides_t*)q_strides;
+  decode_t a = {.q = q + qs.first, .keys = keys, .values = values, .out = out, .start = start,
+                .parts = shared->workspace, .G = G, .S = S, .D = D, .group = H / G,
+                .q_batch = qs.batch, .q_head = qs.head,
                 .first = window ? MAX(0, p + 1 - window) : 0, .last = p + 1};
-  append(keys, k, dims, dims + 9, p);
-  append(values, v, dims, dims + 12, p);
-  const long threads = (long)pool->threads, chunks = (a.last - a.first + CHUNK - 1) / CHUNK;
+  append(&a, keys, k, k_strides, B, p);
+  append(&a, values, v, v_strides, B, p);
+  const long threads = (long)shared->pool->threads, chunks = (a.last - a.first + CHUNK - 1) / CHUNK;
   a.splits = MAX(1, MIN((threads + B * G - 1) / (B * G), chunks));
-  parallel_for(pool, some_keys, &a, B * G * a.splits);
+  parallel_for(shared->pool, some_keys, &a, B * G * a.splits);
   if (a.splits > 1)
     for (long head = 0; head < B * H; head++) merge(&a, head);
 }

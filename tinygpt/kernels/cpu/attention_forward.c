@@ -1,16 +1,16 @@
 /* Causal flash attention, forward: out (B, T, H, D), and for the backward pass the logarithm to
  * base 2 of each softmax's denominator, lse (B, H, T). Scores are kept transposed, S[j][i], so that
- * the lanes of a vector are queries and the softmax needs no reduction across lanes. With START,
- * (B), the queries of row b see no key before start[b] but their own. */
+ * the lanes of a vector are queries and the softmax needs no reduction across lanes. With start
+ * (B) the queries of row b see no key before start[b] but their own. */
 #include "attention.h"
 
 static void query_tile(void* args, int index);
 
-KERNEL void NAME(ARGUMENTS const int* offset, const unsigned* key, const long* dims,
-                 const u64* table) {
-  attention_t a = {.q = Q, .k = K, .v = V, .out = out, .lse = lse, .start = START};
-  set_sizes(&a, dims, offset, key);
-  parallel_for((pool_t*)table[0], query_tile, &a, a.B * a.H * ((a.T + BQ - 1) / BQ));
+KERNEL void NAME(ARGUMENTS) {
+  DECLARE_NAMES
+  attention_t a = {.q = q, .k = k ? k : q, .v = v ? v : q, .out = out, .lse = lse, .start = start,
+                   SIZES};
+  parallel_for(shared->pool, query_tile, &a, B * H * ((T + BQ - 1) / BQ));
 }
 
 /* the running maximum m, the sum s of the weights, and the factor by which both shrink */

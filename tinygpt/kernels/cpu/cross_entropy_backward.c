@@ -1,31 +1,33 @@
-/* dx = dloss * (softmax(x) (1 + 2 z log Z) - s / V - (1 - s) [j = y]), 0 where y < 0.
- * options: s, z. */
+/* dx = dloss * (softmax(x) (1 + 2 z log Z) - s / V - (1 - s) [j = y]), 0 where y < 0,
+ * s label smoothing, z z-loss */
 #include "pool.h"
 #include "vector.h"
 
+typedef x_t act;
+
 typedef struct {
-  const float *dloss, *log_z, *options;
+  const float *dloss, *log_z;
   const act* x;
   const int* y;
   act* dx;
+  float label_smoothing, z_loss;
   long N, V, tasks;
 } entropy_t;
 
 static void some_rows(void* args, int index);
 
-KERNEL void NAME(act* dx, const float* dloss, const act* x, const int* y, const float* log_z,
-                 const float* options, const long* dims, const u64* table) {
-  pool_t* pool = (pool_t*)table[0];
-  entropy_t g = {.dloss = dloss, .x = x, .log_z = log_z, .options = options, .y = y, .dx = dx,
-                 .N = dims[0], .V = dims[1]};
-  g.tasks = MAX(1, MIN(4 * (long)pool->threads, g.N / 4));
-  parallel_for(pool, some_rows, &g, g.tasks);
+KERNEL void NAME(ARGUMENTS) {
+  DECLARE_NAMES
+  entropy_t g = {.dloss = dloss, .x = x, .log_z = log_z, .y = y, .dx = dx,
+                 .label_smoothing = label_smoothing, .z_loss = z_loss, .N = N, .V = V};
+  g.tasks = MAX(1, MIN(4 * (long)shared->pool->threads, N / 4));
+  parallel_for(shared->pool, some_rows, &g, g.tasks);
 }
 
 KERNEL static void some_rows(void* args, int index) {
   const entropy_t* g = args;
   const long V = g->V, end = VECTOR_END(V);
-  const float smoothing = g->options[0], z_loss = g->options[1];
+  const float smoothing = g->label_smoothing, z_loss = g->z_loss;
   for (long i = g->N * index / g->tasks; i < g->N * (index + 1) / g->tasks; i++) {
     const act* x = g->x + i * V;
     act* dx = g->dx + i * V;

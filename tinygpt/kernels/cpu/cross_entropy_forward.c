@@ -1,33 +1,33 @@
 /* For each row of logits x (N x V) with target y: log Z and the loss
  *   log Z - (1 - s) x[y] - s mean(x) + z (log Z)^2,   s label smoothing, z z-loss,
- * or 0 where y < 0; a y above V - 1 has no x[y]. Nothing of size V is kept.
- * options: s, z. */
+ * or 0 where y < 0; a y above V - 1 has no x[y]. Nothing of size V is kept. */
 #include "pool.h"
 #include "vector.h"
 
+typedef x_t act;
+
 typedef struct {
   const act* x;
-  const float* options;
   const int* y;
   float *loss, *log_z;
+  float label_smoothing, z_loss;
   long N, V, tasks;
 } entropy_t;
 
 static void some_rows(void* args, int index);
 
-KERNEL void NAME(float* loss, float* log_z, const act* x, const int* y, const float* options,
-                 const long* dims, const u64* table) {
-  pool_t* pool = (pool_t*)table[0];
-  entropy_t g = {.x = x, .options = options, .y = y, .loss = loss, .log_z = log_z,
-                 .N = dims[0], .V = dims[1]};
-  g.tasks = MAX(1, MIN(4 * (long)pool->threads, g.N / 4));
-  parallel_for(pool, some_rows, &g, g.tasks);
+KERNEL void NAME(ARGUMENTS) {
+  DECLARE_NAMES
+  entropy_t g = {.x = x, .y = y, .loss = loss, .log_z = log_z, .label_smoothing = label_smoothing,
+                 .z_loss = z_loss, .N = N, .V = V};
+  g.tasks = MAX(1, MIN(4 * (long)shared->pool->threads, N / 4));
+  parallel_for(shared->pool, some_rows, &g, g.tasks);
 }
 
 KERNEL static void some_rows(void* args, int index) {
   const entropy_t* g = args;
   const long V = g->V, end = V / (4 * LANES) * (4 * LANES);
-  const float smoothing = g->options[0], z_loss = g->options[1];
+  const float smoothing = g->label_smoothing, z_loss = g->z_loss;
   for (long i = g->N * index / g->tasks; i < g->N * (index + 1) / g->tasks; i++) {
     const act* x = g->x + i * V;
     vfloat top[4], sum[4], total = (vfloat)0.f;

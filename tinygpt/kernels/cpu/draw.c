@@ -1,7 +1,7 @@
 /* token (B) = the index of the largest of each row of logits (B x V), the first one of equals.
- * With TEMPERATURE the logits are divided by it; with KEY they gain Gumbel noise, that of
- * kernels/random.py, and the token is drawn from their softmax. Rows share a key where the key's
- * stride, the last of dims, is 0, and have one each where it is 1. */
+ * With a temperature the logits are divided by it; with a key they gain Gumbel noise, that of
+ * kernels/random.py, and the token is drawn from their softmax. Rows share a key where
+ * key_stride is 0, and have one each where it is 1. */
 #include "pool.h"
 #include "vector.h"
 
@@ -19,13 +19,14 @@ typedef struct {
 
 static void some_logits(void* args, int index);
 
-KERNEL void NAME(ARGUMENTS const long* dims, const u64* table) {
-  const float* divisor = TEMPERATURE;
-  draw_t g = {.logits = logits, .best = (best_t*)table[1], .V = dims[1],
-              .temperature = divisor ? divisor[0] : 1.f, .key = KEY,
-              .key_stride = dims[2], .chunks = (dims[1] + SHARE - 1) / SHARE};
-  parallel_for((pool_t*)table[0], some_logits, &g, dims[0] * g.chunks);
-  for (long b = 0; b < dims[0]; b++) {
+KERNEL void NAME(ARGUMENTS) {
+  DECLARE_NAMES
+  const float* divisor = temperature;
+  draw_t g = {.logits = logits, .best = shared->workspace, .V = V, .key = key,
+              .temperature = divisor ? divisor[0] : 1.f, .key_stride = key_stride,
+              .chunks = (V + SHARE - 1) / SHARE};
+  parallel_for(shared->pool, some_logits, &g, B * g.chunks);
+  for (long b = 0; b < B; b++) {
     best_t best = g.best[b * g.chunks];
     for (long i = b * g.chunks + 1; i < (b + 1) * g.chunks; i++)
       if (g.best[i].value > best.value) best = g.best[i];
@@ -33,7 +34,7 @@ KERNEL void NAME(ARGUMENTS const long* dims, const u64* table) {
   }
 }
 
-/* natural logarithm of positive normal numbers, as slog2 in vector.h has it */
+/* natural logarithm of positive normal numbers, as by slog2 in vector.h */
 HOT vfloat vlog(vfloat x) {
   const vint exponent = ((vint)x - 0x3f3504f3) >> 23;
   const vfloat m = (vfloat)((vint)x - (exponent << 23)) - 1.0f;

@@ -12,13 +12,11 @@ typedef struct {
 
 static void some_columns(void* args, int index);
 
-KERNEL void NAME(float* dweight, const float* dy, const int* idx, const long* dims,
-                 const u64* table) {
-  pool_t* pool = (pool_t*)table[0];
-  embedding_t g = {.idx = idx, .dy = dy, .dweight = dweight,
-                   .N = dims[0], .V = dims[1], .C = dims[2]};
-  g.tasks = MAX(1, MIN((long)pool->threads, g.C / 16));
-  parallel_for(pool, some_columns, &g, g.tasks);
+KERNEL void NAME(ARGUMENTS) {
+  DECLARE_NAMES
+  embedding_t g = {.idx = idx, .dy = dy, .dweight = dweight, .N = N, .V = V, .C = C};
+  g.tasks = MAX(1, MIN((long)shared->pool->threads, C / 16));
+  parallel_for(shared->pool, some_columns, &g, g.tasks);
 }
 
 KERNEL static void some_columns(void* args, int index) {

@@ -14,12 +14,12 @@ typedef struct {
 
 static void some_rows(void* args, int index);
 
-KERNEL void NAME(ARGUMENTS const long* dims, const u64* table) {
-  pool_t* pool = (pool_t*)table[0];
-  embedding_t g = {.idx = idx, .weight = (const weight_t*)weight, .scale = SCALE, .out = out,
-                   .N = dims[0], .C = dims[1], .V = dims[2]};
-  g.tasks = MAX(1, MIN(4 * (long)pool->threads, g.N / 64));
-  parallel_for(pool, some_rows, &g, g.tasks);
+KERNEL void NAME(ARGUMENTS) {
+  DECLARE_NAMES
+  embedding_t g = {.idx = idx, .weight = weight, .scale = scale, .out = out,
+                   .N = N, .C = C, .V = V};
+  g.tasks = MAX(1, MIN(4 * (long)shared->pool->threads, N / 64));
+  parallel_for(shared->pool, some_rows, &g, g.tasks);
 }
 
 KERNEL static void some_rows(void* args, int index) {
@@ -28,6 +28,6 @@ KERNEL static void some_rows(void* args, int index) {
     const long row = g->idx[i], there = row >= 0 && row < g->V;
     const weight_t* src = g->weight + row * g->C;
     const float scale = there && g->scale ? g->scale[row] : 1.f;
-    for (long c = 0; c < g->C; c++) g->out[i * g->C + c] = there ? to_float(src[c]) * scale : 0.f;
+    for (long c = 0; c < g->C; c++) g->out[i * g->C + c] = there ? GET_WEIGHT(src + c) * scale : 0.f;
   }
 }

@@ -1,11 +1,12 @@
-/* One matrix product; gemm.h says of what. */
+/* One matrix product, which gemm.h describes */
 #include "gemm.h"
 
-KERNEL void NAME(ARGUMENTS const long* dims, const u64* table) {
-  gemm_t g = {.a = a, .b = b, .bias = BIAS, .residual = RESIDUAL, .c = c, .sums = SUMS,
-              .partial = PARTIAL, .packed_b = (void*)table[1], .M = dims[0], .N = dims[1],
-              .K = dims[2], .ta = (int)dims[3], .tb = (int)dims[4]};
-  product((pool_t*)table[0], &g);
+KERNEL void NAME(ARGUMENTS) {
+  DECLARE_NAMES
+  gemm_t g = {.a = a, .b = b, .bias = bias, .residual = residual, .c = c, .sums = sums,
+              .partial = partial, .packed_b = shared->workspace, .M = M, .N = N, .K = K,
+              .ta = (int)ta, .tb = (int)tb};
+  product(shared->pool, &g);
 }
 
 #if AMX

@@ -1,14 +1,14 @@
 /* The loops around the micro kernels of gemm_float.h and, with AMX 1, gemm_amx.h, as BLIS has them
  * (Van Zee and van de Geijn, ACM TOMS 2015), and the way from a block to C. A file that includes
- * this one includes one of those behind its entry.
+ * this one includes one of those after its entry.
  *
  *   C (M x N) = op(A) op(B) + bias + residual, all row-major
  *
  * Columns of C go in strips of NC and the depth in slices of KC; all threads pack the slice of B
  * into panels of GN columns, then each task packs rows of A and multiplies.
  *
- * ta, tb: 1 where A (K x M) or B (N x K) is stored transposed. The defines a_t, b_t and c_t name the
- * matrices' types; bias is float32, the residual of C's type. With ta the column sums of A's
+ * ta, tb: 1 where A (K x M) or B (N x K) is stored transposed. a_t, b_t and c_t are the types
+ * of the matrices' elements; bias is float32, the residual of C's type. With ta the column sums of A's
  * storage, the gradient of a bias, are written to `sums` where there is one. A C of 16 bits is
  * summed up in `partial` (M x MIN(N, NC)) where the depth has several slices. A C that is
  * `symmetric` is computed above its diagonal and copied below.

@@ -1,29 +1,31 @@
-/* Y (M x N) = X (M x K) W^T (N x K) + bias + residual for few rows M, or weights that are stored
- * small: one pass over the weights, each row of them read once as a single stream. */
+/* Y (M x N) = X (M x K) W^T (N x K) + bias + residual for few rows M, or weights of few
+ * bits: one pass over the weights, each row of them read once as a single stream. */
 #include "pool.h"
 #include "vector.h"
 #include "weight.h"
+
+typedef x_t act;
 
 #define BLOCK 4   /* rows of X that share what a row of W is converted to */
 
 typedef struct {
   const act *x, *residual;
   const float *scale, *bias;
-  const weight_t* w;
+  const weight_t* weight;
   act* y;
   long M, N, K, share;
 } gemv_t;
 
 static void rows_of_w(void* args, int index);
 
-KERNEL void NAME(ARGUMENTS const long* dims, const u64* table) {
-  pool_t* pool = (pool_t*)table[0];
-  gemv_t g = {.x = x, .w = (const weight_t*)w, .scale = SCALE, .bias = BIAS, .residual = RESIDUAL,
-              .y = y, .M = dims[0], .N = dims[1], .K = dims[2]};
-  long tasks = MIN(4 * (long)pool->threads, g.M * g.N * g.K / 32768);
-  tasks = MAX(MIN(tasks, g.N), 1);
-  g.share = (g.N + tasks - 1) / tasks;
-  parallel_for(pool, rows_of_w, &g, (g.N + g.share - 1) / g.share);
+KERNEL void NAME(ARGUMENTS) {
+  DECLARE_NAMES
+  gemv_t g = {.x = x, .weight = weight, .scale = scale, .bias = bias, .residual = residual,
+              .y = y, .M = M, .N = N, .K = K};
+  long tasks = MIN(4 * (long)shared->pool->threads, M * N * K / 32768);
+  tasks = MAX(MIN(tasks, N), 1);
+  g.share = (N + tasks - 1) / tasks;
+  parallel_for(shared->pool, rows_of_w, &g, (N + g.share - 1) / g.share);
 }
 
 /* one row of X times one of W */
@@ -38,7 +40,7 @@ HOT float dot(const act* x, const weight_t* w, long K) {
   }
   for (; k + LANES <= K; k += LANES) sum[0] += LOAD(x + k) * LOAD_WEIGHTS(w + k);
   float y = vsum((sum[0] + sum[1]) + (sum[2] + sum[3]));
-  for (; k < K; k++) y += GET(x + k) * to_float(w[k]);
+  for (; k < K; k++) y += GET(x + k) * GET_WEIGHT(w + k);
   return y;
 }
 
@@ -54,7 +56,7 @@ HOT void dot_block(const act* x, const weight_t* w, long K, float* y) {
     }
   UNROLL for (int i = 0; i < BLOCK; i++) y[i] = vsum(sum[i][0] + sum[i][1]);
   for (; k < K; k++)
-    for (int i = 0; i < BLOCK; i++) y[i] += GET(x + i * K + k) * to_float(w[k]);
+    for (int i = 0; i < BLOCK; i++) y[i] += GET(x + i * K + k) * GET_WEIGHT(w + k);
 }
 
 HOT void put(const gemv_t* g, long m, long n, float y) {
@@ -67,7 +69,7 @@ KERNEL static void rows_of_w(void* args, int index) {
   const gemv_t* g = args;
   const long end = MIN((index + 1) * g->share, g->N);
   for (long n = index * g->share; n < end; n++) {
-    const weight_t* w = g->w + n * g->K;
+    const weight_t* w = g->weight + n * g->K;
     long m = 0;
     for (; m + BLOCK <= g->M; m += BLOCK) {
       float y[BLOCK];

@@ -5,6 +5,8 @@
 #include "pool.h"
 #include "vector.h"
 
+typedef x_t act;
+
 typedef struct {
   const act *dy, *x;
   const float *weight, *stats;
@@ -15,21 +17,22 @@ typedef struct {
 
 static void some_rows(void* args, int index);
 
-KERNEL void NAME(ARGUMENTS const long* dims, const u64* table) {
-  pool_t* pool = (pool_t*)table[0];
+KERNEL void NAME(ARGUMENTS) {
+  DECLARE_NAMES
+  float* bias_sums = dbias;
   norm_t g = {.dy = dy, .x = x, .weight = weight, .stats = stats, .dx = dx,
-              .partial = (float*)table[1], .N = dims[0], .C = dims[1]};
-  const long room = table[2] / (2 * g.C * sizeof(float));
-  g.tasks = MAX(1, MIN(MIN(4 * (long)pool->threads, g.N / 16), room));
-  parallel_for(pool, some_rows, &g, g.tasks);
-  for (long c = 0; c < g.C; c++) {
+              .partial = shared->workspace, .N = N, .C = C};
+  const long room = shared->workspace_bytes / (2 * C * sizeof(float));
+  g.tasks = MAX(1, MIN(MIN(4 * (long)shared->pool->threads, N / 16), room));
+  parallel_for(shared->pool, some_rows, &g, g.tasks);
+  for (long c = 0; c < C; c++) {
     float w = 0.f, b = 0.f;
     for (long t = 0; t < g.tasks; t++) {
-      w += g.partial[2 * t * g.C + c];
-      b += g.partial[(2 * t + 1) * g.C + c];
+      w += g.partial[2 * t * C + c];
+      b += g.partial[(2 * t + 1) * C + c];
     }
     dweight[c] = w;
-    if (DBIAS) DBIAS[c] = b;
+    if (bias_sums) bias_sums[c] = b;
   }
 }
 

@@ -3,6 +3,8 @@
 #include "pool.h"
 #include "vector.h"
 
+typedef x_t act;
+
 typedef struct {
   const act* x;
   const float *weight, *bias;
@@ -13,12 +15,12 @@ typedef struct {
 
 static void some_rows(void* args, int index);
 
-KERNEL void NAME(ARGUMENTS const float* eps, const long* dims, const u64* table) {
-  pool_t* pool = (pool_t*)table[0];
-  norm_t g = {.x = x, .weight = weight, .bias = BIAS, .y = y, .stats = stats, .eps = eps[0],
-              .N = dims[0], .C = dims[1]};
-  g.tasks = MAX(1, MIN(4 * (long)pool->threads, g.N / 16));
-  parallel_for(pool, some_rows, &g, g.tasks);
+KERNEL void NAME(ARGUMENTS) {
+  DECLARE_NAMES
+  norm_t g = {.x = x, .weight = weight, .bias = bias, .y = y, .stats = stats, .eps = eps,
+              .N = N, .C = C};
+  g.tasks = MAX(1, MIN(4 * (long)shared->pool->threads, N / 16));
+  parallel_for(shared->pool, some_rows, &g, g.tasks);
 }
 
 KERNEL static void some_rows(void* args, int index) {

@@ -3,11 +3,10 @@
  *   x <- p(A) x,  A = x x^T,  p(A) = 3.4445 - 4.7750 A + 2.0315 A^2    (arXiv:2502.16982)
  * from x of norm 1. A and its polynomials commute, so the steps are taken on A (N x N), N the lesser
  * of R and C, and their product is applied to x once. All of them are symmetric, which halves the
- * work, and made so to the bit: what is not grows at every step.
+ * work, and exactly so, since any asymmetry grows at every step.
  *
  * Each thread takes a matrix at a time; where there are more threads than matrices, all of them work
- * on each product. dims has R and C of every matrix; scratch is 4 x N x N, of the largest N, for each
- * thread that takes a matrix. */
+ * on each product. scratch is 4 x N x N, of the largest N, for each thread that takes a matrix. */
 #define a_t float
 #define b_t float
 #define c_t float
@@ -17,9 +16,9 @@
 #define PACKED (KC * NC)        /* floats of B that a product packs */
 
 typedef struct {
-  float** outputs;
-  const float** inputs;
-  const long* dims;
+  float** out;
+  const float** x;
+  const long *R, *C;            /* of every matrix */
   float *scratch, *packed;
   long largest;                 /* N */
   int next;                     /* the matrix to be taken */
@@ -28,13 +27,13 @@ typedef struct {
 static void some_matrices(void* args, int index);
 static void orthogonalize(pool_t* pool, const matrices_t* m, int which, int slot);
 
-KERNEL void NAME(ARGUMENTS const long* dims, const u64* table) {
-  pool_t* pool = (pool_t*)table[0];
-  float* outputs[COUNT] = {OUTPUTS};
-  const float* inputs[COUNT] = {INPUTS};
-  const long room = table[2] / sizeof(float) / PACKED;
-  matrices_t m = {outputs, inputs, dims, scratch, (float*)table[1], 0, 0};
-  for (int i = 0; i < COUNT; i++) m.largest = MAX(m.largest, MIN(dims[2 * i], dims[2 * i + 1]));
+KERNEL void NAME(ARGUMENTS) {
+  DECLARE_NAMES
+  pool_t* pool = shared->pool;
+  const long room = shared->workspace_bytes / sizeof(float) / PACKED;
+  matrices_t m = {.out = out, .x = x, .R = R, .C = C, .scratch = scratch,
+                  .packed = shared->workspace};
+  for (int i = 0; i < COUNT; i++) m.largest = MAX(m.largest, MIN(R[i], C[i]));
   if (COUNT < pool->threads)
     for (int i = 0; i < COUNT; i++) orthogonalize(pool, &m, i, 0);
   else
@@ -65,9 +64,9 @@ HOT void multiply_symmetric(pool_t* pool, void* packed, float* c, const float* a
 }
 
 KERNEL static void orthogonalize(pool_t* pool, const matrices_t* m, int which, int slot) {
-  const float* x = m->inputs[which];
-  const long R = m->dims[2 * which], C = m->dims[2 * which + 1], N = MIN(R, C), wide = R <= C;
-  float *packed = m->packed + slot * PACKED, *out = m->outputs[which];
+  const float* x = m->x[which];
+  const long R = m->R[which], C = m->C[which], N = MIN(R, C), wide = R <= C;
+  float *packed = m->packed + slot * PACKED, *out = m->out[which];
   float *A = m->scratch + slot * 4 * m->largest * m->largest;
   float *step = A + N * N, *all = step + N * N, *next = all + N * N;
   const float norm = __builtin_sqrtf((float)square_sum(x, 0, R * C)) + 1e-7f;

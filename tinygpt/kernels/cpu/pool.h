@@ -2,8 +2,11 @@
  *
  * Work is handed out by a 64-bit ticket, generation << 32 | next index, so that a worker that
  * wakes up late can never take part of a newer job, and the caller waits only for the tasks that
- * were taken. The pool lives in one block of memory that launch.py allocates and fills.
- */
+ * were taken. The pool lives in one block of memory that threads.py allocates and fills.
+ *
+ * The entry of a kernel is KERNEL void NAME(ARGUMENTS) { DECLARE_NAMES ... }. kernel.py defines
+ * ARGUMENTS, the tensors that are given, DECLARE_NAMES, which declares each size, and each tensor
+ * that is missing as 0, and the type of a tensor's elements, the tensor's name with _t. */
 typedef unsigned long u64;
 typedef unsigned int u32;
 typedef void (*task_fn)(void* args, int index);
@@ -23,6 +26,8 @@ typedef struct {
   u64 semaphores[64];
   job_t jobs[16];                             /* by generation modulo 16 */
 } pool_t;
+
+typedef struct { pool_t* pool; void* workspace; u64 workspace_bytes; } shared_t;
 
 #if defined(__x86_64__)
 #define CPU_RELAX() __builtin_ia32_pause()

@@ -4,20 +4,23 @@
 #include "pool.h"
 #include "vector.h"
 
+typedef x_t act;
+
 typedef struct {
   const act* x;
   const float *cos, *sin;
   act* out;
-  long B, H, T, D, batch, head, row;
+  long H, T, D;
+  long batch, head, row;        /* strides */
 } rope_t;
 
 static void one_head(void* args, int index);
 
-KERNEL void NAME(act* out, const act* x, const float* cos, const float* sin, const long* dims,
-                 const u64* table) {
-  rope_t g = {.x = x, .cos = cos, .sin = sin, .out = out, .B = dims[0], .H = dims[1],
-              .T = dims[2], .D = dims[3], .batch = dims[4], .head = dims[5], .row = dims[6]};
-  parallel_for((pool_t*)table[0], one_head, &g, g.B * g.H);
+KERNEL void NAME(ARGUMENTS) {
+  DECLARE_NAMES
+  rope_t g = {.x = x, .cos = cos, .sin = sin, .out = out, .H = H, .T = T, .D = D,
+              .batch = batch, .head = head, .row = row};
+  parallel_for(shared->pool, one_head, &g, B * H);
 }
 
 KERNEL static void one_head(void* args, int index) {

@@ -1,7 +1,7 @@
 /* Vectors of float32 through clang's vector extensions: 16 lanes with AVX-512, 8 with AVX, 4 with
  * NEON or SSE, from one source. ROWS x COLS is the block that a micro kernel keeps in registers.
  *
- * Activations have the type that the define `act` names: float, bf16 (bfloat16, the upper half of
+ * Activations have the type that each file names `act`: float, bf16 (bfloat16, the upper half of
  * a float32) or f16 (IEEE's half precision). LOAD and STORE move vectors and GET and PUT numbers of
  * each type, as the pointer says; arithmetic is float32. Numbers are rounded to the nearest, ties
  * to even; those above 65504 become infinite in f16. */

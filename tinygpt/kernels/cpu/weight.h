@@ -1,18 +1,13 @@
-/* Weights that are read as float32 and may be stored smaller: WEIGHT 32 is float32, 16 float16,
- * 8 int8, whose scale the caller applies. */
-#if WEIGHT == 32
-typedef float weight_t;
-#define LOAD_WEIGHTS(w) LOAD(w)
-HOT float to_float(weight_t w) { return w; }
-
-#elif WEIGHT == 16
-typedef f16 weight_t;
-#define LOAD_WEIGHTS(w) LOAD(w)
-HOT float to_float(weight_t w) { return GET(&w); }
-
-#elif WEIGHT == 8
-typedef signed char weight_t;
+/* Weights that are read as float32. weight_t is float, f16, or signed char, whose scale the caller
+ * applies. */
 typedef signed char vbyte __attribute__((ext_vector_type(LANES), aligned(1)));
-#define LOAD_WEIGHTS(w) __builtin_convertvector(*(const vbyte*)(w), vfloat)
-HOT float to_float(weight_t w) { return (float)w; }
-#endif
+
+#define BY_WEIGHT(p, f) \
+  _Generic((p), const float*: f##_f32, const f16*: f##_f16, const signed char*: f##_i8)
+#define LOAD_WEIGHTS(p) BY_WEIGHT(p, load)(p)
+#define GET_WEIGHT(p) BY_WEIGHT(p, get)(p)
+
+HOT vfloat load_i8(const signed char* p) {
+  return __builtin_convertvector(*(const vbyte*)p, vfloat);
+}
+HOT float get_i8(const signed char* p) { return (float)*p; }

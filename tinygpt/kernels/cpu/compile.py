@@ -1,0 +1,129 @@
+"""Compiles the C files of this folder with tinygrad's own clang.
+
+What this asks of a C file: the entry is the first function that is not inlined (the loader jumps to
+the beginning), nothing of libc is called, and no variable is static.
+
+Private interfaces of tinygrad, 0.13's and 0.14's: a program's UOps with ProgramInfo, KernelInfo and
+Estimates, to_program, get_runtime, diskcache_get, and the compiler of the CPU's renderer, whose
+`compile` is replaced.
+"""
+
+import ctypes
+import functools
+import hashlib
+import platform
+import re
+import signal
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+from tinygrad import Device, UOp, dtypes
+from tinygrad.codegen import to_program
+from tinygrad.engine.realize import get_runtime
+from tinygrad.helpers import diskcache_get
+from tinygrad.renderer import Estimates
+from tinygrad.uop.ops import KernelInfo, Ops, ProgramInfo
+
+from tinygpt.kernels.jit import IS_014
+from tinygpt.machine import cpu_count, cpu_info
+
+FOLDER = Path(__file__).parent
+
+
+@functools.cache
+def source(file: str, name: str, defines: tuple[tuple[str, str | int], ...] = ()
+           ) -> tuple[str, str]:
+    """The name, and a C file with its includes and defines, of which NAME is one."""
+    def read(name: str) -> str:
+        text = (FOLDER / name).read_text(encoding="utf-8")
+        return re.sub(r'^#include "(.*)"$', lambda m: included(m[1]), text, flags=re.M)
+
+    seen: set[str] = set()
+
+    def included(name: str) -> str:
+        if name in seen:
+            return ""
+        seen.add(name)
+        return read(name)
+
+    lines = [f"#define {k} {v}\n" for k, v in (*defines, ("NAME", name))]
+    return name, f"// for {processor()}\n" + "".join(lines) + read(file)
+
+
+@functools.cache
+def processor() -> str:
+    """A hash of this processor's features: code compiled for it may not run on another processor,
+    which may share tinygrad's cache."""
+    lines = re.findall(r"^(?:flags|Features|model name)\s*:.*$", cpu_info(), re.M)
+    return hashlib.sha256("".join([platform.machine(), *sorted(set(lines))]).encode()
+                          ).hexdigest()[:12]
+
+
+@functools.cache
+def amx() -> str:
+    """"real" where this processor multiplies bfloat16 in AMX tiles and Linux lets this process
+    use them, else ""."""
+    if platform.machine() != "x86_64" or "amx_bf16" not in cpu_info():
+        return ""
+    arch_prctl, request_permission, tile_data = 158, 0x1023, 18
+    refused = ctypes.CDLL(None).syscall(arch_prctl, request_permission, tile_data)
+    return "" if refused else "real"
+
+
+def program(name: str, code: str, buffers, outputs: int, flops: int) -> UOp:
+    """A tinygrad program that is C source; the first `outputs` of the buffers are written."""
+    sink = UOp.sink(*[b.base for b in buffers],
+                    arg=KernelInfo(name=name, estimates=Estimates(ops=flops)))
+    linear = UOp(Ops.LINEAR, src=(*sink.src, sink))
+    fields = dict(name=name, globals=tuple(range(len(buffers))), outs=tuple(range(outputs)),
+                 ins=tuple(range(outputs, len(buffers))))
+    text = UOp(Ops.SOURCE, arg=code)
+    if IS_014:
+        info = ProgramInfo(**fields, target=Device["CPU"].renderer.target)
+        return UOp(Ops.PROGRAM, src=(sink, linear, text), arg=info)
+    return UOp(Ops.PROGRAM, src=(sink, UOp(Ops.DEVICE, arg="CPU"), linear, text),
+               arg=ProgramInfo(**fields))
+
+
+def function(name: str, code: str):
+    """The compiled C function as a ctypes function."""
+    slot = UOp.param(0, dtypes.uint64, (1,)) if IS_014 else UOp.placeholder((1,), dtypes.uint64, 0)
+    runtime = get_runtime("CPU", to_program(program(name, code, [slot], 1, 0),
+                                            Device["CPU"].renderer))
+    runtime.fxn.keep_alive = runtime
+    return runtime.fxn
+
+
+class Compilations:
+    """Compiles sources in background threads while Python still builds the graph that uses them.
+
+    tinygrad's compiler then waits for such a source instead of compiling it. clang runs with SIGINT
+    blocked, because a terminal sends Ctrl-C to it too.
+    """
+
+    def __init__(self):
+        self.compiler = Device["CPU"].renderer.compiler
+        self.tinygrads, self.compiler.compile = self.compiler.compile, self.compile
+        self.seen: set[str] = set()
+        self.begun: dict[str, Future] = {}
+        self.threads = ThreadPoolExecutor(cpu_count())
+
+    def begin(self, code: str) -> None:
+        key = self.compiler.cachekey
+        if code not in self.seen and (key is None or diskcache_get(key, code) is None):
+            self.begun[code] = self.threads.submit(self.compile_now, code)
+        self.seen.add(code)
+
+    def compile_now(self, code: str) -> bytes:
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # clang inherits it
+        try:
+            return self.tinygrads(code)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+    def compile(self, code: str) -> bytes:
+        begun = self.begun.pop(code, None)
+        return begun.result() if begun else self.compile_now(code)
+
+
+compilations = functools.cache(Compilations)
