@@ -27,6 +27,8 @@ COMMANDS = {  # how a command is named after "python", and what its flags are
     "-m tinygpt.evaluate": {"evaluate": evaluate.EvaluateConfig},
     "-m tinygpt.check": {"check": check.CheckConfig},
 }
+SETTINGS = {f.name for classes in COMMANDS.values() for cls in classes.values()
+            for f in fields(cls)} | {"preset", "config"}
 SMALLER = ("--max_iters", "4", "--eval_interval", "2", "--eval_iters", "1", "--n_layer", "1",
            "--n_embd", "32", "--block_size", "16", "--batch_size", "2", "--vocab_size", "300")
 
@@ -87,16 +89,21 @@ def test_every_command_is_understood(page, line):
 
 @pytest.mark.parametrize("page", PAGES)
 def test_every_flag_and_every_file_exists(page):
-    flags = {f.name for classes in COMMANDS.values() for cls in classes.values()
-             for f in fields(cls)} | BENCH_FLAGS | {"help", "preset", "config"}
+    known = SETTINGS | BENCH_FLAGS | {"help"}
     for span in spans(page):
         for flag in re.findall(r"(?<!\S)--([\w-]+)", span):
-            assert flag.replace("-", "_") in flags, span
+            assert flag.removeprefix("no_") in known, span
         if re.fullmatch(r"(tinygpt|bench|tests|docs)/[\w./]*", span):
             assert (ROOT / span).exists(), span
         elif re.fullmatch(r"\w+\.(py|c|h|csv)", span):
             places = ("", "bench", "tests", "tests/*", "tinygpt", "tinygpt/*", "tinygpt/*/*")
             assert any(list(ROOT.glob(f"{place}/{span}".strip("/"))) for place in places), span
+
+
+def test_every_setting_is_among_the_options():
+    listed = {flag for span in spans("docs/options.md")
+              for flag in re.findall(r"(?<!\S)--(\w+)", span)}
+    assert SETTINGS - listed - {"text"} <= {"decay_lr"}  # TEXT of evaluate is no flag
 
 
 @pytest.mark.parametrize("page", PAGES)
