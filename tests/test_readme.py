@@ -10,9 +10,8 @@ from conftest import ROOT
 
 import generate
 import train
-from gpt import GPT, GPTConfig
+from gpt import GPT, GPTConfig, SampleConfig, TrainConfig
 from tinygpt import check, evaluate
-from tinygpt.config import PRESETS, SampleConfig, TrainConfig
 from tinygpt.data.tokenizer import ByteTokenizer
 from tinygpt.flags import parse_flags
 from tinygpt.kernels.training import training
@@ -76,7 +75,7 @@ BENCH_FLAGS = set(re.findall(r'"--(\w+)"', "".join(
 def test_every_command_is_understood(page, line):
     if found := words_of(line):
         name, words = found
-        parse_flags(COMMANDS[name], words, "", PRESETS if name == "train.py" else None)
+        parse_flags(COMMANDS[name], words, "", train.PRESETS if name == "train.py" else None)
         return
     script, *rest = arguments(line)
     if script == "-m":
