@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from tinygpt.config import TrainConfig
+from tinygpt.training.config import TrainConfig
 from tinygpt.training.loggers import check_loggers, make_loggers
 from tinygpt.training.report import Report, Work
 

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from tinygpt.checkpoint import CheckpointError
-from tinygpt.config import TrainConfig
 from tinygpt.data.tokenizer import ByteTokenizer
+from tinygpt.training.config import TrainConfig
 from tinygpt.training.report import SPIKE, Report, Work, bits_per_byte
 
 ITER = re.compile(r"iter (\d+): loss (\d+\.\d{4}), time (\d+\.\d{2})ms, mfu (\d+\.\d{2})%(.*)")

@@ -12,8 +12,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from tinygpt.checkpoint import CheckpointError, write_atomically
-from tinygpt.config import TrainConfig
 from tinygpt.streams import silence
+from tinygpt.training.config import TrainConfig
 
 SPIKE = 1.5  # a loss this many times the running average is reported
 
