@@ -49,7 +49,7 @@ LOSS, SLOPE, LOGIT = 1e-5, 1e-4, 2e-5
 ROOT = Path(__file__).parent.parent  # of this copy of the code
 DIRECTIONS = 4  # in which the loss is differentiated
 STEP = 1e-4  # of weights in float64: the difference quotient is right to about 1e-8
-LABEL_SMOOTHING, Z_LOSS = 0.1, 1e-3
+LOSS_FN = functools.partial(kernels.cross_entropy, label_smoothing=0.1, z_loss=1e-3)
 # generated texts and their tokens: more than a chunk, then past block_size of a tiny model
 TEXTS, PROMPT, WRITTEN = 8, 66, 10
 
@@ -214,7 +214,7 @@ class Twin:
 
 def loss_of(model: LanguageModel, batch) -> Tensor:
     ids, targets, *key = batch
-    return model(ids, targets, *(key or [None]), LABEL_SMOOTHING, Z_LOSS)[1]
+    return model(ids, targets, *(key or [None]), LOSS_FN)[1]
 
 
 def slopes(twin: Twin, weights: dict[str, np.ndarray], grads: dict[str, np.ndarray],
