@@ -19,7 +19,7 @@ from gpt import GPT
 from tinygpt import checkpoint, device
 from tinygpt.checkpoint import CheckpointError
 from tinygpt.kernels import use
-from tinygpt.training import checks
+from tinygpt.training.optim import AdamW
 from tinygpt.training.report import Report
 from train import train
 
@@ -190,7 +190,7 @@ def test_a_run_that_is_over_logs_that_and_keeps_its_settings(config, text, tmp_p
 def test_a_run_that_is_refused_leaves_no_folder_and_prints_nothing_else(
         config, text, tmp_path, capsys, monkeypatch, settings, says):
     if "optimizer" in settings:
-        monkeypatch.setitem(checks.MOMENTS, "adamw", 3e5)
+        monkeypatch.setattr(AdamW, "state_size", 3e5)
         monkeypatch.setattr(device, "memory", lambda: 10 ** 9)
     try:
         with pytest.raises(ValueError, match=says):
