@@ -385,7 +385,7 @@ def test_what_evaluate_scores(saved, tmp_path, monkeypatch, capsys):
     assert "'null' cannot compute" in refusal(evaluate.main, null, capsys)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert evaluate.main(["gpt2", *flags, "--offline"]) == 2
-    assert "--offline forbids" in capsys.readouterr().err
+    assert "--offline prevents" in capsys.readouterr().err
 
 
 def test_a_flag_that_could_do_nothing_is_refused(saved, tmp_path, capsys):
