@@ -13,7 +13,7 @@ from pathlib import Path
 
 from gpt import GPT, GPTConfig
 from tinygpt import checkpoint, command, device, kernels
-from tinygpt.data.load import TokenData, load_data
+from tinygpt.data.load import TokenData, load_data, shakespeare, text_size
 from tinygpt.flags import Settings, parse_flags, read_settings
 from tinygpt.huggingface.pretrained import tokenizer_needed
 from tinygpt.model import lora
@@ -24,6 +24,7 @@ from tinygpt.training.config import PRESETS, TrainConfig
 from tinygpt.training.loggers import check_loggers
 from tinygpt.training.optim import OPTIMIZERS
 from tinygpt.training.ranks import Ranks, world
+from tinygpt.training.recipe import describe, recipe
 from tinygpt.training.run import Interrupted, TrainResult, prepare
 from tinygpt.training.schedule import context_length
 
@@ -99,6 +100,9 @@ def main(argv: list[str] | None = None) -> int:
         ranks = world()
         with ranks.local_main_first():
             flags = _settings(argv)
+            line = _adapt_to_text(flags)
+        if line and ranks.is_main:
+            print(line, file=sys.stderr)
         config = flags["train"]
         device.choose(config.device, ranks.local_rank * config.devices)
         with ranks.local_main_first():
@@ -136,6 +140,25 @@ def _settings(argv: list[str]) -> Settings:
     check_loggers(config.tensorboard, config.wandb)
     checkpoint.check_out_dir(Path(config.out_dir))
     return flags
+
+
+def _adapt_to_text(flags: Settings) -> str:
+    """Replaces the defaults of a run without a preset by the recipe for the size of its text.
+    Returns the line that reports it, "" where nothing changed."""
+    config = flags["train"]
+    is_default = (flags.given == flags.typed and config.init_from == "scratch"
+                  and config.model == "gpt" and not config.resume and not config.eval_only)
+    if not is_default:
+        return ""
+    if config.data == "shakespeare":
+        config = replace(config, data=str(shakespeare()))
+    settings, size = {}, text_size(config.data)
+    if size is not None:
+        settings = {k: v for k, v in recipe(size).items() if k not in flags.typed}
+    for key, instance in (("model", flags["model"]), ("train", config)):
+        names = {f.name for f in fields(instance)} & settings.keys()
+        flags[key] = replace(instance, **{name: settings[name] for name in names})
+    return describe(size, settings) if settings else ""
 
 
 def _former_settings(config) -> Path | None:

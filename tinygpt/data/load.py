@@ -181,6 +181,14 @@ def load_data(source, tokenizer: str | Tokenizer, vocab_size: int, block_size: i
     return _from_cache(text, str(source), tokenizer, vocab_size, block_size)
 
 
+def text_size(source: str) -> int | None:
+    """The bytes of the text files that `load_data` would read; None for files of tokens. Raises
+    DataError if there is no data."""
+    if os.path.isfile(Path(source) / "train.bin"):
+        return None
+    return sum(os.path.getsize(file) for file in _text_files(source))
+
+
 def shakespeare() -> Path:
     """Tiny Shakespeare, downloaded once; if that fails, the play that ships with this project."""
     path = _cache_root() / "tinyshakespeare.txt"

@@ -229,7 +229,7 @@ def orthogonalize(*xs: Tensor, implementation: str = "auto") -> list[Tensor]:
     x (R, C) float32 -> the same: u f(s) v^T for x = u s v^T, f(s) in 0.7..1.2. Five Newton-Schulz
     steps x <- (a + b A + c A^2) x, A = x x^T, from x of norm 1 (arXiv:2502.16982); no gradient.
     """
-    return _run("orthogonalize", implementation, xs)
+    return _run("orthogonalize", implementation, xs) if xs else []
 
 
 def _run(operation: str, implementation: str, tensors: tuple, *options):
