@@ -100,13 +100,12 @@ def main(argv: list[str] | None = None) -> int:
         ranks = world()
         with ranks.local_main_first():
             flags = _settings(argv)
-            line = _adapt_to_text(flags)
-        if line and ranks.is_main:
-            print(line, file=sys.stderr)
+            note = _adapt_to_text(flags)
         config = flags["train"]
         device.choose(config.device, ranks.local_rank * config.devices)
         with ranks.local_main_first():
             model, data = _model_and_data(flags)
+        data.note = note
         train(model, config, data)
     except Interrupted as stop:
         if ranks.is_main:
@@ -146,7 +145,7 @@ def _adapt_to_text(flags: Settings) -> str:
     """Replaces the defaults of a run without a preset by the recipe for the size of its text.
     Returns the line that reports it, "" where nothing changed."""
     config = flags["train"]
-    is_default = (flags.given == flags.typed and config.init_from == "scratch"
+    is_default = (flags.given == flags.typed and config.data and config.init_from == "scratch"
                   and config.model == "gpt" and not config.resume and not config.eval_only)
     if not is_default:
         return ""

@@ -44,6 +44,7 @@ class TokenData:
 
     tokenizer: None if bare ids were given. source: a path or glob if is_named, else a description.
     fingerprint: a hash of the ids of both splits. new_cache: the cache folder that this call wrote.
+    note: a line to log with them.
     """
 
     train: Ids
@@ -53,6 +54,7 @@ class TokenData:
     is_named: bool = True
     fingerprint: str = ""
     new_cache: Path | None = None
+    note: str = ""
 
     def __post_init__(self):
         self.fingerprint = self.fingerprint or f"{digest(self.train)}-{digest(self.val)}"

@@ -384,6 +384,8 @@ class Run:
             log(f"{self.ranks.size} processes, {self.ranks.local_size} of them on this machine")
         log(f"data {data.source}: {len(data.train):,} training and {len(data.val):,} validation "
             "tokens")
+        if data.note:
+            log(data.note)
         trained = sum(p.numel() for p in self.params.values())
         log(f"model {self.model.num_params():,} parameters, of which {trained:,} are trained; "
             f"{self.report.work.tokens:,} tokens a step")
