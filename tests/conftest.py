@@ -100,6 +100,17 @@ def pytest_configure():
     device.prepare()  # for tests that compute without a model
 
 
+@pytest.fixture(autouse=True)
+def c_kernels_on_a_cpu(request):
+    """Skips the tests of C kernels where the default device is another, as on a GPU."""
+    from tinygrad import Device  # once DEV is set
+
+    values = getattr(request.node, "callspec", None) and request.node.callspec.params.values()
+    asked = any(isinstance(value, str) and value == "cpu" for value in values or ())
+    if asked and request.path.parent.name == "kernels" and not Device.DEFAULT.startswith("CPU"):
+        pytest.skip("the C kernels are for a CPU")
+
+
 def pytest_sessionfinish(session):
     """The tokens of the tests' texts do not stay in the cache; workers of xdist come first."""
     if not hasattr(session.config, "workerinput"):
