@@ -100,13 +100,13 @@ def main(argv: list[str] | None = None) -> int:
         ranks = world()
         with ranks.local_main_first():
             flags = _settings(argv)
-            note = _adapt_to_text(flags)
         config = flags["train"]
         device.choose(config.device, ranks.local_rank * config.devices)
         with ranks.local_main_first():
+            note = _adapt_to_text(flags)
             model, data = _model_and_data(flags)
         data.note = note
-        train(model, config, data)
+        train(model, flags["train"], data)
     except Interrupted as stop:
         if ranks.is_main:
             print_error(str(stop))

@@ -1,5 +1,6 @@
 """What several test files share."""
 
+import gc
 import os
 import shutil
 import subprocess
@@ -98,6 +99,14 @@ def pytest_configure():
     from tinygpt import device  # once DEV is set
 
     device.prepare()  # for tests that compute without a model
+
+
+@pytest.fixture(autouse=True, scope="module")
+def frozen_caches():
+    """Spares garbage collection what earlier test files left in tinygrad's caches: searching that
+    takes many seconds in a process that has run thousands of tests."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
