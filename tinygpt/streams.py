@@ -13,6 +13,15 @@ def print_error(line: str) -> None:
         silence(sys.stderr)
 
 
+def flush_or_silence(stream) -> None:
+    """Writes what a stream still holds; discards it where that fails, as Python's exit would fail
+    once more, with a status of its own."""
+    try:
+        stream.flush()
+    except OSError:
+        silence(stream)
+
+
 def silence(stream) -> None:
     """Discards the buffer of a stream, and everything written to it from now on."""
     with suppress(OSError):  # the stream has no file descriptor
