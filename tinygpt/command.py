@@ -13,7 +13,7 @@ from tinygpt.config import MachineConfig
 from tinygpt.huggingface.pretrained import is_pretrained
 from tinygpt.model.bigram import Bigram
 from tinygpt.model.language_model import LanguageModel
-from tinygpt.streams import flush_or_silence, print_error, silence
+from tinygpt.streams import flush_or_silence, print_error
 from tinygpt.training.signals import insist_on_ctrl_c
 
 FAILURES = (KeyboardInterrupt, ValueError, MemoryError, OSError)
@@ -76,13 +76,12 @@ def failure(error: BaseException, remedy: str) -> tuple[int, str]:
     advice if it ran out of memory."""
     if isinstance(error, KeyboardInterrupt):
         return 130, ""
+    if isinstance(error, OSError):
+        flush_or_silence(sys.stdout)
     if isinstance(error, BrokenPipeError):  # stdout was closed
-        silence(sys.stdout)
         return 141, ""
     if device.is_out_of_memory(error):
         return 2, str(out_of_memory(error, remedy))
-    if isinstance(error, OSError):
-        flush_or_silence(sys.stdout)
     if isinstance(error, OSError) and error.strerror:  # whose text begins with a number
         named = f"{error.filename}: " if error.filename else ""
         return 2, one_line(named + error.strerror)
