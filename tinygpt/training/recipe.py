@@ -1,8 +1,7 @@
 """The default run for a text of any size: a smaller text gets fewer steps and more regularization.
 """
 
-import itertools
-import math
+import numpy as np
 
 # bytes of text, steps, weight decay, dropout: the best that was measured (bench/search.csv)
 MEASURED = ((20_000, 200, 4.0, 0.3), (60_000, 600, 2.0, 0.2), (200_000, 1200, 0.7, 0.1),
@@ -16,17 +15,12 @@ def recipe(size: int) -> dict[str, int | float]:
     The values are interpolated over the logarithm of the size between those of MEASURED; beyond
     them, the nearest apply.
     """
-    size = min(max(size, MEASURED[0][0]), MEASURED[-1][0])
-    low, high = next((a, b) for a, b in itertools.pairwise(MEASURED) if size <= b[0])
-    share = math.log(size / low[0]) / math.log(high[0] / low[0])
-
-    def between(a: float, b: float) -> float:
-        return a ** (1 - share) * b ** share
-
-    steps = round(between(low[1], high[1]), -1)
-    return dict(max_iters=int(steps), eval_interval=int(steps) // 10,
-                weight_decay=round(between(low[2], high[2]), 2),
-                dropout=round(low[3] + share * (high[3] - low[3]), 2))
+    sizes, steps, decays, dropouts = zip(*MEASURED, strict=True)
+    x, xs = np.log(max(size, 1)), np.log(sizes)
+    max_iters = int(round(np.exp(np.interp(x, xs, np.log(steps))), -1))
+    return dict(max_iters=max_iters, eval_interval=max_iters // 10,
+                weight_decay=round(float(np.exp(np.interp(x, xs, np.log(decays)))), 2),
+                dropout=round(float(np.interp(x, xs, dropouts)), 2))
 
 
 def describe(size: int, settings: dict[str, int | float]) -> str:
