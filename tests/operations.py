@@ -105,6 +105,19 @@ def np_orthogonalize(x):
     return x
 
 
+def unmix(word: int) -> int:
+    """The word that lowbias32 turns into this one."""
+    def unshift(x, s):
+        y = x
+        for _ in range(32 // s):
+            y = x ^ (y >> s)
+        return y
+
+    x = unshift(word, 16) * pow(0x846CA68B, -1, 2**32) % 2**32
+    x = unshift(x, 15) * pow(0x7FEB352D, -1, 2**32) % 2**32
+    return unshift(x, 16)
+
+
 # ---- running them
 
 

@@ -73,18 +73,24 @@ def test_a_piece_begins_where_the_one_before_ends(source):
         assert two.start == (one.end if one.path == two.path else 0)
 
 
+def stops_after(count: int):
+    """`shards.encode` interrupted after so many pieces, and the list of the paths that it wrote."""
+    encode, done = shards.encode, []
+
+    def stops(piece, path):
+        if len(done) == count:
+            raise KeyboardInterrupt
+        done.append(path)
+        return encode(piece, path)
+    return stops, done
+
+
 def test_several_processes_agree_and_an_interrupted_build_is_resumed(source, tmp_path, monkeypatch):
     place, _ = source
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     build(whole, place, "bpe", processes=2)
-    encode, done = shards.encode, []
-
-    def stops(piece, path):
-        if len(done) == 7:
-            raise KeyboardInterrupt
-        done.append(path)
-        return encode(piece, path)
-
+    encode = shards.encode
+    stops, done = stops_after(7)
     monkeypatch.setattr(shards, "encode", stops)
     with pytest.raises(KeyboardInterrupt):
         build(stopped, place, "bpe")
@@ -144,13 +150,8 @@ def test_damaged_files_of_an_interrupted_build_are_replaced(source, tmp_path, mo
     place, _ = source
     whole = tmp_path / "whole"
     build(whole, place, "bpe")
-    encode, done = shards.encode, []
-
-    def stops(piece, path):
-        if len(done) == 5:
-            raise KeyboardInterrupt
-        done.append(path)
-        return encode(piece, path)
+    encode = shards.encode
+    stops, done = stops_after(5)
 
     for damaged in ("plan.json", "shard_00002.bin", "shard_00003.bin"):
         done.clear()

@@ -8,6 +8,7 @@ import functools
 
 import numpy as np
 import pytest
+from operations import unmix
 from tinygrad import Tensor, TinyJit
 
 from tinygpt.config import SampleConfig
@@ -221,19 +222,6 @@ def test_without_a_temperature_the_likeliest_is_taken(rng):
 def test_a_tiny_temperature_is_as_good_as_none(rng, temperature):
     logits = np.stack([rng.permutation(97) - 48.0 for _ in range(ROWS)])
     assert draws(logits, temperature=temperature).tolist() == logits.argmax(1).tolist()
-
-
-def unmix(word: int) -> int:
-    """What `lowbias32` makes this word from: its steps backwards."""
-    def unshift(x, s):
-        y = x
-        for _ in range(32 // s):
-            y = x ^ (y >> s)
-        return y
-
-    x = unshift(word, 16) * pow(0x846CA68B, -1, 2**32) % 2**32
-    x = unshift(x, 15) * pow(0x7FEB352D, -1, 2**32) % 2**32
-    return unshift(x, 16)
 
 
 @pytest.mark.parametrize("word", [0, 0xFFFFFFFF, 0xFFFFFF00, 0x80000000])

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from operations import unmix
 from tinygrad import Tensor
 
 from tinygpt.kernels.random import make_key, next_key, random_bits, uniform
@@ -20,19 +21,6 @@ def lowbias32(x: int) -> int:
     x ^= x >> 15
     x = x * 0x846CA68B % 2**32
     return x ^ x >> 16
-
-
-def unmix(word: int) -> int:
-    """The word that lowbias32 turns into this one."""
-    def unshift(x, s):
-        y = x
-        for _ in range(32 // s):
-            y = x ^ (y >> s)
-        return y
-
-    x = unshift(word, 16) * pow(0x846CA68B, -1, 2**32) % 2**32
-    x = unshift(x, 15) * pow(0x7FEB352D, -1, 2**32) % 2**32
-    return unshift(x, 16)
 
 
 def test_bits_are_the_published_mixer_of_index_and_key():
