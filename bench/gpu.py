@@ -101,14 +101,14 @@ def as_array(x) -> np.ndarray:
     return x.float().numpy() if hasattr(x, "uop") else x.float().cpu().numpy()
 
 
-def train(kernels: tuple[str, ...] = ("portable", "flash")) -> None:
+def train(kernels: tuple[str, ...] = ("portable", "flash"), with_torch: bool = HAS_TORCH) -> None:
     """A train step of GPT-2 124M with 12 x 1024 tokens against PyTorch, eager and compiled."""
     from bench.train_step import CASES, flops, ours, theirs
 
     *_, T, B, V = CASES["GPU"]
     data = np.random.default_rng(0).integers(0, V, 1_000_000).astype(np.uint16)
     times = {}
-    if HAS_TORCH:
+    if with_torch:
         import torch
 
         for name in ("eager", "compiled"):
@@ -167,7 +167,7 @@ def startup() -> None:
 def beam() -> None:
     """The train step of the portable kernels with tinygrad's kernel search (BEAM)."""
     for width in BEAMS:
-        code = "from bench import gpu; gpu.HAS_TORCH = False; gpu.train(('portable',))"
+        code = "from bench import gpu; gpu.train(('portable',), with_torch=False)"
         print(f"BEAM={width}:", flush=True)
         subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True,
                        env=os.environ | {"BEAM": str(width)})
