@@ -5,6 +5,7 @@ import os
 import struct
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -173,6 +174,7 @@ def test_a_replaced_file_is_read_as_it_was(tmp_path):
 
 SAVES = """
 import sys
+import time
 from pathlib import Path
 import numpy as np
 from tinygpt import checkpoint
@@ -191,8 +193,9 @@ def test_reads_during_saves_never_mix_two_saves(tmp_path):
                                env=os.environ | {"PYTHONPATH": str(ROOT)})
     try:
         process.stdout.readline()  # there is a file from now on
-        seen = set()
-        for _ in range(60):
+        seen, reads, deadline = set(), 0, time.monotonic() + 60
+        while reads < 60 or (len(seen) == 1 and time.monotonic() < deadline):
+            reads += 1
             with checkpoint.Checkpoint(path) as file:
                 values = {float(v) for name in file.shapes for v in file.read(name)[[0, -1]]}
                 assert values == {float(file.header["iter_num"])}
