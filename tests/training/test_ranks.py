@@ -144,6 +144,20 @@ def test_two_processes_equal_one_die_together_and_resume_as_one(
                                                               rel=1e-5)
 
 
+def test_two_processes_share_the_rows_of_one_micro_batch(
+        together, tmp_path, text_file, without_samples):
+    settings = dict(gradient_accumulation_steps=1, batch_size=6, max_iters=3)
+    alone = replace(CONFIG, **settings, out_dir=str(tmp_path / "alone"))
+    expected = train(GPT(replace(SHAPE, dropout=0.0)), alone, str(text_file))
+    flags = [f"--{name}={value}" for name, value in settings.items()]
+    assert together(*flags, "--dropout=0").wait(120) == 0
+    ours, theirs = losses(tmp_path / "alone"), losses(tmp_path / "together")
+    np.testing.assert_allclose(list(theirs.values()), list(ours.values()), rtol=1e-6)
+    saved = checkpoint.load_metadata(tmp_path / "together" / "ckpt_3.safetensors")
+    assert saved["best_val_loss"] == pytest.approx(expected.best_val_loss, rel=1e-6)
+    assert saved["train_config"]["batch_size"] == 6
+
+
 def test_a_signal_to_one_process_stops_all_at_the_same_step(together, tmp_path):
     process = together("--max_iters", 100000)
     wait_for(tmp_path, "iter 4: ", process)
@@ -205,10 +219,26 @@ def test_a_difference_between_processes_is_named():
     Ranks(Comm()).check_same(n_layer=2, loss=math.inf)
 
 
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 6, 12])
+def test_micro_batches_are_split_into_as_many_for_each_process(size):
+    class Some(Comm):
+        pass
+    Some.size = size
+    for count in (1, 2, 3, 4, 8):
+        rows, number = Ranks(Some()).split(12, count)
+        assert number % size == 0 and rows * number == 12 * count
+        assert rows == 12 or number == math.lcm(size, count)  # no smaller than they have to be
+
+
 def test_micro_batches_that_cannot_be_shared_are_refused(text, tmp_path):
-    config = replace(CONFIG, out_dir=str(tmp_path / "out"), gradient_accumulation_steps=3)
-    with pytest.raises(ValueError, match=r"gradient_accumulation_steps=3 .* 2 processes"):
-        prepare(GPT(SHAPE), config, load_data(text, "byte", 256), Ranks(Comm()))
+    config = replace(CONFIG, out_dir=str(tmp_path / "out"), batch_size=3,
+                     gradient_accumulation_steps=3)
+    data = load_data(text, "byte", 256)
+    with pytest.raises(ValueError, match=r"9 sequences of a step .* 2 processes: .* multiple of 2"):
+        prepare(GPT(SHAPE), config, data, Ranks(Comm()))
+    config = replace(config, batch_size=2, devices=2)
+    with pytest.raises(ValueError, match=r"1 sequences .* devices=2: choose a larger batch_size"):
+        prepare(GPT(SHAPE), config, data, Ranks(Comm()))
     assert not (tmp_path / "out").exists()
 
 

@@ -17,10 +17,11 @@ from tinygpt.training.ranks import Ranks
 
 def check_ranks(model: LanguageModel, config: TrainConfig, data: TokenData, ranks: Ranks) -> None:
     """Raises ValueError where the processes cannot share a step, or differ in settings or data."""
-    if config.gradient_accumulation_steps % ranks.size:
-        raise ValueError(f"gradient_accumulation_steps={config.gradient_accumulation_steps} "
-                         f"micro-batches cannot be shared by {ranks.size} processes: choose a "
-                         f"multiple of {ranks.size}, or another number of processes")
+    rows, _ = ranks.split(config.batch_size, config.gradient_accumulation_steps)
+    if rows % config.devices:
+        raise ValueError(f"the {rows} sequences of a micro-batch in each of {ranks.size} processes "
+                         f"cannot be split among devices={config.devices}: choose a larger "
+                         "batch_size, or fewer processes")
     ranks.check_same(**asdict(model.config), **{
         k: v for k, v in asdict(config).items() if k not in ("device", "threads")},
         training_data=data.fingerprint)

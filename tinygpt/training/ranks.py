@@ -1,7 +1,7 @@
 """Data parallelism: several processes, on one machine or many, train one model over MPI.
 
 `mpirun -n 4 python train.py ...` starts them. Each process computes the gradients of its share of a
-step's micro-batches; these are summed over all processes in a few large buckets, and every process
+step's sequences; these are summed over all processes in a few large buckets, and every process
 takes the same step. mpi4py is needed only where a launcher has started several processes.
 """
 
@@ -51,6 +51,18 @@ class Ranks:
     def shard(self, numbers: range) -> range:
         """This process's share of the numbers: every size-th."""
         return numbers[self.rank::self.size]
+
+    def split(self, batch_size: int, count: int) -> tuple[int, int]:
+        """The rows and the number of micro-batches that `count` micro-batches of batch_size rows
+        are split into, so that every process gets as many. Raises RanksError where the rows do not
+        suffice."""
+        parts = self.size // math.gcd(self.size, count)
+        if batch_size % parts:
+            raise RanksError(f"the {count * batch_size} sequences of a step (batch_size="
+                             f"{batch_size} times gradient_accumulation_steps={count}) cannot be "
+                             f"shared by {self.size} processes: choose a multiple of {parts} as "
+                             "batch_size, or another number of processes")
+        return batch_size // parts, count * parts
 
     def all_sum(self, array: np.ndarray) -> np.ndarray:
         """Sums a contiguous array over all processes, in place."""

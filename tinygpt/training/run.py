@@ -81,7 +81,8 @@ class Run:
         self.since_compiled = 0  # steps
         self.spikes = SpikeGuard(config.skip_spikes)
         self.loss_scale = LossScale() if config.dtype == "float16" else None
-        block, rows = model.config.block_size, config.batch_size
+        block = model.config.block_size
+        rows, _ = self.ranks.split(config.batch_size, config.gradient_accumulation_steps)
         self.batches = Batches(data.train, block, rows, config.seed)
         self.val_batches = Batches(data.val, block, rows, config.seed)
         self.params = lora.trainable(model.state_dict(), config.freeze)
@@ -246,7 +247,7 @@ class Run:
     def evaluate(self) -> tuple[float, float]:
         """Mean training and validation loss in nats per token, on windows spread over each split;
         of the weights' moving average where there is one."""
-        count = self.config.eval_iters
+        count = self.config.eval_iters * self.config.batch_size // self.batches.batch_size
         with self._averaged():
             train, val = (self.steps.evaluate(partial(batches.spread, count=count), count)
                           for batches in (self.batches, self.val_batches))

@@ -19,20 +19,22 @@ class Steps:
     """Trains the weights `params` of a model with an optimizer, and updates their moving average.
 
     Whatever changes from step to step is written into tensors, so that each step is compiled once.
-    Each rank takes its share of a step's micro-batches, each device its rows of a micro-batch.
+    Each rank takes its share of a step's micro-batches, which `Ranks.split` may have made smaller;
+    each device takes its rows of a micro-batch.
     """
 
     def __init__(self, model, config: TrainConfig, optimizer: Optimizer, ema: EMA | None,
                  ranks: Ranks, devices: Devices):
         self.model, self.config, self.params = model, config, devices.params
         self.optimizer, self.ema, self.ranks, self.devices = optimizer, ema, ranks, devices
-        shape = config.batch_size, model.config.block_size
+        rows, self.count = ranks.split(config.batch_size, config.gradient_accumulation_steps)
+        shape = rows, model.config.block_size
         self.x, self.y = self._rows(*shape), self._rows(*shape)
         self.lr, self.norm_limit = self._buffer(1), self._buffer(1)
         self.loss_scale = self._buffer(1) if config.dtype == "float16" else None
         self.key = self._buffer(1, dtype=dtypes.uint32)
         self._evaluate = compiled(self._eval_step)
-        if config.gradient_accumulation_steps > 1:
+        if self.count > 1:
             self.share = self._buffer(1)  # weight of a micro-batch in the step
             self.sums = [self._buffer(*p.shape) for p in self.params.values()]
             self.loss_sum = self._buffer(1)
@@ -50,7 +52,7 @@ class Steps:
         rows, block = self.x.shape
         self.inputs = (self.x, self.y) if length == block else tuple(
             self._rows(rows * block // length, length) for _ in range(2))
-        if self.config.gradient_accumulation_steps == 1:
+        if self.count == 1:
             self._train = compiled(self._train_step)
         else:
             self.accumulate = compiled(self._accumulate_step)
@@ -64,20 +66,19 @@ class Steps:
         backward pass; the returned loss and norm are unscaled. If a gradient overflows, the norm is
         not finite and nothing changes.
         """
-        micro = self.config.gradient_accumulation_steps
         device.write(self.lr, [lr])
         device.write(self.norm_limit, [norm_limit])
         if self.loss_scale is not None:
             device.write(self.loss_scale, [loss_scale])
-        for n in self.ranks.shard(range(number * micro, (number + 1) * micro)):
+        for n in self.ranks.shard(range(number * self.count, (number + 1) * self.count)):
             self._load(*batch(n), *self.inputs)
             device.write(self.key, make_key(self.config.seed, n))
-            if micro == 1:
+            if self.count == 1:
                 stats = self._train(*self.inputs, self.key, self.lr)
             else:
-                device.write(self.share, [1 / micro])
+                device.write(self.share, [1 / self.count])
                 self.accumulate(*self.inputs, self.key, self.share)
-        if micro > 1:
+        if self.count > 1:
             if self.ranks.size > 1:
                 self.buckets.all_sum()
             stats = self.apply(self.lr)
