@@ -1,12 +1,14 @@
 """How C kernels are compiled."""
 
+import ctypes
 import signal
 import subprocess
 
+import numpy as np
 import pytest
 from tinygrad import Device
 
-from tinygpt.kernels.cpu.compile import Compilations
+from tinygpt.kernels.cpu.compile import Compilations, compilations, function
 
 
 @pytest.fixture
@@ -41,3 +43,24 @@ def test_ctrl_c_does_not_reach_the_compiler(ahead, monkeypatch):
     before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
     ahead.compiler.compile("int x;")
     assert signal.SIGINT in masks[0] and signal.pthread_sigmask(signal.SIG_BLOCK, ()) == before
+
+
+def test_rounding_to_bfloat16_needs_no_instruction_of_the_processor(rng):
+    """Denormal and infinite numbers, ties and NaN among them, as numpy rounds them by integers."""
+    bits = np.concatenate([rng.integers(0, 2**32, 10_000), np.arange(0x7F7F0000, 0x7F820000, 4096),
+                           np.arange(0, 0x40000, 0x4000)]).astype(np.uint32)
+    buffer = bits.copy()
+    compilations()  # as whatever chooses the CPU does
+    function("rounds", f"""
+        __bf16 __truncsfbf2(float);
+        void rounds(unsigned *x) {{
+          for (int i = 0; i < {len(bits)}; i++)
+            x[i] = __builtin_bit_cast(unsigned short,
+                                      __truncsfbf2(__builtin_bit_cast(float, x[i])));
+        }}""")(buffer.ctypes.data_as(ctypes.c_void_p))
+    x = bits.view(np.float32)
+    tie = (bits & 0xFFFF == 0x8000) & (bits >> 16 & 1 == 0)
+    expected = (bits >> 16) + ((bits & 0xFFFF >= 0x8000) & ~tie)
+    nan = np.isnan(x)
+    assert np.array_equal(buffer[~nan], expected[~nan])
+    assert np.isnan((buffer[nan] << 16).view(np.float32)).all() and nan.any()

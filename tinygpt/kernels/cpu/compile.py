@@ -28,6 +28,15 @@ from tinygpt.kernels.jit import IS_014
 from tinygpt.machine import cpu_count, cpu_info
 
 FOLDER = Path(__file__).parent
+# What clang calls to round a number to bfloat16 where a processor has no instruction for it. The
+# loader finds no library with it, so that every source with such numbers has its own.
+ROUNDS_TO_BFLOAT16 = """
+__bf16 __truncsfbf2(float x) {
+  unsigned bits = __builtin_bit_cast(unsigned, x);
+  unsigned rounded = x == x ? bits + 32767 + (bits >> 16 & 1) : bits | 1 << 22;
+  return __builtin_bit_cast(__bf16, (unsigned short)(rounded >> 16));
+}
+"""
 
 
 @functools.cache
@@ -115,6 +124,8 @@ class Compilations:
         self.seen.add(code)
 
     def compile_now(self, code: str) -> bytes:
+        if "__bf16" in code:
+            code += ROUNDS_TO_BFLOAT16
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # clang inherits it
         try:
             return self.tinygrads(code)
