@@ -8,6 +8,7 @@ import sys
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
+import time
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -24,14 +25,16 @@ from tinygpt.training.config import PRESETS, TrainConfig
 from tinygpt.training.loggers import check_loggers
 from tinygpt.training.optim import OPTIMIZERS
 from tinygpt.training.ranks import Ranks, world
-from tinygpt.training.recipe import describe, recipe
+from tinygpt.training.recipe import SHAPES, Trial, describe, recipe, recipe_for
 from tinygpt.training.run import Interrupted, TrainResult, prepare
 from tinygpt.training.schedule import context_length
+from tinygpt.training.trial import time_steps
 
 SETTINGS = {f.name: f for cls in (GPTConfig, TrainConfig) for f in fields(cls)}
 # flags that affect an evaluation, and flags that have no effect on a bigram model
 EVALUATING = {"data", "text_field", "out_dir", "resume", "eval_only", "batch_size", "eval_iters",
               "dtype", "ema", "seed", "device", "devices", "kernels", "threads"}
+STARTING = 15  # seconds in which a run starts and ends, besides its steps
 GPT_ONLY = {f.name for f in fields(GPTConfig)} - {"block_size", "vocab_size"}
 
 
@@ -84,6 +87,9 @@ def train(model: GPT, train_config: TrainConfig, train_data, tokenizer=None) -> 
 
 
 def _check_model(model: GPT, config: TrainConfig) -> None:
+    if config.minutes:
+        raise ValueError(f"minutes={config.minutes:g} chooses the model, which is given here: "
+                         "take max_minutes instead")
     if config.model != model.kind:
         raise ValueError(f"model={config.model!r}, but a {model.kind} model was given")
     wanted, there = config.device.upper().partition(":")[0], device.default().partition(":")[0]
@@ -102,8 +108,8 @@ def main(argv: list[str] | None = None) -> int:
             flags = _settings(argv)
         config = flags["train"]
         device.choose(config.device, ranks.local_rank * config.devices)
+        note = _adapt_to_text(flags, ranks)
         with ranks.local_main_first():
-            note = _adapt_to_text(flags)
             model, data = _model_and_data(flags)
         data.note = note
         train(model, flags["train"], data)
@@ -141,23 +147,53 @@ def _settings(argv: list[str]) -> Settings:
     return flags
 
 
-def _adapt_to_text(flags: Settings) -> str:
-    """Replaces the defaults of a run without a preset by the recipe for the size of its text.
-    Returns the line that reports it, "" where nothing changed."""
-    config = flags["train"]
+def _adapt_to_text(flags: Settings, ranks: Ranks) -> str:
+    """Replaces the defaults of a run without a preset by the recipe for the size of its text, and
+    for the minutes that it may take. Returns the line that reports it, "" where nothing changed."""
+    start = time.perf_counter()
+    config, minutes = flags["train"], flags["train"].minutes
     is_default = (flags.given == flags.typed and config.data and config.init_from == "scratch"
                   and config.model == "gpt" and not config.resume and not config.eval_only)
+    if minutes and (not is_default or "max_iters" in flags.typed):
+        raise ValueError("--minutes chooses the model and the steps of the default run: leave out "
+                         "--max_iters, --preset, --config, --init_from and --resume, or take "
+                         "--max_minutes instead")
     if not is_default:
         return ""
-    if config.data == "shakespeare":
-        config = replace(config, data=str(shakespeare()))
-    settings, size = {}, text_size(config.data)
-    if size is not None:
-        settings = {k: v for k, v in recipe(size).items() if k not in flags.typed}
-    for key, instance in (("model", flags["model"]), ("train", config)):
-        names = {f.name for f in fields(instance)} & settings.keys()
-        flags[key] = replace(instance, **{name: settings[name] for name in names})
-    return describe(size, settings) if settings else ""
+    with ranks.local_main_first():
+        data = str(shakespeare()) if config.data == "shakespeare" else config.data
+    flags["train"] = config = replace(config, data=data, minutes=None)
+    if (size := text_size(data)) is None:
+        if minutes:
+            raise ValueError(f"--minutes is for text, but {data} has token files: take "
+                             "--max_minutes instead")
+        return ""
+    settings = recipe(size)
+    if minutes:
+        seconds = 60 * minutes - STARTING - (time.perf_counter() - start)
+        settings = ranks.broadcast(_recipe_for(flags, size, seconds, ranks))
+    settings = {k: v for k, v in settings.items() if k not in flags.typed}
+    for key in ("model", "train"):
+        names = {f.name for f in fields(flags[key])} & settings.keys()
+        flags[key] = replace(flags[key], **{name: settings[name] for name in names})
+    return describe(size, settings, minutes)
+
+
+def _recipe_for(flags: Settings, size: int, seconds: float, ranks: Ranks) -> dict | None:
+    """The recipe for a run of so many seconds, measured by the main process alone."""
+    if not ranks.is_main:
+        return None
+    shape, config = flags["model"], flags["train"]
+    kernels.use(config.kernels)
+    kernels.set_threads(config.threads or ranks.threads())
+    rows, count = ranks.split(config.batch_size, config.gradient_accumulation_steps)
+    config = replace(config, batch_size=rows, gradient_accumulation_steps=count // ranks.size)
+
+    def measure(sizes: dict[str, int]) -> Trial:
+        return time_steps(GPT(replace(shape, **sizes), config.seed), config)
+    print("measuring training steps", file=sys.stderr)
+    typed = {name: getattr(shape, name) for name in flags.typed & SHAPES[0].keys()}
+    return recipe_for(size, seconds, measure, [SHAPES[0] | typed] if typed else SHAPES)
 
 
 def _former_settings(config) -> Path | None:

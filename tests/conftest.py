@@ -32,7 +32,7 @@ def rng():
 @pytest.fixture
 def without_samples(monkeypatch):
     """Runs in this process end without a sample, which would have to be compiled."""
-    monkeypatch.setattr("tinygpt.training.run.Run.sample", lambda run: None)
+    monkeypatch.setattr("tinygpt.training.run.Run.sample", lambda run, model: None)
 
 
 @pytest.fixture

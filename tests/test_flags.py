@@ -52,7 +52,7 @@ def no_steps(monkeypatch):
     sampled = []
     monkeypatch.setattr(Steps, "train", lambda *args: (2.0, 1.0))
     monkeypatch.setattr(Run, "evaluate", lambda run: (1.0, 1.0))
-    monkeypatch.setattr(Run, "sample", lambda run: sampled.append(run.iter_num))
+    monkeypatch.setattr(Run, "sample", lambda run, model: sampled.append(run.iter_num))
     return sampled
 
 
@@ -412,7 +412,7 @@ def finished(tmp_path_factory):
     (folder / "t.txt").write_text("To sleep: perchance to dream.\n" * 20)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.setattr(Run, "sample", lambda run: None)
+        patch.setattr(Run, "sample", lambda run, model: None)
         assert command.main(["--data", "t.txt", *SHAPE_FLAGS, "--tokenizer=byte", "--max_iters=1",
                              "--eval_iters=1", "--lora_rank=1"]) == 0
     return folder

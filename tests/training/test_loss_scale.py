@@ -174,7 +174,7 @@ def test_a_run_resumes_to_the_bit_within_a_growth_interval(config, data, tmp_pat
 def test_a_run_resumes_in_another_dtype_and_damage_is_refused(config, data, monkeypatch):
     monkeypatch.setattr(Steps, "evaluate", lambda *args: 1.0)
     monkeypatch.setattr(Steps, "train", lambda *args: (2.0, 1.0))
-    monkeypatch.setattr(Run, "sample", lambda run: None)
+    monkeypatch.setattr(Run, "sample", lambda run, model: None)
     config = replace(config, max_iters=2)
     train(GPT(TINY), replace(config, dtype="bfloat16"), data)
     on = train(GPT(TINY), replace(config, max_iters=4, resume=True), data)

@@ -1,29 +1,43 @@
 """The settings of a default run follow from the size of its text."""
 
 import json
+import math
 
+import numpy as np
 import pytest
+from tiny import TINY
 
 import train as command
+from gpt import GPT, GPTConfig
 from tinygpt.config import check_value
+from tinygpt.training import trial
 from tinygpt.training.config import PRESETS, TrainConfig
-from tinygpt.training.recipe import MEASURED, recipe
+from tinygpt.training.recipe import BATCH_SIZE, MEASURED, SHAPES, Trial, recipe, recipe_for
 
 SHAPE = ["--n_layer=1", "--n_head=2", "--n_embd=16", "--block_size=8", "--vocab_size=300"]
 
 
 def test_it_is_what_was_measured_and_monotonic_between():
-    for size, steps, weight_decay, dropout in MEASURED:
+    for size, steps, _, weight_decay, dropout in MEASURED:
         made = recipe(size)
         assert (made["max_iters"], made["weight_decay"], made["dropout"]) == (
             steps, weight_decay, dropout)
     sizes = [int(20_000 * 1.3**n) for n in range(20)]
     made = [recipe(size) for size in sizes]
     assert [m["max_iters"] for m in made] == sorted(m["max_iters"] for m in made)
-    for name in ("weight_decay", "dropout"):
+    for name in ("weight_decay", "dropout", "patience"):
         values = [m[name] for m in made]
         assert values == sorted(values, reverse=True)
-    assert recipe(1) == recipe(20_000) and recipe(10**12) == recipe(1_100_000)
+    assert recipe(5000) == recipe(20_000) and recipe(10**12) == recipe(1_100_000)
+
+
+def test_a_text_of_a_few_hundred_bytes_trains(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "note.txt").write_text("To be, or not to be, that is the question.\n" * 12)
+    flags = ["--data", "note.txt", "--max_iters", "2", "--eval_iters", "1", "--n_layer", "1"]
+    assert command.main(flags) == 0
+    assert "1 KB of text: --block_size 16, " in (error := capsys.readouterr().err)
+    assert "that is little to learn from" in error
 
 
 def test_a_large_text_gets_the_preset():
@@ -32,6 +46,87 @@ def test_a_large_text_gets_the_preset():
     assert all(made[k] == named.get(k, made[k]) for k in made)
     assert made["weight_decay"] == TrainConfig().weight_decay
 
+
+def test_the_default_model_is_a_llama(tmp_path):
+    shape = {k: v for k, v in PRESETS["shakespeare"].items() if hasattr(GPTConfig, k)}
+    folder = GPT(GPTConfig(**shape)).save_pretrained(tmp_path / "exported")
+    assert json.loads((folder / "config.json").read_text())["model_type"] == "llama"
+
+
+# ---- minutes
+
+def machine(flops: float):
+    """Times of a machine of so many FLOP/s, which takes a millisecond more for each step."""
+    def measure(shape: dict) -> Trial:
+        weights = 12 * shape["n_layer"] * shape["n_embd"]**2 + 1024 * shape["n_embd"]
+        step = 1e-3 + 6 * weights * BATCH_SIZE * shape["block_size"] / flops
+        return Trial(weights, step, 80 * step / 3)
+    return measure
+
+
+def seconds_of(made: dict, measure) -> float:
+    trial = measure(made)
+    return made["max_iters"] * trial.step + 11 * trial.evaluation
+
+
+@pytest.mark.parametrize("size", [2500, 30_000, 200_000, 1_115_394, 50_000_000])
+@pytest.mark.parametrize("minutes", [1, 10, 60])
+@pytest.mark.parametrize("flops", [2e10, 1e11, 1e13])
+def test_a_run_fits_into_its_minutes_and_uses_them(size, minutes, flops):
+    measure = machine(flops)
+    made = recipe_for(size, 60 * minutes, measure)
+    taken = seconds_of(made, measure)
+    assert taken <= 60 * minutes
+    text_is_used_up = made == recipe(size, {k: made[k] for k in SHAPES[0]}, math.inf)
+    assert text_is_used_up or taken > 0.9 * 60 * minutes
+
+
+def test_more_time_on_enough_text_gets_a_larger_model_and_more_dropout():
+    def width(size, minutes, flops=1e11):
+        return recipe_for(size, 60 * minutes, machine(flops))["n_embd"]
+    assert [width(1_115_394, m) for m in (1, 10, 60)] == [128, 128, 192]
+    assert width(200_000, 600) == 128 and width(10**9, 10, 1e14) == 384
+    longer = recipe_for(1_115_394, 600, machine(1e11))
+    assert longer["max_iters"] > 3000 and longer["dropout"] > recipe(1_115_394)["dropout"]
+
+
+def test_the_minutes_become_plain_settings(settings_of, monkeypatch):
+    monkeypatch.setattr(command, "time_steps", lambda model, config: Trial(
+        model.num_params(), 1e-3, 0.1))
+    made = settings_of("--minutes", "1")
+    assert made["minutes"] is None and "--minutes 1: " in made["note"]
+    shape = {k: made[k] for k in SHAPES[0]}
+    assert made["max_iters"] == recipe(30_000, shape, math.inf)["max_iters"]  # all that it bears
+    assert (made["n_embd"], made["block_size"]) == (16, 8)  # as the flags have it
+    monkeypatch.setattr(command, "time_steps", lambda model, config: Trial(1, 2.0, 0.0))
+    assert settings_of("--minutes", "2")["max_iters"] == 50
+
+
+def test_a_trial_takes_steps_and_changes_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(trial, "SECONDS", 0.01)
+    model = GPT(TINY)
+    before = {name: w.numpy() for name, w in model.state_dict().items()}
+    found = trial.time_steps(model, TrainConfig(batch_size=2, eval_iters=3, max_iters=5))
+    assert found.weights == model.num_params() and found.step > 0 and found.evaluation > 0
+    assert all(np.array_equal(w.numpy(), before[n]) for n, w in model.state_dict().items())
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("flags", [["--preset=gpt2"], ["--max_iters=5"], ["--init_from=gpt2"]],
+                         ids=str)
+def test_minutes_are_for_the_default_run(flags, text_file, capsys):
+    assert command.main(["--data", str(text_file), "--minutes", "3", *flags]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "take --max_minutes instead" in error
+
+
+def test_minutes_are_no_setting_of_a_script(text):
+    with pytest.raises(ValueError, match="minutes=5 chooses the model"):
+        command.train(GPT(TINY), TrainConfig(minutes=5), text)
+
+
+# ---- the command
 
 @pytest.fixture
 def settings_of(tmp_path, text, monkeypatch):
@@ -49,7 +144,7 @@ def settings_of(tmp_path, text, monkeypatch):
 
 
 def test_flags_and_presets_override_it(settings_of, tmp_path):
-    wanted = recipe(30_000)
+    wanted = {k: v for k, v in recipe(30_000).items() if k not in SHAPES[0]}
     made = settings_of()
     assert {name: made[name] for name in wanted} == wanted
     assert made["note"].startswith("30 KB of text: --max_iters ")

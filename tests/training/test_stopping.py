@@ -54,6 +54,20 @@ def test_patience_keeps_its_count_in_a_resumed_run(config, text, monkeypatch, wi
     assert train(GPT(TINY), replace(resumed, patience=0), text).iter_num == 6
 
 
+def test_an_overfitted_run_ends_with_a_sample_of_its_best_weights(config, text, monkeypatch,
+                                                                     capsys):
+    worsening(monkeypatch, [9, 5, 4, 4.03, 4.3, 4.05, 4.05])
+    result = train(GPT(TINY), replace(config, patience=0), text)
+    out, err = capsys.readouterr()
+    best = GPT.from_checkpoint(result.best)
+    ids = list(best.stream([best.tokenizer.encode("\n")], 200, seed=config.seed))
+    assert f"sample 2:\n{best.tokenizer.decode(ids)}\n" in out and out.count("sample ") == 1
+    assert "lowest, 4.0000, at step 2, and is 4.0500 now: the model overfits" in err
+    worsening(monkeypatch, [9, 5, 4, 4.03, 4.3, 4.05, 4.03])
+    train(GPT(TINY), replace(config, patience=0), text)
+    assert "overfits" not in capsys.readouterr().err
+
+
 def test_the_minutes_end_a_run_as_its_last_step_would(config, text, tmp_path, capsys):
     result = train(GPT(TINY), replace(config, eval_interval=100, max_minutes=1e-9), text)
     out, err = capsys.readouterr()

@@ -2,7 +2,6 @@
 
 import os
 import sys
-import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +12,7 @@ from tinygpt import device
 from tinygpt.data.load import TokenData
 from tinygpt.model.language_model import LanguageModel
 from tinygpt.training.config import TrainConfig
-from tinygpt.training.run import prepare
+from tinygpt.training.trial import compiled_run
 
 SHARE = 0.8  # of the memory that is free on a CPU, which others use too
 ADVICE = ("lower --batch_size and raise --gradient_accumulation_steps as much, or take "
@@ -25,17 +24,12 @@ def fit_batch_size(model: LanguageModel, config: TrainConfig, data: TokenData) -
     """config with the largest micro-batch that fits, and as many tokens a step."""
     sequences = config.batch_size * config.gradient_accumulation_steps
 
-    def split(n: int, **changes) -> TrainConfig:
+    def split(n: int) -> TrainConfig:
         return replace(config, batch_size=n, gradient_accumulation_steps=sequences // n,
-                       auto_batch_size=False, **changes)
+                       auto_batch_size=False)
 
     def trial(n: int):
-        with tempfile.TemporaryDirectory() as folder:
-            run = prepare(model, split(n, out_dir=folder, resume=False, curriculum=False), data)
-        run.steps.evaluate(run.batches.batch, 1)
-        for _ in range(2):  # compiled by the first
-            run.step(0.0)  # which leaves the weights as they are
-        return run
+        return compiled_run(model, split(n), data)
 
     print("finding the largest micro-batch that fits", file=sys.stderr)
     n = largest_micro_batch(sequences, trial, available_memory())

@@ -5,6 +5,7 @@ from dataclasses import InitVar, dataclass
 from tinygpt.config import MachineConfig, check, setting
 from tinygpt.data.tokenizer import TOKENIZERS
 from tinygpt.training.optim import OPTIMIZERS
+from tinygpt.training.recipe import BATCH_SIZE, SHAPES, USUAL
 from tinygpt.training.schedule import SCHEDULES
 
 DECAYS = ("--schedule other than constant", lambda c: c.schedule != "constant")
@@ -63,6 +64,9 @@ class TrainConfig(MachineConfig):
     max_minutes: float | None = setting(None,
         "stop after so many minutes as if max_iters were reached; the schedule still follows the "
         "steps", above=0)
+    minutes: float | None = setting(None,
+        "choose the model and the steps of the default run so that it takes so many minutes on "
+        "this machine, and is as good as it can be by then", low=1)
     patience: int = setting(0,
         "stop after so many evaluations in a row without a new best; 0: never", low=0)
     keep: int = setting(2, "newest checkpoints to keep besides the best", low=1)
@@ -166,10 +170,10 @@ class TrainConfig(MachineConfig):
 # that sets it.
 PRESETS: dict[str, dict] = {
     "shakespeare": dict(
-        block_size=64, vocab_size=1024, n_layer=4, n_head=4, n_embd=128, bias=False,
-        position="rope", norm="rmsnorm", data="shakespeare", tokenizer="bpe", batch_size=8,
-        optimizer="muon", learning_rate=8e-3, max_iters=3000, warmup_iters=100, eval_interval=300,
-        eval_iters=40, beta2=0.99),
+        **SHAPES[0], vocab_size=1024, bias=False, position="rope", norm="rmsnorm",
+        activation="swiglu", data="shakespeare", tokenizer="bpe", batch_size=BATCH_SIZE,
+        optimizer="muon", learning_rate=8e-3, max_iters=3000, eval_interval=300, eval_iters=40,
+        beta2=0.99, **USUAL),
     # nanoGPT's config/train_shakespeare_char.py
     "shakespeare_char": dict(
         block_size=256, n_layer=6, n_head=6, n_embd=384, dropout=0.2, bias=False,

@@ -36,6 +36,7 @@ from tinygpt.training.signals import pending_signals
 from tinygpt.training.spikes import SpikeGuard
 from tinygpt.training.steps import Steps
 
+OVERFITTED = 1.01  # the last validation loss, as a multiple of the lowest, that is reported
 NOT_FINITE = 10  # training stops after as many steps in a row without a finite loss
 
 
@@ -187,12 +188,9 @@ class Run:
         saved = saved or checkpoint.newest(self.out_dir)
         if self.iter_num < config.max_iters:
             self.report.remark(f"stopped after step {self.iter_num}: {self._why_early()}")
-        self._log_sample()
-        best = self._best_path()
-        averaged = config.ema and checkpoint.load_metadata(best)["train_config"]["ema"]
-        self.report.remark(f"saved in {saved}; sample with: python generate.py --checkpoint "
-                           f"{shlex.quote(str(best))}{' --ema' if averaged else ''}")
-        return TrainResult(self.iter_num, *losses, self.best_val_loss, saved, best)
+        if self.ranks.is_main:
+            self._log_best(losses[1], saved)
+        return TrainResult(self.iter_num, *losses, self.best_val_loss, saved, self._best_path())
 
     def _signal(self, pending: list[int]) -> int:
         """The signal that stops the run, SIGPIPE where stdout or stderr was closed; 0 for none."""
@@ -273,21 +271,45 @@ class Run:
                              f"{self.iter_num}: lower --learning_rate, lengthen --warmup_iters, "
                              "or use --dtype float32; the checkpoints before are good")
 
-    def sample(self) -> str | None:
-        """A short text by the model as it is now; None without a tokenizer."""
-        if (tokenizer := self.model.tokenizer) is None:
+    def sample(self, model: LanguageModel) -> str | None:
+        """A short text by a model with the data's tokenizer; None without a tokenizer."""
+        if (tokenizer := self.data.tokenizer) is None:
             return None
         try:
             prompt = tokenizer.encode("\n")
         except ValueError:  # a tokenizer of characters that knows no line break
             prompt = [int(self.data.val[0])]
-        ids = self.model.stream([prompt], 200, seed=self.config.seed)
-        with self._averaged(), self.devices.on_first(self.model):
-            return tokenizer.decode(list(up_to_end(tokenizer, ids)))
+        ids = model.stream([prompt], 200, seed=self.config.seed)
+        return tokenizer.decode(list(up_to_end(tokenizer, ids)))
 
     def _log_sample(self) -> None:
-        if self.ranks.is_main and (text := self.sample()) is not None:
-            self.report.line(f"sample {self.iter_num}:\n{text}\n")
+        if self.ranks.is_main:
+            with self._averaged(), self.devices.on_first(self.model):
+                self._log_text(self.iter_num, self.sample(self.model))
+
+    def _log_text(self, iter_num: int, text: str | None) -> None:
+        if text is not None:
+            self.report.line(f"sample {iter_num}:\n{text}\n")
+
+    def _log_best(self, val_loss: float, saved: Path) -> None:
+        """Logs a sample of the best checkpoint, and where it is; warns if the last evaluation, with
+        val_loss, was worse."""
+        best = self._best_path()
+        header = checkpoint.load_metadata(best)
+        averaged = self.config.ema and header["train_config"]["ema"]
+        if header["iter_num"] == self.iter_num:
+            self._log_sample()
+        else:
+            model = type(self.model).from_checkpoint(best, ema=averaged)
+            self._log_text(header["iter_num"], self.sample(model))
+        if val_loss > OVERFITTED * self.best_val_loss:
+            self.report.remark(
+                f"the validation loss was lowest, {self.best_val_loss:.4f}, at step "
+                f"{header['iter_num']}, and is {val_loss:.4f} now: the model overfits. "
+                f"{checkpoint.BEST} has the better weights; fewer --max_iters, a higher "
+                "--weight_decay or --dropout, or more text help")
+        self.report.remark(f"saved in {saved}; sample with: python generate.py --checkpoint "
+                           f"{shlex.quote(str(best))}{' --ema' if averaged else ''}")
 
     # ---- saving and resuming
 
