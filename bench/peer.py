@@ -90,4 +90,4 @@ class PeerGPT(nn.Module):
         logits = F.linear(self.ln_f(x), self.wte.weight)
         if targets is None:
             return logits
-        return F.cross_entropy(logits.float().view(-1, logits.shape[-1]), targets.view(-1))
+        return F.cross_entropy(logits.float().view(-1, logits.shape[-1]), targets.reshape(-1))

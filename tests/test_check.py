@@ -164,8 +164,6 @@ def test_a_bigram_and_what_it_does_not_have(rng, tmp_path, capsys):
     bigram.load_state_dict({"table": rng.standard_normal((97, 97))})
     path = bigram.save_checkpoint(1, None, tmp_path)
     assert check.main(["--checkpoint", str(path)]) == 0, capsys.readouterr().out
-    assert check.main(["--checkpoint", str(path), "--ema"]) == 2
-    assert "has no moving average" in capsys.readouterr().err
     assert check.main(["--checkpoint", str(path), "--offline"]) == 2
     assert "never downloaded" in capsys.readouterr().err
 
@@ -175,7 +173,8 @@ def test_a_mistake_gets_one_line_and_status_2(tmp_path, capsys):
                         (["--kernels", "flash"], "kernels='flash' cannot run on CPU"),
                         (["--kernels", "x"], "kernels='x' is unknown"),
                         (["--threads", 65], "threads=65 is out of range"),
-                        (["--ema"], "name a --checkpoint"), (["--offline"], "name a --checkpoint"),
+                        (["--no_ema"], "name a --checkpoint"),
+                        (["--offline"], "name a --checkpoint"),
                         (["--device", "nonsense"], "there is no device 'nonsense'")):
         try:
             assert check.main(list(map(str, flags))) == 2

@@ -272,8 +272,9 @@ def test_warmup_steps_is_a_name_for_warmup_iters(tmp_path):
 
 
 @pytest.mark.parametrize("words", [
-    ["--lora_alpha=3"], ["--lora_targets=h.*"], ["--ema_decay=0.9"], ["--decay_fraction=0.5"],
-    ["--decay_fraction=0.5", "--schedule=linear"], ["--curriculum_start_block_size=8"],
+    ["--lora_alpha=3"], ["--lora_targets=h.*"], ["--ema_decay=0.9", "--no_ema"],
+    ["--decay_fraction=0.5"], ["--decay_fraction=0.5", "--schedule=linear"],
+    ["--curriculum_start_block_size=8"],
     ["--shard_optimizer"], ["--rope_theta=5", "--position=learned"],
     ["--min_lr=1e-5", "--schedule=constant"], ["--lr_decay_iters=9", "--schedule=constant"]])
 def test_a_flag_without_effect_is_refused_and_a_preset_is_not(words, tmp_path):

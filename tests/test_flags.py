@@ -372,8 +372,9 @@ def test_what_evaluate_scores(saved, tmp_path, monkeypatch, capsys):
     machine = []
     for function in ("use", "set_threads"):
         monkeypatch.setattr(kernels, function, machine.append)
-    assert evaluate.main([saved, *flags, "--limit", "2", "--ema"]) == 0
-    assert evaluate.main([saved, *flags, "--kernels", "reference", "--threads", "2"]) == 0
+    assert evaluate.main([saved, *flags, "--limit", "2"]) == 0
+    machine_flags = ["--kernels", "reference", "--threads", "2"]
+    assert evaluate.main([saved, *flags, "--no_ema", *machine_flags]) == 0
     assert machine == ["auto", "reference", 2]
     (average, two), (plain, five) = given
     assert [q["text"] for q in two] == ["a 0", "a 1"] and len(five) == 5
@@ -393,9 +394,8 @@ def test_a_flag_that_could_do_nothing_is_refused(saved, tmp_path, capsys):
     for name in ("t.txt", "l.jsonl"):
         (tmp_path / name).write_text("some text")
     for main, flags, says in (
-            (generate.main, ["--checkpoint", folder, "--ema"], "leave out --ema"),
             (generate.main, ["--export", "x", "--quantize", "int8"], "leave out --quantize"),
-            (evaluate.main, [folder, "l.jsonl", "--ema"], "leave out --ema"),
+            (evaluate.main, [folder, "l.jsonl", "--task=lambada", "--stride=2"], "no effect"),
             (evaluate.main, [saved, "t.txt", "--limit", "2"], "limit is a number of questions"),
             (evaluate.main, [saved, "l.jsonl", "--task=lambada", "--stride=2"], "has no effect")):
         assert main(flags) == 2

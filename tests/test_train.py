@@ -74,11 +74,13 @@ def test_ema_is_evaluated_sampled_and_saved_besides_the_weights(config, text, tm
     for name, w in weights(model).items():
         assert np.array_equal(tensors[f"model.{name}"], w), name
         assert not np.array_equal(averages[name], w), name
-    run = prepare(GPT.from_checkpoint(result.last, ema=True),
+    run = prepare(GPT.from_checkpoint(result.last),
                   replace(config, ema=False, max_iters=1, out_dir=str(tmp_path / "other")),
                   load_data(text, "byte", 256))
     assert run.evaluate() == (result.train_loss, result.val_loss)
-    plain = GPT.from_checkpoint(result.last)
+    started = GPT.from_pretrained(result.last)
+    assert np.array_equal(started.wte.weight.numpy(), averages["wte.weight"])
+    plain = GPT.from_checkpoint(result.last, ema=False)
     assert np.array_equal(plain.wte.weight.numpy(), tensors["model.wte.weight"])
     logged = [r["val_loss"] for r in map(json.loads, (
         tmp_path / "out" / "metrics.jsonl").read_text().splitlines()) if "val_loss" in r]

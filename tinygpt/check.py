@@ -74,9 +74,9 @@ class CheckConfig(LoadConfig):
 
     def __post_init__(self):
         check(self)
-        if self.checkpoint is None and (self.ema or self.offline):
-            raise ValueError("ema and offline have no effect on tiny models: name a --checkpoint, "
-                             "or leave them out")
+        if self.checkpoint is None and (not self.ema or self.offline):
+            raise ValueError("no_ema and offline have no effect on tiny models: name a "
+                             "--checkpoint, or leave them out")
 
 
 @dataclass(frozen=True)

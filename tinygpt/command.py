@@ -43,22 +43,17 @@ def use_machine(config: MachineConfig) -> None:
         kernels.set_threads(config.threads)
 
 
-def load_model(path: str | Path, ema: bool = False, offline: bool = False) -> LanguageModel:
+def load_model(path: str | Path, ema: bool = True, offline: bool = False) -> LanguageModel:
     """The model in a checkpoint, a GPT or a bigram, or that `GPT.from_pretrained` finds.
 
-    With ema its weights are the moving average that the checkpoint has; with offline nothing is
-    downloaded. Raises ValueError, also where one of the two has no effect.
+    With ema its weights are their moving average where the checkpoint has one; with offline nothing
+    is downloaded. Raises ValueError, also where offline has no effect.
     """
     if is_pretrained(path):
-        if ema:
-            raise ValueError(f"{path} has no moving average of the weights: leave out --ema")
         return GPT.from_pretrained(path, offline=offline)
     if offline:
         raise ValueError(f"{path} is never downloaded: leave out --offline")
     with checkpoint.Checkpoint(path) as file:
-        if ema and not file.part("ema."):
-            raise ValueError(f"{path} has no moving average of the weights: leave out --ema, or "
-                             "train with it")
         kind = checkpoint.model_kind(file.header)
     return (Bigram if kind == Bigram.kind else GPT).from_checkpoint(path, ema)
 

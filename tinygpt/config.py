@@ -149,7 +149,8 @@ class MachineConfig:
 class LoadConfig(MachineConfig):
     """The settings of a command that loads a trained model."""
 
-    ema: bool = setting(False, "use the moving average of the weights, of a run with --ema",
+    ema: bool = setting(True,
+        "take the moving average of the weights, which a run with --ema evaluates, if there is one",
         section="model")
 
 

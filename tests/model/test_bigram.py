@@ -54,9 +54,9 @@ def test_a_resumed_run_is_the_uninterrupted_one(config, text, tmp_path, without_
     rest = train(Bigram(shape), replace(parts, resume=True), text)
     ends = [checkpoint.load(result.last)[0] for result in (whole, rest)]
     assert all(np.array_equal(array, ends[1][name]) for name, array in ends[0].items())
-    again = Bigram.from_checkpoint(rest.last)
+    again = Bigram.from_checkpoint(rest.last, ema=False)
     assert np.array_equal(again.table.numpy(), ends[0]["model.table"])
-    assert np.array_equal(Bigram.from_checkpoint(rest.last, ema=True).table.numpy(),
+    assert np.array_equal(Bigram.from_checkpoint(rest.last).table.numpy(),
                           ends[0]["ema.table"])
 
 
@@ -85,8 +85,6 @@ def test_checkpoints_are_told_apart(tmp_path):
     for load in (Bigram.from_checkpoint, Bigram(BigramConfig(vocab_size=5)).load_checkpoint):
         with pytest.raises(checkpoint.CheckpointError, match="a gpt model, not a bigram"):
             load(model)
-    with pytest.raises(checkpoint.CheckpointError, match="moving average"):
-        Bigram.from_checkpoint(table, ema=True)
 
 
 @pytest.mark.parametrize("flag, value", [("grad_checkpoint", True), ("lora_rank", 2),

@@ -300,7 +300,8 @@ def _from_checkpoint(path: Path) -> Pretrained:
     except ValueError:
         file.close()
         raise
-    sources = {name: [(file, f"model.{name}")] for name in file.part("model.")}
+    prefix = "ema." if file.part("ema.") else "model."
+    sources = {name: [(file, prefix + name)] for name in file.part(prefix)}
     return Pretrained(str(path), config, tokenizer, sources, False)
 
 

@@ -285,15 +285,12 @@ class LanguageModel:
         return model
 
     @classmethod
-    def from_checkpoint(cls, path: str | Path, ema: bool = False) -> "LanguageModel":
-        """The model in a checkpoint, with its tokenizer, and LoRA merged; with ema the moving
-        average of its weights. Raises ValueError."""
-        prefix = "ema." if ema else "model."
+    def from_checkpoint(cls, path: str | Path, ema: bool = True) -> "LanguageModel":
+        """The model in a checkpoint, with its tokenizer, and LoRA merged. With ema its weights are
+        their moving average, which the run evaluated, where there is one. Raises ValueError."""
         with checkpoint.Checkpoint(path) as file:
+            prefix = "ema." if ema and file.part("ema.") else "model."
             config = cls._config_of(file.header, path)
-            if not file.part(prefix) and ema:
-                raise checkpoint.CheckpointError(f"{path} has no moving average of the weights: "
-                                                 "leave out --ema, or train with it")
             tokenizer = checkpoint.tokenizer_of(file)
             model = cls._fitting_file(config, file)
             weights = model.state_dict()

@@ -171,9 +171,9 @@ class TrainConfig(MachineConfig):
 PRESETS: dict[str, dict] = {
     "shakespeare": dict(
         **SHAPES[0], vocab_size=1024, bias=False, position="rope", norm="rmsnorm",
-        activation="swiglu", data="shakespeare", tokenizer="bpe", batch_size=BATCH_SIZE,
-        optimizer="muon", learning_rate=8e-3, max_iters=3000, eval_interval=300, eval_iters=40,
-        beta2=0.99, **USUAL),
+        activation="swiglu", qk_norm=True, data="shakespeare", tokenizer="bpe",
+        batch_size=BATCH_SIZE, optimizer="muon", learning_rate=8e-3, ema=True, ema_decay=0.99,
+        max_iters=3000, eval_interval=300, eval_iters=40, beta2=0.99, **USUAL),
     # nanoGPT's config/train_shakespeare_char.py
     "shakespeare_char": dict(
         block_size=256, n_layer=6, n_head=6, n_embd=384, dropout=0.2, bias=False,

@@ -296,11 +296,10 @@ class Run:
         val_loss, was worse."""
         best = self._best_path()
         header = checkpoint.load_metadata(best)
-        averaged = self.config.ema and header["train_config"]["ema"]
         if header["iter_num"] == self.iter_num:
             self._log_sample()
         else:
-            model = type(self.model).from_checkpoint(best, ema=averaged)
+            model = type(self.model).from_checkpoint(best)
             self._log_text(header["iter_num"], self.sample(model))
         if val_loss > OVERFITTED * self.best_val_loss:
             self.report.remark(
@@ -309,7 +308,7 @@ class Run:
                 f"{checkpoint.BEST} has the better weights; fewer --max_iters, a higher "
                 "--weight_decay or --dropout, or more text help")
         self.report.remark(f"saved in {saved}; sample with: python generate.py --checkpoint "
-                           f"{shlex.quote(str(best))}{' --ema' if averaged else ''}")
+                           f"{shlex.quote(str(best))}")
 
     # ---- saving and resuming
 
@@ -339,9 +338,10 @@ class Run:
         """Marks the checkpoint at path, which has the current weights, as the best of the run."""
         checkpoint.mark_best(path)
         if self.config.lora_rank:
-            lora.save(self.model, self.params, {
-                "model_config": asdict(self.model.config), "init_from": self.config.init_from,
-                "iter_num": self.iter_num}, self.out_dir)
+            metadata = {"model_config": asdict(self.model.config),
+                        "init_from": self.config.init_from, "iter_num": self.iter_num}
+            with self._averaged():
+                lora.save(self.model, self.params, metadata, self.out_dir)
 
     def _finish_marking(self) -> None:
         """Marks the resumed checkpoint as the best if the run was killed between saving it as the
