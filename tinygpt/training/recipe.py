@@ -53,13 +53,12 @@ def recipe(size: int, shape: dict[str, int] = SHAPES[0],
 
     if size < TINY:
         shape = shape | dict(block_size=16)
-    per_step = BATCH_SIZE * shape["block_size"]  # tokens
-    smallest = BATCH_SIZE * SHAPES[0]["block_size"] / per_step
+    measured, per_step = (BATCH_SIZE * s["block_size"] for s in (SHAPES[0], shape))  # tokens
     if most is None:
-        max_iters = geometric(steps) * smallest
+        tokens = measured * geometric(steps)
     else:
-        max_iters = min(most, geometric(limits) * max(1, size / sizes[-1]) * smallest)
-    max_iters = max(20, int(round(max_iters, -1)))
+        tokens = min(per_step * most, measured * geometric(limits) * max(1, size / sizes[-1]))
+    max_iters = max(20, int(round(tokens / per_step, -1)))
     epochs = max_iters * per_step * BYTES_PER_TOKEN / (0.9 * max(size, 1))
     dropout = max(np.interp(x, xs, dropouts), np.interp(epochs, *zip(*EPOCHS, strict=True)))
     return shape | dict(
