@@ -10,7 +10,7 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
 
 import json
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -28,6 +28,9 @@ from tinygpt.model.quantize import KINDS
 from tinygpt.training.signals import pending_signals
 
 PROMPT = "> "  # of --interactive
+# What writes the file that --export names, by its ending: a function of the model, the path and
+# --quantize. Another name is that of a folder in Hugging Face's layout.
+EXPORTS: dict[str, Callable[[GPT, Path, str | None], None]] = {}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,8 +45,9 @@ class GenerateConfig(LoadConfig):
         "Face's layout; unset: the best one of the newest run in checkpoints/")
     lora: str | None = setting(None,
         "a lora.safetensors of a run with --lora_rank, to put on top of --checkpoint")
-    quantize: str = setting("none",
-        "keep the matrices in memory as int8 or fp16 instead of float32", choices=("none", *KINDS))
+    quantize: str | None = setting(None,
+        "keep the matrices in memory as int8 or fp16 instead of float32; unset: none, but int8 in "
+        "an exported file", choices=("none", *KINDS))
 
     interactive: bool = setting(False,
         "read lines from the keyboard and continue each; Ctrl-C ends a text, Ctrl-D the command",
@@ -57,19 +61,24 @@ class GenerateConfig(LoadConfig):
         "existing files are kept")
     export: str | None = setting(None,
         "instead of generating text, write the model into this new folder, in the layout of GPT-2 "
-        "or Llama in transformers")
+        "or Llama in transformers, or by its ending into a new file: " + ", ".join(EXPORTS))
 
     def __post_init__(self):
         check(self)
-        if self.export and self.quantize != "none":
-            raise ValueError("export writes float32: leave out --quantize")
+        if self.exports_folder and self.quantize not in (None, "none"):
+            raise ValueError("export writes float32 into a folder: leave out --quantize, or name "
+                             f"a file that ends in {', '.join(EXPORTS)}")
         if self.interactive and (self.num_samples > 1 or self.json or self.out_dir
                                  or self.prompt == "-"):
             raise ValueError("interactive writes one text to the terminal: leave out "
                              "--num_samples, --json, --out_dir and --prompt -")
 
+    @property
+    def exports_folder(self) -> bool:
+        return self.export is not None and Path(self.export).suffix not in EXPORTS
 
-EXPORTING = {"export", "checkpoint", "lora", *(f.name for f in fields(LoadConfig))}
+
+EXPORTING = {"export", "checkpoint", "lora", "quantize", *(f.name for f in fields(LoadConfig))}
 
 
 def read_prompt(prompt: str) -> str:
@@ -267,22 +276,34 @@ def _check_memory(model: GPT, length: int, count: int) -> None:
                         "ones")
 
 
+def export(model: GPT, options: GenerateConfig) -> None:
+    """Writes the model into the file or folder options.export. Raises ValueError."""
+    path = Path(options.export)
+    if options.exports_folder:
+        model.save_pretrained(path)
+    elif path.exists():
+        raise ValueError(f"{path} already exists: name a new file")
+    else:
+        EXPORTS[path.suffix](model, path, options.quantize)
+
+
 def run(options: GenerateConfig, config: SampleConfig) -> None:
     if sys.stdin is None and (options.interactive or options.prompt == "-"):
         raise ValueError("standard input is closed: give the text as --prompt")
     command.use_machine(options)
     path = options.checkpoint or checkpoint.best_of_newest_run(Path("checkpoints"))
-    with tokenizer_needed(options.export is None):
+    with tokenizer_needed(not options.exports_folder):
         model = command.load_model(path, options.ema, options.offline)
     if options.lora is not None:
         lora.load(model, options.lora)
-    if options.export is not None:
-        print(f"{path} is now in {model.save_pretrained(options.export)}", file=sys.stderr)
-        return
-    if model.tokenizer is None:
+    if model.tokenizer is None and not options.exports_folder:
         raise ValueError(f"{path} was trained on bare token ids, or has no tokenizer that can be "
                          "read here: call generate() of the model in a script")
-    if options.quantize != "none":
+    if options.export is not None:
+        export(model, options)
+        print(f"{path} is now in {options.export}", file=sys.stderr)
+        return
+    if options.quantize not in (None, "none"):
         model.quantize(options.quantize)
     prompt = read_prompt(options.prompt)
     try:
