@@ -76,9 +76,23 @@ def export_compiler() -> None:
     `ziglang` if CC is not set and there is no clang on the PATH."""
     if "CC" in os.environ or shutil.which("clang"):
         return
-    if zig := importlib.util.find_spec("ziglang"):
-        os.environ["CC"] = str(_zig_script(Path(zig.origin).with_name("zig")))
+    if found := _zig():
+        os.environ["CC"] = str(_zig_script(found))
         helpers.getenv.cache_clear()  # of a CC that was not there when something failed to compile
+
+
+def _zig() -> Path | None:
+    """The program inside the wheel `ziglang`, if that is installed."""
+    found = importlib.util.find_spec("ziglang")
+    return Path(found.origin).with_name("zig") if found else None
+
+
+def zig() -> Path:
+    """The program inside the wheel `ziglang`, which compiles C for WebAssembly. Raises DeviceError
+    without it."""
+    if (found := _zig()) is None:
+        raise DeviceError("the compiler for WebAssembly is missing: pip install ziglang")
+    return found
 
 
 def _zig_script(zig: Path) -> Path:

@@ -1,0 +1,117 @@
+"""A model as a C program: its options as constants, and its weights in the order in which
+`c/model.c` takes them."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+FOLDER = Path(__file__).parent / "c"
+PANEL = 32  # rows of a matrix that are stored together, as in c/model.c
+
+# a weight in C, and how it becomes a float
+WEIGHT_TYPES = {
+    "int8": "typedef int8_t weight_t;\n\n"
+            "static inline float number(weight_t w) { return (float)w; }\n",
+    "float16": "typedef uint16_t weight_t;   /* IEEE's half precision, finite */\n\n"
+               "static inline float number(weight_t w) {\n"
+               "  union { uint32_t bits; float x; } u = {(w & 0x8000u) << 16 | "
+               "(w & 0x7fffu) << 13};\n"
+               "  return u.x * 0x1p112f;   /* the exponents have other biases */\n}\n",
+    "float32": "typedef float weight_t;\n\n"
+               "static inline float number(weight_t w) { return w; }\n"}
+
+
+def quantize(model, kind: str | None) -> None:
+    """Quantizes a model as --quantize says; None is int8. Raises ValueError if it is no GPT, or
+    has no tokenizer."""
+    if model.kind != "gpt":
+        raise ValueError(f"a {model.kind} model has no form without Python: leave out --export")
+    if model.tokenizer is None:
+        raise ValueError("the model has no tokenizer: train it on text, or export it into a "
+                         "folder in Hugging Face's layout")
+    if kind != "none":
+        model.quantize(kind or "int8")
+
+
+def source(*files: str) -> str:
+    """The text of C files of this package, one after another."""
+    return "\n".join((FOLDER / file).read_text(encoding="utf-8") for file in files)
+
+
+def known_ids(model) -> int:
+    """The number of ids that may be drawn: there may be logits without a token."""
+    return min(model.config.vocab_size, model.tokenizer.vocab_size)
+
+
+def constants(model) -> str:
+    """The options of a model in C."""
+    c, output = model.config, _output_layer(model)
+    values = dict(
+        BLOCK_SIZE=c.block_size, VOCAB_SIZE=c.vocab_size, KNOWN_IDS=known_ids(model),
+        N_LAYER=c.n_layer, N_HEAD=c.n_head, N_KV_HEAD=c.kv_heads, N_EMBD=c.n_embd,
+        N_INNER=c.inner_size, BIAS=c.bias, RMS_NORM=c.norm == "rmsnorm",
+        GELU_TANH=c.activation == "gelu_tanh", SWIGLU=c.is_gated, ROPE=c.position == "rope",
+        QK_NORM=c.qk_norm, WINDOW=c.sliding_window or 0, PARALLEL=c.parallel,
+        TIE_WEIGHTS=c.tie_weights, HAS_SCALE=_scale_of(output) is not None)
+    lines = [f"  {name} = {int(value)}" for name, value in values.items()]
+    return ("enum {\n" + ",\n".join(lines) + "\n};\n\n"
+            f"#define NORM_EPS {c.norm_eps!r}f\n\n" + WEIGHT_TYPES[str(_dtype(output))])
+
+
+def weights(model) -> bytes:
+    """The weights as `take_model` in c/model.c takes them."""
+    return b"".join(array.tobytes() for array in _arrays(model))
+
+
+def _arrays(model) -> Iterator[np.ndarray]:
+    c = model.config
+    yield from _linear(_output_layer(model))
+    if not c.tie_weights:
+        yield model.wte.weight.numpy()
+    if c.position == "learned":
+        yield model.wpe.weight.numpy()
+    else:
+        frequency = c.rope_theta ** (-np.arange(0, c.head_size, 2) / c.head_size)
+        angle = np.outer(np.arange(c.block_size), frequency)
+        yield from (f(angle).astype(np.float32) for f in (np.cos, np.sin))
+    for block in model.h:
+        yield from _block(block)
+    yield from _vectors(model.ln_f)
+
+
+def _block(block) -> Iterator[np.ndarray]:
+    attn, mlp = block.attn, block.mlp
+    for layer in (block.ln_1, attn.c_attn, attn.q_norm, attn.k_norm, attn.c_proj, block.ln_2,
+                  mlp.c_fc, mlp.c_gate, mlp.c_proj):
+        if layer is not None:
+            yield from _linear(layer) if layer.weight.ndim == 2 else _vectors(layer)
+
+
+def _vectors(layer) -> Iterator[np.ndarray]:
+    """The vectors of a norm or a linear layer: (n,) float32 each."""
+    for name in ("weight", "scale", "bias"):
+        vector = getattr(layer, name, None)
+        if vector is not None and vector.ndim == 1:
+            yield vector.numpy()
+
+
+def _linear(layer) -> Iterator[np.ndarray]:
+    """A matrix (N, K) as panels (ceil(N / PANEL), K, PANEL), and its vectors."""
+    matrix = layer.weight.numpy()
+    N, K = matrix.shape
+    padded = np.pad(matrix, ((0, -N % PANEL), (0, 0)))
+    yield padded.reshape(-1, PANEL, K).transpose(0, 2, 1)
+    yield from _vectors(layer)
+
+
+def _output_layer(model):
+    return model.lm_head or model.wte
+
+
+def _scale_of(layer):
+    return getattr(layer, "scale", None)
+
+
+def _dtype(layer) -> np.dtype:
+    return np.dtype(layer.weight.numpy().dtype)
