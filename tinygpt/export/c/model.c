@@ -94,21 +94,26 @@ static void take_model(const char *file) {
 
 /* ---- the layers */
 
-/* y (N) = x (K) times one panel after another of the weights, plus the bias, plus y if `add` */
+/* y (PANEL) = x (K) times a panel (K, PANEL) */
 VECTORIZED
-static void linear(float *restrict y, const float *restrict x, int T, const struct linear *l,
-                   int add) {
-  const weight_t *w = l->weight;
-  for (int n = 0; n < l->N; n += PANEL, w += (size_t)PANEL * l->K)
+static void multiply(float *restrict y, const float *restrict x, const weight_t *restrict panel,
+                     int K) {
+  float sum[PANEL] = {0};
+  for (int k = 0; k < K; k++, panel += PANEL)
+    for (int i = 0; i < PANEL; i++) sum[i] += x[k] * number(panel[i]);
+  for (int i = 0; i < PANEL; i++) y[i] = sum[i];
+}
+
+/* y (T, N) = x (T, K) times the weights, plus the bias, plus y if `add` */
+static void linear(float *y, const float *x, int T, const struct linear *l, int add) {
+  const weight_t *panel = l->weight;
+  for (int n = 0; n < l->N; n += PANEL, panel += (size_t)l->K * PANEL)
     for (int t = 0; t < T; t++) {
-      float sum[PANEL] = {0};
-      for (int k = 0; k < l->K; k++)
-        for (int i = 0; i < PANEL; i++)
-          sum[i] += x[(size_t)t * l->K + k] * number(w[(size_t)k * PANEL + i]);
-      float *out = y + (size_t)t * l->N + n;
+      float product[PANEL], *out = y + (size_t)t * l->N + n;
+      multiply(product, x + (size_t)t * l->K, panel, l->K);
       for (int i = 0; i < PANEL && n + i < l->N; i++) {
-        const float scaled = HAS_SCALE ? sum[i] * l->scale[n + i] : sum[i];
-        out[i] = (add ? out[i] : 0.f) + scaled + (l->bias ? l->bias[n + i] : 0.f);
+        if (HAS_SCALE) product[i] *= l->scale[n + i];
+        out[i] = product[i] + (l->bias ? l->bias[n + i] : 0.f) + (add ? out[i] : 0.f);
       }
     }
 }
