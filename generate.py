@@ -21,6 +21,7 @@ from gpt import GPT
 from tinygpt import checkpoint, command, device
 from tinygpt.config import LoadConfig, SampleConfig, check, setting
 from tinygpt.data.tokenizer import StreamDecoder, up_to_end
+from tinygpt.export import c_file
 from tinygpt.flags import parse_flags, read_file
 from tinygpt.huggingface.pretrained import tokenizer_needed
 from tinygpt.model import lora
@@ -30,7 +31,7 @@ from tinygpt.training.signals import pending_signals
 PROMPT = "> "  # of --interactive
 # What writes the file that --export names, by its ending: a function of the model, the path and
 # --quantize. Another name is that of a folder in Hugging Face's layout.
-EXPORTS: dict[str, Callable[[GPT, Path, str | None], None]] = {}
+EXPORTS: dict[str, Callable[[GPT, Path, str | None], None]] = {".c": c_file.write}
 
 
 @dataclass(frozen=True, kw_only=True)

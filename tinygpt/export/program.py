@@ -6,6 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
+from tinygpt.model import lora
+
 FOLDER = Path(__file__).parent / "c"
 PANEL = 32  # rows of a matrix that are stored together, as in c/model.c
 
@@ -15,9 +17,8 @@ WEIGHT_TYPES = {
             "static inline float number(weight_t w) { return (float)w; }\n",
     "float16": "typedef uint16_t weight_t;   /* IEEE's half precision, finite */\n\n"
                "static inline float number(weight_t w) {\n"
-               "  union { uint32_t bits; float x; } u = {(w & 0x8000u) << 16 | "
-               "(w & 0x7fffu) << 13};\n"
-               "  return u.x * 0x1p112f;   /* the exponents have other biases */\n}\n",
+               "  /* sign and digits move to their place; the exponents have other biases */\n"
+               "  return of_bits((w & 0x8000u) << 16 | (w & 0x7fffu) << 13) * 0x1p112f;\n}\n",
     "float32": "typedef float weight_t;\n\n"
                "static inline float number(weight_t w) { return w; }\n"}
 
@@ -30,6 +31,7 @@ def quantize(model, kind: str | None) -> None:
     if model.tokenizer is None:
         raise ValueError("the model has no tokenizer: train it on text, or export it into a "
                          "folder in Hugging Face's layout")
+    lora.merge(model)
     if kind != "none":
         model.quantize(kind or "int8")
 
@@ -54,9 +56,13 @@ def constants(model) -> str:
         GELU_TANH=c.activation == "gelu_tanh", SWIGLU=c.is_gated, ROPE=c.position == "rope",
         QK_NORM=c.qk_norm, WINDOW=c.sliding_window or 0, PARALLEL=c.parallel,
         TIE_WEIGHTS=c.tie_weights, HAS_SCALE=_scale_of(output) is not None)
-    lines = [f"  {name} = {int(value)}" for name, value in values.items()]
-    return ("enum {\n" + ",\n".join(lines) + "\n};\n\n"
-            f"#define NORM_EPS {c.norm_eps!r}f\n\n" + WEIGHT_TYPES[str(_dtype(output))])
+    return (enum(values) + f"#define NORM_EPS {c.norm_eps!r}f\n\n"
+            + WEIGHT_TYPES[str(output.weight.numpy().dtype)])
+
+
+def enum(values: dict[str, int]) -> str:
+    """Constants in C."""
+    return "enum {\n" + ",\n".join(f"  {k} = {int(v)}" for k, v in values.items()) + "\n};\n"
 
 
 def weights(model) -> bytes:
@@ -111,7 +117,3 @@ def _output_layer(model):
 
 def _scale_of(layer):
     return getattr(layer, "scale", None)
-
-
-def _dtype(layer) -> np.dtype:
-    return np.dtype(layer.weight.numpy().dtype)

@@ -54,8 +54,9 @@ def build(model) -> Module:
         raise ValueError(f"the model takes {needed / 1e9:.1f} GB, and WebAssembly can address "
                          "4.3 GB: choose --quantize int8, or a smaller model")
     code = _compile("\n".join([
-        HEAD, f"enum {{ WEIGHTS_BYTES = {len(weights)} }};\n", program.constants(model),
-        program.source("functions.c", "model.c", "sampler.c", "module.c")]))
+        HEAD, program.source("functions.c"), program.constants(model),
+        f"#define WEIGHTS_BYTES {len(weights)}u\n",
+        program.source("model.c", "sampler.c", "module.c")]))
     addresses, pages = _exports(code)
     layout = {name: addresses[name] for name in PLACES}
     layout |= dict(first=addresses["weights_image"], pages=pages, chunk=min(64, c.block_size),

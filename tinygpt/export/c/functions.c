@@ -1,12 +1,11 @@
 /* ---- Functions of float32 numbers, without branches, so that loops over them become vector code.
  * Those of libm are slower, and there is no libm in a browser. */
 
-static inline int32_t bits_of(float x) { union { float x; int32_t bits; } u = {x}; return u.bits; }
+typedef union { float number; uint32_t bits; } word_t;
 
-static inline float of_bits(int32_t bits) {
-  union { int32_t bits; float x; } u = {bits};
-  return u.x;
-}
+static inline uint32_t bits_of(float x) { return (word_t){.number = x}.bits; }
+
+static inline float of_bits(uint32_t bits) { return (word_t){.bits = bits}.number; }
 
 /* 2^x to 2e-7 of its value, for x in [-126, 126]; x outside counts as the nearer end */
 static inline float power_of_2(float x) {
@@ -20,15 +19,15 @@ static inline float power_of_2(float x) {
   p = p * r + 2.4022651e-1f;
   p = p * r + 6.9314718e-1f;
   p = p * r + 1.f;
-  return of_bits(bits_of(p) + (int32_t)((uint32_t)bits_of(shifted) << 23));
+  return of_bits(bits_of(p) + (bits_of(shifted) << 23));
 }
 
 static inline float exponential(float x) { return power_of_2(x * 1.44269504f); }
 
 /* the natural logarithm of a positive normal number: 2 artanh((m-1)/(m+1)) of its mantissa m */
 static inline float logarithm(float x) {
-  const int32_t exponent = (bits_of(x) - 0x3f3504f3) >> 23;
-  const float m = of_bits(bits_of(x) - (int32_t)((uint32_t)exponent << 23)) - 1.f;
+  const int32_t exponent = (int32_t)(bits_of(x) - 0x3f3504f3u) >> 23;
+  const float m = of_bits(bits_of(x) - ((uint32_t)exponent << 23)) - 1.f;
   const float s = m / (m + 2.f), z = s * s;
   float p = 0.2222222f * z + 0.28571429f;
   p = p * z + 0.4f;

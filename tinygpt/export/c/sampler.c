@@ -11,7 +11,7 @@ static float weights[KNOWN_IDS];
 
 /* words that compare as the numbers do */
 static inline uint32_t ordered_bits(float x) {
-  const uint32_t bits = (uint32_t)bits_of(x);
+  const uint32_t bits = bits_of(x);
   return bits >> 31 ? ~bits : bits | 0x80000000u;
 }
 

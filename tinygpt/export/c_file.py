@@ -1,0 +1,112 @@
+"""A model as one C file and its weights: `cc -O3 model.c -o model -lm && ./model "ROMEO:"`."""
+
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import numpy as np
+import tiktoken
+
+from tinygpt.checkpoint import write_atomically
+from tinygpt.config import SampleConfig, kind_of
+from tinygpt.data.tokenizer import BPETokenizer, CharTokenizer, end_of_text
+from tinygpt.export import program
+
+HEAD = """/* A GPT of {params:,} weights, which writes text:
+ *
+ *     cc -O3 {name}.c -o {name} -lm
+ *     ./{name} "ROMEO:"
+ *
+ * {name}.bin has the weights and the tokenizer, and belongs in the folder of the program. The same
+ * seed gives the same text as `python generate.py` of tinygpt, which wrote this file. */
+#include <stdarg.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+/* Functions that are compiled for AVX2 too, which is taken where the processor has it. */
+#if defined(__x86_64__) && defined(__GLIBC__) && defined(__OPTIMIZE__)
+#define VECTORIZED __attribute__((target_clones("avx2", "default")))
+#else
+#define VECTORIZED
+#endif
+"""
+FILES = ("model.c", "sampler.c", "tokenizer.c", "options.c", "main.c")
+
+
+def write(model, path: Path, quantize: str | None) -> None:
+    """Writes `path`, the C source of a GPT, and a .bin file of the same name.
+
+    quantize is "int8", which None is too, "fp16" or "none". Raises ValueError where the .bin file
+    exists, or the model is no GPT or has no tokenizer.
+    """
+    data_path = path.with_suffix(".bin")
+    if data_path.exists():
+        raise ValueError(f"{data_path} already exists: name a new file")
+    program.quantize(model, quantize)
+    sizes, tables = _tokenizer(model.tokenizer)
+    data = program.weights(model) + tables
+    head = HEAD.format(params=model.config.num_params(), name=path.stem)
+    write_atomically(data_path, data)
+    write_atomically(path, "\n".join([
+        head, program.source("errors.c", "functions.c"), program.constants(model),
+        program.enum(sizes | dict(FILE_SIZE=len(data))),
+        f"#define FILE_NAME {_quoted(data_path.name)}",
+        f"#define DEFAULT_PROMPT {_quoted(_default_prompt(model.tokenizer))}",
+        f"#define OPTIONS {_options()}\n", program.source(*FILES)]).encode())
+
+
+def _tokenizer(tokenizer) -> tuple[dict[str, int], bytes]:
+    """The sizes of c/tokenizer.c, and the tables that `take_tokenizer` takes."""
+    end = end_of_text(tokenizer)
+    count = tokenizer.vocab_size - (end is not None)
+    tokens = [tokenizer.decode_bytes([i]) for i in range(count)]
+    is_bpe = isinstance(tokenizer, BPETokenizer)
+    letters, numbers, spaces = map(_ranges, (r"\p{L}", r"\p{N}", r"\s")) if is_bpe else ([],) * 3
+    sizes = dict(TOKENS=count, END_OF_TEXT=-1 if end is None else end, BPE=is_bpe,
+                 CHARACTERS=isinstance(tokenizer, CharTokenizer), LETTERS=len(letters),
+                 NUMBERS=len(numbers), SPACES=len(spaces))
+    words = np.concatenate([np.cumsum([len(token) for token in tokens]),
+                            sorted(range(count), key=tokens.__getitem__),
+                            np.array(letters + numbers + spaces).reshape(-1)])
+    return sizes, words.astype("<u4").tobytes() + b"".join(tokens)
+
+
+def _ranges(pattern: str) -> list[tuple[int, int]]:
+    """The first and last code points of the ranges of characters that match a pattern in tiktoken,
+    whose Unicode may be newer than Python's."""
+    characters = "".join(chr(i) for i in range(sys.maxunicode + 1) if not 0xD800 <= i < 0xE000)
+    encoding = tiktoken.Encoding("bytes", pat_str=pattern, special_tokens={},
+                                 mergeable_ranks={bytes([b]): b for b in range(256)})
+    found = np.array([ord(c) for c in encoding.decode(encoding.encode_ordinary(characters))])
+    gaps = np.flatnonzero(np.diff(found) > 1)
+    firsts, lasts = found[[0, *(gaps + 1)]], found[[*gaps, -1]]
+    return list(zip(firsts.tolist(), lasts.tolist(), strict=True))
+
+
+def _options() -> str:
+    """The fields of SampleConfig as rows of c/options.c."""
+    rows = []
+    for f in fields(SampleConfig):
+        whole = kind_of(f)[0] is int
+        most = (2**53 if f.name == "seed" else 2**30) if whole else 1e30
+        low = f.metadata.get("low", 1e-30)
+        rows.append(f'  {{"{f.name}", {f.default or 0}, {low}, {f.metadata.get("high", most)}, '
+                    f'{int(whole)}, {_quoted(f.metadata["help"])}}}')
+    return "\\\n" + ", \\\n".join(rows)
+
+
+def _default_prompt(tokenizer) -> str:
+    """As in generate.py: a line break, or where there is none the first token."""
+    try:
+        tokenizer.encode("\n")
+    except ValueError:
+        return tokenizer.decode([0])
+    return "\n"
+
+
+def _quoted(text: str) -> str:
+    """A string in C."""
+    return '"' + "".join(chr(b) if 32 <= b < 127 and chr(b) not in '"\\?' else f"\\{b:03o}"
+                         for b in text.encode()) + '"'
