@@ -104,18 +104,51 @@ static void multiply(float *restrict y, const float *restrict x, const weight_t 
   for (int i = 0; i < PANEL; i++) y[i] = sum[i];
 }
 
+/* y0 and y1 (PANEL) = x0 and x1 (K) times a panel of floats, half of it at a time, so that all sums
+ * fit into registers */
+VECTORIZED
+static void multiply_two(float *restrict y0, float *restrict y1, const float *restrict x0,
+                         const float *restrict x1, const float *restrict panel, int K) {
+  enum { HALF = PANEL / 2 };
+  for (int first = 0; first < PANEL; first += HALF) {
+    float sum0[HALF] = {0}, sum1[HALF] = {0};
+    for (int k = 0; k < K; k++)
+      for (int i = 0; i < HALF; i++) {
+        sum0[i] += x0[k] * panel[k * PANEL + first + i];
+        sum1[i] += x1[k] * panel[k * PANEL + first + i];
+      }
+    for (int i = 0; i < HALF; i++) y0[first + i] = sum0[i];
+    for (int i = 0; i < HALF; i++) y1[first + i] = sum1[i];
+  }
+}
+
+VECTORIZED
+static void unpack(float *restrict y, const weight_t *restrict weights, int count) {
+  for (int i = 0; i < count; i++) y[i] = number(weights[i]);
+}
+
+/* y (T, PANEL) = x (T, K) times a panel; of several tokens each weight is converted once */
+static void multiply_rows(float y[][PANEL], const float *x, int T, const weight_t *panel, int K) {
+  static float numbers[(N_INNER > N_EMBD ? N_INNER : N_EMBD) * PANEL];
+  if (T > 1) unpack(numbers, panel, K * PANEL);
+  for (int t = 0; t + 1 < T; t += 2)
+    multiply_two(y[t], y[t + 1], x + (size_t)t * K, x + (size_t)(t + 1) * K, numbers, K);
+  if (T % 2) multiply(y[T - 1], x + (size_t)(T - 1) * K, panel, K);
+}
+
 /* y (T, N) = x (T, K) times the weights, plus the bias, plus y if `add` */
 static void linear(float *y, const float *x, int T, const struct linear *l, int add) {
+  static float products[CHUNK][PANEL];
   const weight_t *panel = l->weight;
-  for (int n = 0; n < l->N; n += PANEL, panel += (size_t)l->K * PANEL)
-    for (int t = 0; t < T; t++) {
-      float product[PANEL], *out = y + (size_t)t * l->N + n;
-      multiply(product, x + (size_t)t * l->K, panel, l->K);
+  for (int n = 0; n < l->N; n += PANEL, panel += (size_t)l->K * PANEL) {
+    multiply_rows(products, x, T, panel, l->K);
+    for (int t = 0; t < T; t++)
       for (int i = 0; i < PANEL && n + i < l->N; i++) {
-        if (HAS_SCALE) product[i] *= l->scale[n + i];
-        out[i] = product[i] + (l->bias ? l->bias[n + i] : 0.f) + (add ? out[i] : 0.f);
+        float *out = y + (size_t)t * l->N + n + i;
+        const float product = HAS_SCALE ? products[t][i] * l->scale[n + i] : products[t][i];
+        *out = product + (l->bias ? l->bias[n + i] : 0.f) + (add ? *out : 0.f);
       }
-    }
+  }
 }
 
 /* y (n) = LayerNorm or RMSNorm of x (n); y may be x */
