@@ -1,0 +1,156 @@
+"""The WebAssembly module under wasmtime: its logits against PyTorch's, its draws against numpy."""
+
+import numpy as np
+import pytest
+from covering import MODEL, covering
+from test_torch import T, V, pair
+
+from gpt import GPT, GPTConfig
+from tinygpt.data.tokenizer import ByteTokenizer
+from tinygpt.export import wasm
+from tinygpt.inference.sampling import OPTIONS
+from tinygpt.kernels.random import make_key
+
+torch = pytest.importorskip("torch")
+wasmtime = pytest.importorskip("wasmtime")
+
+SHAPE = dict(n_layer=2, n_head=4, n_embd=24, block_size=T + 3)
+IDS = np.random.default_rng(3).integers(0, V, T).astype(np.int32)
+
+
+class Instance:
+    """A module that runs."""
+
+    def __init__(self, module: wasm.Module):
+        engine = wasmtime.Engine()
+        self.store, self.layout = wasmtime.Store(engine), module.layout
+        made = wasmtime.Instance(self.store, wasmtime.Module(engine, module.code), [])
+        self.exports = made.exports(self.store)
+        self.write("first", np.frombuffer(module.weights, np.uint8))
+
+    def __getattr__(self, name):
+        return lambda *values: self.exports[name](self.store, *map(int, values))
+
+    def write(self, place: str, array: np.ndarray) -> None:
+        self.exports["memory"].write(self.store, array.tobytes(), self.layout[place])
+
+    def read(self, place: str, *shape: int, dtype=np.float32) -> np.ndarray:
+        first, size = self.layout[place], int(np.prod(shape)) * np.dtype(dtype).itemsize
+        return np.frombuffer(self.exports["memory"].read(self.store, first, first + size),
+                             dtype).reshape(shape)
+
+
+class Tokens(ByteTokenizer):
+    vocab_size = V
+
+
+def rounded(name: str, w: np.ndarray, kind: str, is_tied: bool) -> np.ndarray:
+    """What is left of a weight after quantization, as its definition says."""
+    if w.ndim != 2 or name == "wpe.weight" or (name == "wte.weight" and not is_tied):
+        return w
+    if kind == "fp16":
+        return w.astype(np.float16).astype(np.float32)
+    scale = np.abs(w).max(1, keepdims=True) / 127
+    return np.rint(w / scale) * scale
+
+
+@pytest.mark.parametrize("row", covering(MODEL | dict(quantize=["none", "int8", "fp16"])), ids=str)
+def test_logits_and_attention(row):
+    kind, options = row["quantize"], {k: v for k, v in row.items() if k != "quantize"}
+    ours, theirs = pair(SHAPE | options)
+    ours.tokenizer = Tokens()
+    if kind != "none":
+        theirs.load_state_dict({name: torch.tensor(rounded(name, w.numpy(), kind,
+                                                           row["tie_weights"]))
+                                for name, w in ours.state_dict().items()})
+        ours.quantize(kind)
+    idx = torch.tensor(IDS, dtype=torch.long).reshape(1, T)
+    expected = theirs(idx, idx)[0].detach().numpy()[0]
+    instance = Instance(wasm.build(ours))
+    instance.write("tokens", IDS)
+    instance.prefill(0, 3)  # an even number of tokens, then an odd one
+    found = [instance.read("logits", V)]
+    instance.write("tokens", IDS[4:])
+    instance.prefill(4, 2)
+    found.append(instance.read("logits", V))
+    for p in range(7, T):
+        instance.write("token", IDS[p:p + 1])
+        instance.step(p)
+        found.append(instance.read("logits", V))
+    np.testing.assert_allclose(found, expected[[3, 6, *range(7, T)]], atol=1e-4)
+    weights = instance.read("attention", 2, 4, T + 3)
+    first = T - row["sliding_window"] if row["sliding_window"] else 0
+    assert (weights[..., :first] == 0).all() and (weights[..., first:T] > 0).all()
+    np.testing.assert_allclose(weights[..., :T].sum(-1), 1, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def sampler():
+    model = GPT(GPTConfig(block_size=4, vocab_size=V + 2, n_layer=1, n_head=1, n_embd=8))
+    model.tokenizer = Tokens()  # the last two ids are never drawn
+    return Instance(wasm.build(model))
+
+
+def softmax(x):
+    e = np.exp(x - x.max())
+    return e / e.sum()
+
+
+def mix(x):
+    x = (x ^ (x >> np.uint32(16))) * np.uint32(0x7FEB352D)
+    x = (x ^ (x >> np.uint32(15))) * np.uint32(0x846CA68B)
+    return x ^ (x >> np.uint32(16))
+
+
+def drawn(logits, seen, key, temperature, top_k, top_p, min_p, repetition_penalty):
+    """The next token by definition, in float64."""
+    x = np.where(seen, np.where(logits > 0, logits / repetition_penalty,
+                                logits * repetition_penalty), logits).astype(np.float64)
+    if not temperature:
+        return x.argmax()
+    x /= temperature
+    if top_k:
+        x[x < np.sort(x)[-int(top_k)]] = -np.inf
+    if top_p:
+        order = np.argsort(-x)
+        x[order[1:][np.cumsum(softmax(x)[order])[:-1] >= top_p]] = -np.inf
+    x[softmax(x) < min_p * softmax(x).max()] = -np.inf
+    bits = mix(mix(np.arange(len(x), dtype=np.uint32)) + np.uint32(key))
+    return (x - np.log(-np.log(((bits >> np.uint32(9)) + 0.5) * 2.0**-23))).argmax()
+
+
+@pytest.mark.parametrize("options", [
+    {}, dict(temperature=0), dict(temperature=0, repetition_penalty=3), dict(top_k=5),
+    dict(top_p=0.7), dict(min_p=0.1), dict(repetition_penalty=2),
+    dict(temperature=1.7, top_k=40, top_p=0.9, min_p=0.02, repetition_penalty=0.5)], ids=str)
+def test_draws(sampler, rng, options):
+    values = dict(temperature=0.8, top_k=0, top_p=0, min_p=0, repetition_penalty=1) | options
+    sampler.write("parameters", np.array([values[name] for name in OPTIONS], np.float32))
+    for n in range(100):
+        logits = rng.normal(0, 3, V + 2).astype(np.float32)
+        logits[V:] = 100
+        seen, key = rng.random(V) < 0.3, make_key(7, n)[0]
+        sampler.write("logits", logits)
+        sampler.write("seen", seen.astype(np.uint8))
+        token = sampler.sample(np.int32(key))
+        assert token == drawn(logits[:V], seen, key, **values)
+        seen[token] = True
+        assert np.array_equal(sampler.read("seen", V, dtype=np.uint8), seen)
+        assert np.array_equal(sampler.read("logits", V + 2), logits)
+        np.testing.assert_allclose(sampler.read("probabilities", V), softmax(logits[:V]),
+                                   rtol=1e-5, atol=1e-7)
+
+
+def test_keys(sampler):
+    for seed in (0, 1, 1337, 2**31, 2**32 - 1):
+        for length in (0, 1, 500, 2**20):
+            word = sampler.make_key(np.uint32(seed).view(np.int32), length)
+            assert np.int32(word).view(np.uint32) == make_key(seed, length)[0]
+
+
+def test_a_model_that_no_memory_holds_is_refused(sampler, monkeypatch):
+    model = GPT(GPTConfig(block_size=4, vocab_size=V, n_layer=1, n_head=1, n_embd=8))
+    model.tokenizer = Tokens()
+    monkeypatch.setattr(wasm, "LARGEST", 1 << 28)
+    with pytest.raises(ValueError, match="WebAssembly can address.*--quantize int8"):
+        wasm.build(model)
