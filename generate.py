@@ -30,8 +30,9 @@ from tinygpt.training.signals import pending_signals
 
 PROMPT = "> "  # of --interactive
 # What writes the file that --export names, by its ending: a function of the model, the path and
-# --quantize. Another name is that of a folder in Hugging Face's layout.
-EXPORTS: dict[str, Callable[[GPT, Path, str | None], None]] = {".c": c_file.write}
+# the options. Another name is that of a folder in Hugging Face's layout.
+EXPORTS: dict[str, Callable[[GPT, Path, "GenerateConfig"], None]] = {
+    ".c": lambda model, path, options: c_file.write(model, path, options.quantize)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -285,7 +286,7 @@ def export(model: GPT, options: GenerateConfig) -> None:
     elif path.exists():
         raise ValueError(f"{path} already exists: name a new file")
     else:
-        EXPORTS[path.suffix](model, path, options.quantize)
+        EXPORTS[path.suffix](model, path, options)
 
 
 def run(options: GenerateConfig, config: SampleConfig) -> None:

@@ -24,6 +24,7 @@ HEAD = """/* A GPT of {params:,} weights, which writes text:
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 
 /* Functions that are compiled for AVX2 too, which is taken where the processor has it. */
 #if defined(__x86_64__) && defined(__GLIBC__) && defined(__OPTIMIZE__)

@@ -52,7 +52,8 @@ def constants(model) -> str:
     values = dict(
         BLOCK_SIZE=c.block_size, VOCAB_SIZE=c.vocab_size, KNOWN_IDS=known_ids(model),
         N_LAYER=c.n_layer, N_HEAD=c.n_head, N_KV_HEAD=c.kv_heads, N_EMBD=c.n_embd,
-        N_INNER=c.inner_size, BIAS=c.bias, RMS_NORM=c.norm == "rmsnorm",
+        HEAD_SIZE=c.head_size, N_INNER=c.inner_size, BIAS=c.bias,
+        QKV_BIAS=model.h[0].attn.c_attn.bias is not None, RMS_NORM=c.norm == "rmsnorm",
         GELU_TANH=c.activation == "gelu_tanh", SWIGLU=c.is_gated, ROPE=c.position == "rope",
         QK_NORM=c.qk_norm, WINDOW=c.sliding_window or 0, PARALLEL=c.parallel,
         TIE_WEIGHTS=c.tie_weights, HAS_SCALE=_scale_of(output) is not None)

@@ -1,12 +1,14 @@
 /* ---- The command */
 
-/* Writes `wanted` tokens after a text of `count` ids, which have room for both. */
-static void generate(int32_t *ids, int count, int wanted) {
+/* Writes up to `wanted` tokens after a text of `count` ids, which have room for both; returns how
+ * many. */
+static int generate(int32_t *ids, int count, int wanted) {
   const int hop = value_of("window_hop") < BLOCK_SIZE ? (int)value_of("window_hop") : BLOCK_SIZE;
   int n = count < BLOCK_SIZE ? count : BLOCK_SIZE, cached = 0;   /* tokens of the window */
   int32_t *window = ids + count - n;
   struct partial character = {0};
-  for (int new = 0; new < wanted; new++) {
+  int new = 0;
+  for (; new < wanted; new++) {
     if (n > BLOCK_SIZE) {   /* the window moves, and with it all positions */
       window += hop;
       n -= hop;
@@ -24,6 +26,13 @@ static void generate(int32_t *ids, int count, int wanted) {
     window[n++] = token;
   }
   puts(character.have ? "\xef\xbf\xbd" : "");
+  return new;
+}
+
+static double now(void) {
+  struct timespec t;
+  timespec_get(&t, TIME_UTC);
+  return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
 }
 
 static char *read_file(const char *path, size_t size) {
@@ -68,7 +77,10 @@ int main(int argc, char **argv) {
   parameters[REPETITION_PENALTY] = (float)value_of("repetition_penalty");
 
   fputs(prompt, stdout);
-  generate(ids, count, wanted);
+  const double start = now();
+  const int new = generate(ids, count, wanted);
+  const double seconds = now() - start;
+  fprintf(stderr, "%d tokens in %.2f s (%.1f tokens/s)\n", new, seconds, new / seconds);
   free(ids);
   free(file);
   free(path);

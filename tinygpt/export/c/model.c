@@ -5,9 +5,10 @@
  */
 
 enum {
-  HEAD_SIZE = N_EMBD / N_HEAD,
-  KV_SIZE = N_KV_HEAD * HEAD_SIZE,       /* width of the keys, and of the values, of a token */
+  Q_SIZE = N_HEAD * HEAD_SIZE,           /* numbers of all queries of a token */
+  KV_SIZE = N_KV_HEAD * HEAD_SIZE,       /* of all its keys, and of all its values */
   CHUNK = BLOCK_SIZE < 64 ? BLOCK_SIZE : 64,   /* the most tokens that are read at once */
+  LONGEST = N_INNER > N_EMBD + Q_SIZE ? N_INNER : N_EMBD + Q_SIZE,   /* no K is larger */
   PANEL = 32                             /* outputs whose weights are stored together */
 };
 
@@ -33,8 +34,8 @@ static struct {
 /* what the steps compute, of up to CHUNK tokens */
 static float x[CHUNK][N_EMBD];           /* the residual stream */
 static float normed[CHUNK][N_EMBD];
-static float qkv[CHUNK][N_EMBD + 2 * KV_SIZE];
-static float heads[CHUNK][N_EMBD];       /* the outputs of the heads */
+static float qkv[CHUNK][Q_SIZE + 2 * KV_SIZE];
+static float heads[CHUNK][Q_SIZE];       /* the outputs of the heads */
 static float inner[CHUNK][N_INNER], gate[CHUNK][N_INNER];
 static float keys[N_LAYER][N_KV_HEAD][HEAD_SIZE][BLOCK_SIZE];
 static float values[N_LAYER][N_KV_HEAD][BLOCK_SIZE][HEAD_SIZE];
@@ -71,10 +72,10 @@ static struct linear take_linear(int N, int K, int has_bias) {
 static void take_block(struct block *b) {
   const int norm_bias = BIAS && !RMS_NORM;
   b->ln_1 = take_norm(N_EMBD, norm_bias);
-  b->c_attn = take_linear(N_EMBD + 2 * KV_SIZE, N_EMBD, BIAS);
+  b->c_attn = take_linear(Q_SIZE + 2 * KV_SIZE, N_EMBD, QKV_BIAS);
   if (QK_NORM) b->q_norm = take_norm(HEAD_SIZE, 0);
   if (QK_NORM) b->k_norm = take_norm(HEAD_SIZE, 0);
-  b->attn_proj = take_linear(N_EMBD, N_EMBD, BIAS);
+  b->attn_proj = take_linear(N_EMBD, Q_SIZE, BIAS);
   if (!PARALLEL) b->ln_2 = take_norm(N_EMBD, norm_bias);
   b->c_fc = take_linear(N_INNER, N_EMBD, BIAS);
   if (SWIGLU) b->c_gate = take_linear(N_INNER, N_EMBD, BIAS);
@@ -129,7 +130,7 @@ static void unpack(float *restrict y, const weight_t *restrict weights, int coun
 
 /* y (T, PANEL) = x (T, K) times a panel; of several tokens each weight is converted once */
 static void multiply_rows(float y[][PANEL], const float *x, int T, const weight_t *panel, int K) {
-  static float numbers[(N_INNER > N_EMBD ? N_INNER : N_EMBD) * PANEL];
+  static float numbers[LONGEST * PANEL];
   if (T > 1) unpack(numbers, panel, K * PANEL);
   for (int t = 0; t + 1 < T; t += 2)
     multiply_two(y[t], y[t + 1], x + (size_t)t * K, x + (size_t)(t + 1) * K, numbers, K);
@@ -201,7 +202,7 @@ static void attend(float *restrict out, const float *restrict q, int layer, int 
 
 /* causal self-attention of a token: its query, key and value -> the outputs of its heads */
 static void self_attention(float *out, float *qkv, const struct block *b, int layer, int p) {
-  float *q = qkv, *k = q + N_EMBD, *v = k + KV_SIZE;
+  float *q = qkv, *k = q + Q_SIZE, *v = k + KV_SIZE;
   for (int i = 0; i < N_HEAD; i++) {
     if (QK_NORM) norm(q + i * HEAD_SIZE, q + i * HEAD_SIZE, &b->q_norm, HEAD_SIZE, 1);
     if (ROPE) rope(q + i * HEAD_SIZE, p);

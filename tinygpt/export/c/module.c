@@ -21,5 +21,3 @@ EXPORT(sample) int32_t draw(uint32_t key) {
 }
 
 EXPORT(make_key) uint32_t make_key(uint32_t seed, uint32_t length) { return key_of(seed, length); }
-
-EXPORT(step_with_attention) void step_with_attention(int start_pos) { step(start_pos); }
