@@ -1,0 +1,112 @@
+"""A model as one HTML page, which needs nothing besides a browser: `page/` put together.
+
+The page opens from a disk and fetches nothing. In it are the model as WebAssembly with its weights,
+the tokenizer, and what is known of the model and its training. Without a module it is the page of a
+server: the same, but it asks /v1/completions of the server that it came from.
+"""
+
+import base64
+import gzip
+import hashlib
+import json
+import re
+from dataclasses import asdict
+from pathlib import Path
+
+from tinygrad import dtypes
+
+from tinygpt import checkpoint
+from tinygpt.config import SampleConfig
+from tinygpt.data.tokenizer import BPETokenizer, Tokenizer
+from tinygpt.export.characters import runs_of
+
+PAGE = Path(__file__).parent / "page"
+SCRIPTS = ("tokenizer.js", "backends.js", "charts.js", "page.js")
+BLOCK = 3 << 20  # bytes of compressed weights in one element of the page
+CURVE = 300  # points of the loss curve at most
+
+
+def describe(model, source: str, prompt: str, sample: SampleConfig) -> dict:
+    """What a page knows of its model, as JSON values: name, config, parameters, precision,
+    tokenizer, training (None where the checkpoint is not of a run), prompt and sample."""
+    head = (model.lm_head or model.wte).weight.dtype
+    return {"name": Path(source).stem, "config": asdict(model.config),
+            "parameters": model.config.num_params(),
+            "precision": {dtypes.int8: "int8", dtypes.float16: "float16"}.get(head, "float32"),
+            "tokenizer": describe_tokenizer(model.tokenizer), "training": training(Path(source)),
+            "prompt": prompt, "sample": asdict(sample)}
+
+
+def describe_tokenizer(tokenizer: Tokenizer) -> dict:
+    """`to_json()` of a tokenizer, and for bpe the letters and numbers of Unicode as ranges of a
+    regular expression in JavaScript."""
+    data = tokenizer.to_json()
+    if isinstance(tokenizer, BPETokenizer):
+        for name, category in (("letters", "L"), ("numbers", "N")):
+            data[name] = "".join(rf"\u{{{first:x}}}-\u{{{last:x}}}"
+                                 for first, last in runs_of(category))
+    return data
+
+
+def training(path: Path) -> dict | None:
+    """Of the run that wrote a checkpoint: its step, tokens of data, loss curve [[step, loss], ...]
+    and evaluations [[step, training loss, validation loss], ...], in nats per token."""
+    if not path.is_file():
+        return None
+    header = checkpoint.load_metadata(path)
+    log = path.parent / "metrics.jsonl"
+    lines = log.read_text(encoding="utf-8").splitlines() if log.is_file() else []
+    records = [r for line in lines if (r := json.loads(line))["iter"] <= header["iter_num"]]
+    steps = [[r["iter"], round(r["loss"], 4)] for r in records if "loss" in r]
+    return {"step": header["iter_num"], "data": header.get("data"),
+            "loss": steps[::max(1, len(steps) // CURVE)],
+            "evaluations": [[r["iter"], r["train_loss"], r["val_loss"]] for r in records
+                            if "val_loss" in r],
+            "bits_per_byte": next((r["bits_per_byte"] for r in reversed(records)
+                                   if r.get("bits_per_byte")), None)}
+
+
+def page(metadata: dict, module=None) -> bytes:
+    """The page, in ASCII, of the model that metadata describes (see `describe`).
+
+    With a module the model runs in the browser. Without one every token comes from the page's own
+    server, by POST v1/completions with OpenAI's stream, where these fields are used: prompt (a list
+    of ids), max_tokens, stream, seed, temperature, top_k, top_p, min_p, repetition_penalty,
+    logprobs (10), and vLLM's return_tokens_as_token_ids, with which tokens and top_logprobs name a
+    token "token_id:7".
+    """
+    script = "\n".join(_read(name) for name in SCRIPTS)
+    style = _read("page.css")
+    policy = ("default-src 'none'; "
+              f"script-src '{_sha256(script)}' 'wasm-unsafe-eval' blob:; worker-src blob:; "
+              f"style-src '{_sha256(style)}'; connect-src {'none' if module else 'self'!r}")
+    parts = {"policy": policy, "style": style, "script": script, "metadata": _json(metadata),
+             "model": _model(module) if module else ""}
+    text = re.sub(r"\{\{(\w+)\}\}", lambda place: parts[place[1]], _read("index.html"))
+    return text.encode("ascii")
+
+
+def _model(module) -> str:
+    """The elements with the module: its layout, its code, and its weights, compressed and cut into
+    blocks, since browsers limit the length of one string."""
+    data = gzip.compress(module.weights, mtime=0)
+    blocks = [data[start:start + BLOCK] for start in range(0, len(data), BLOCK)]
+    return "\n".join([
+        f'<script type="application/json" id="layout">{_json(module.layout)}</script>',
+        *(f'<script type="text/plain" class="{name}">{base64.b64encode(block).decode()}</script>'
+          for name, block in [("code", module.code), *(("weights", b) for b in blocks)]),
+        f'<script type="text/plain" id="worker">{_read("worker.js")}</script>'])
+
+
+def _read(name: str) -> str:
+    return (PAGE / name).read_text(encoding="utf-8")
+
+
+def _json(value) -> str:
+    """JSON in which no "<" can end the element around it."""
+    return json.dumps(value, separators=(",", ":")).replace("<", "\\u003c")
+
+
+def _sha256(text: str) -> str:
+    """What names an element with that text in a Content-Security-Policy."""
+    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
