@@ -21,7 +21,7 @@ from tinygpt.data.tokenizer import BPETokenizer, Tokenizer
 from tinygpt.export.characters import runs_of
 
 PAGE = Path(__file__).parent / "page"
-SCRIPTS = ("tokenizer.js", "backends.js", "charts.js", "page.js")
+SCRIPTS = ("tokenizer.js", "backends.js", "charts.js", "text.js", "about.js", "page.js")
 BLOCK = 3 << 20  # bytes of compressed weights in one element of the page
 CURVE = 300  # points of the loss curve at most
 

@@ -1,0 +1,300 @@
+// The page itself: its settings, its buttons, and what is shown of the model.
+
+const metadata = JSON.parse(document.getElementById("metadata").textContent);
+const tokenizer = new Tokenizer(metadata.tokenizer);
+const isOwn = document.getElementById("worker") !== null; // the model is in this page
+const backend = isOwn ? new BrowserModel(tokenizer.endOfText) : new ServerModel(metadata);
+const { config } = metadata;
+const $ = (id) => document.getElementById(id);
+
+// ---- sampling
+
+const SETTINGS = [ // `off` is the value at which a parameter does nothing
+  { name: "temperature", label: "Temperature", low: 0, high: 2, step: 0.05,
+    note: "below 1 plainer, above 1 wilder, 0 always the likeliest token" },
+  { name: "top_k", label: "Top-k", low: 0, high: Math.min(config.vocab_size, 100), step: 1, off: 0,
+    note: "draws among the k likeliest" },
+  { name: "top_p", label: "Top-p", low: 0.05, high: 1, step: 0.01, off: 1,
+    note: "draws among the likeliest that together have probability p" },
+  { name: "min_p", label: "Min-p", low: 0, high: 1, step: 0.01, off: 0,
+    note: "draws among those at least p times as likely as the likeliest" },
+  { name: "repetition_penalty", label: "Repetition penalty", low: 1, high: 2, step: 0.01, off: 1,
+    note: "above 1 makes tokens less likely that were used before" },
+  { name: "window_hop", label: "Window hop", low: 1, high: Math.max(1, config.block_size / 2 | 0), step: 1,
+    note: `tokens forgotten at once when the text outgrows the context of ${count(config.block_size)}; more is faster` },
+  { name: "max_new_tokens", label: "Tokens", low: 10, high: 1000, step: 10, note: "how many to write" },
+  { name: "seed", label: "Seed", low: 0, high: 2 ** 32 - 1, step: 1, isNumber: true,
+    note: "the same seed gives the same text" },
+];
+
+function makeSettings() {
+  for (const { name, label, low, high, step, note, off, isNumber } of SETTINGS) {
+    const input = make("input", { id: name, type: isNumber ? "number" : "range", min: low, max: high, step,
+      value: metadata.sample[name] ?? off, oninput: showSettings, "aria-describedby": `${name}-note` });
+    $("settings").append(make("div", { class: "setting" }, make("label", { for: name }, label), input,
+      isNumber ? "" : make("output", { id: `${name}-value`, for: name }),
+      make("p", { class: "note", id: `${name}-note` }, note)));
+  }
+  showSettings();
+}
+
+function showSettings() {
+  const shown = SETTINGS.filter(({ isNumber }) => !isNumber).map(({ name, off }) => {
+    const value = Number($(name).value);
+    $(`${name}-value`).textContent = value === off ? "off" : String(value);
+    return [name, value, off];
+  });
+  $("sampled").textContent = shown.filter(([name, value, off]) => off !== undefined && value !== off || name === "temperature")
+    .map(([name, value]) => `${name.replaceAll("_", "-")} ${value}`).join(", ") + `, seed ${$("seed").value}`;
+}
+
+// The values of the settings, by their names in SampleConfig; null where one is off.
+function options() {
+  return Object.fromEntries(SETTINGS.map(({ name, off, low, high }) => {
+    const value = Math.min(high, Math.max(low, Number($(name).value) || 0));
+    return [name, name.startsWith("top") && value === off ? null : value];
+  }));
+}
+
+// ---- writing
+
+const text = new Text($("text"), look);
+const popover = new Popover($("popover"), branch);
+const earlier = []; // the texts before this one, for Undo
+let writing; // {stop: AbortController, done: promise} while the model writes
+
+function say(line, isError = false) {
+  $("status").textContent = line;
+  $("status").classList.toggle("error", isError);
+}
+
+function showButtons() {
+  const isEnded = text.tokens.at(-1)?.id === tokenizer.endOfText && tokenizer.endOfText !== undefined;
+  $("stop").hidden = !writing;
+  $("continue").hidden = Boolean(writing);
+  $("continue").disabled = !text.tokens.length || isEnded;
+  $("back").hidden = !earlier.length;
+}
+
+async function stop() {
+  writing?.stop.abort();
+  await writing?.done;
+}
+
+// The ids of the prompt. Nothing is an empty line, as for generate.py.
+function promptIds() {
+  const prompt = $("prompt").value || "\n";
+  try {
+    return tokenizer.encode(prompt);
+  } catch (error) {
+    if (prompt === "\n") return [0];
+    throw error;
+  }
+}
+
+// Writes a new text, or with `again` false goes on with the one there is.
+async function write(again) {
+  await stop();
+  const controller = new AbortController();
+  writing = { stop: controller, done: run(again, controller.signal) };
+  showButtons();
+  await writing.done;
+}
+
+async function run(again, signal) {
+  const clock = { start: performance.now(), first: 0, last: 0, tokens: 0 };
+  try {
+    say("Writing.");
+    await backend.write(text.ids, options(), again, (tokens) => {
+      if (signal.aborted) return;
+      clock.last = performance.now();
+      clock.first ||= clock.last;
+      clock.tokens += tokens.length;
+      text.append(tokens);
+      say(`${count(clock.tokens)} tokens`);
+    }, signal);
+    say(speed(clock));
+  } catch (error) {
+    say(error.message, true);
+  }
+  writing = undefined;
+  showButtons();
+}
+
+function speed({ start, first, last, tokens }) {
+  const rate = (tokens - 1) / (last - first) * 1000;
+  return `${count(tokens)} tokens` + (Number.isFinite(rate) && rate > 0
+    ? `, ${count(Number(rate.toPrecision(3)))} a second, the first after ${count(Math.round(first - start))} ms` : "");
+}
+
+// Puts a prompt or a part of the text in its place, and lets the model go on.
+function begin(tokens, again) {
+  if (text.tokens.length) earlier.push(text.tokens.slice());
+  text.replace(tokens);
+  popover.hide();
+  return write(again);
+}
+
+async function start() {
+  await stop();
+  let ids;
+  try {
+    ids = promptIds();
+  } catch (error) {
+    return say(error.message, true);
+  }
+  showWords(ids);
+  await begin(ids.map((id) => ({ id, isPrompt: true })), true);
+}
+
+// Another token instead of the one at index, and on from there.
+async function branch(index, id) {
+  await stop();
+  const { id: former, probability: itsOwn, alternatives } = text.tokens[index];
+  const probability = id === former ? itsOwn : alternatives.find(([other]) => other === id)[1];
+  const done = begin([...text.tokens.slice(0, index), { id, probability, alternatives, isChosen: true }], false);
+  text.focus(index);
+  popover.hide();
+  await done;
+}
+
+async function undo() {
+  await stop();
+  text.replace(earlier.pop());
+  popover.hide();
+  say("");
+  showButtons();
+}
+
+// ---- looking at a token
+
+const view = () => document.querySelector("input[name=view]:checked").value;
+let looked = -1; // the token whose attention is shown
+
+async function look(index, how) {
+  if (how === "hover" && popover.isPinned) return;
+  text.mark(index);
+  if (view() === "attention") await showAttention(index);
+  if (view() === "probability" || how === "choose" || how === "enter") await showAlternatives(index, how);
+}
+
+async function showAlternatives(index, how) {
+  const token = text.tokens[index];
+  if (token.isPrompt && index > 0 && backend.predict) {
+    Object.assign(token, await backend.predict(text.ids.slice(0, index), token.id));
+  }
+  if (token !== text.tokens[index]) return; // the text has changed meanwhile
+  popover.show(index, token, text.spans[index], how === "choose" || how === "enter");
+  if (how === "enter") popover.root.querySelector("button")?.focus();
+}
+
+let pictured; // the attention that is shown: {index, heads, start}
+let isLooking = false;
+
+async function showAttention(index) {
+  looked = index;
+  if (isLooking) return; // the call in progress looks again at its end
+  isLooking = true;
+  while (looked >= 0 && pictured?.index !== looked) {
+    const at = looked;
+    pictured = { index: at, ...await backend.lookBack(text.ids.slice(0, at + 1)) };
+  }
+  isLooking = false;
+  shadeByHead();
+}
+
+// ---- attention
+
+const heads = []; // {layer, head, canvas}; the first is the mean of all
+
+function makeHeads() {
+  const choice = (layer, head, name) => {
+    const canvas = make("canvas", { width: 64, height: 24 });
+    heads.push({ layer, head, canvas });
+    const input = make("input", { type: "radio", name: "head", value: heads.length - 1,
+      "aria-label": name, onchange: shadeByHead });
+    input.checked = layer === undefined;
+    return make("label", { title: name }, input, canvas);
+  };
+  const mean = choice(undefined, undefined, "the mean of all heads");
+  const rows = Array.from({ length: config.n_layer }, (_, layer) =>
+    Array.from({ length: config.n_head }, (_, head) =>
+      choice(layer, head, `layer ${layer + 1}, head ${head + 1}`)));
+  $("heads").append(make("div", { class: "mean" }, mean, make("span", {}, "mean of all heads")));
+  const grid = make("div", { class: "grid" }, ...rows.flat());
+  grid.style.setProperty("--heads", config.n_head);
+  $("heads").append(grid, make("p", { class: "note" }, "A row is a layer, a column a head."));
+}
+
+function weightsOf({ layer, head }) {
+  if (layer !== undefined) return pictured.heads[layer][head];
+  const all = pictured.heads.flat();
+  return all[0].map((_, i) => all.reduce((sum, weights) => sum + weights[i], 0) / all.length);
+}
+
+function shadeByHead() {
+  if (!pictured) return;
+  for (const each of heads) drawHead(each.canvas, weightsOf(each));
+  const chosen = heads[Number(document.querySelector("input[name=head]:checked").value)];
+  text.shade(weightsOf(chosen), pictured.start);
+  text.mark(pictured.index);
+}
+
+function showView() {
+  const LEGENDS = {
+    probability: ["Dark: the model found this token unlikely. ",
+      "Point at a token, or tap it, for what it could have written instead."],
+    attention: ["Point at a token, or tap it: dark are the tokens that the model looked back at ",
+      "when it had read this one. It often looks at the first where it needs none."],
+    plain: ["The text alone. Tap a token for what could stand in its place."],
+  };
+  $("text").dataset.view = view();
+  $("legend").textContent = LEGENDS[view()].join("");
+  $("heads").hidden = view() !== "attention";
+  popover.hide();
+  if (view() === "attention" && text.tokens.length) showAttention(text.tokens.length - 1);
+}
+
+// ---- start
+
+function listen() {
+  $("form").addEventListener("submit", (event) => {
+    event.preventDefault();
+    start();
+  });
+  $("prompt").addEventListener("keydown", (event) => {
+    if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) start();
+  });
+  $("continue").addEventListener("click", () => write(false));
+  $("stop").addEventListener("click", stop);
+  $("back").addEventListener("click", undo);
+  $("views").addEventListener("change", showView);
+  document.addEventListener("keydown", (event) => {
+    if (event.key !== "Escape") return;
+    if (popover.root.hidden) return stop();
+    const { index } = popover;
+    if (popover.root.contains(document.activeElement)) text.focus(index);
+    popover.hide();
+  });
+  // the list goes away when the pointer leaves it and the text, or presses elsewhere
+  $("reading").addEventListener("pointerleave", () => popover.isPinned || popover.hide());
+  document.addEventListener("pointerdown", (event) => {
+    if (!event.target.closest("#popover, .token")) popover.hide();
+  });
+}
+
+$("prompt").value = metadata.prompt === "\n" ? "" : metadata.prompt;
+makeSettings();
+describeModel();
+if (backend.lookBack) makeHeads();
+else $("attention-view").remove();
+showView();
+listen();
+try {
+  await backend.ready;
+  $("write").disabled = false;
+  say("");
+  if (isOwn) await start();
+} catch (error) {
+  say(error.message, true);
+}

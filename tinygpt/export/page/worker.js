@@ -1,0 +1,177 @@
+// The model in a worker, so that the page never waits for it. It reads and writes texts over the
+// key-value cache of the WebAssembly module as Decoder.run in tinygpt/inference/decoder.py does.
+
+const LIKELIEST = 10; // alternatives that are listed for a token
+const BATCH = 16; // milliseconds between two messages to the page
+
+class Model {
+  constructor(exports, layout) {
+    const view = (Type, address, length) => new Type(exports.memory.buffer, address, length);
+    Object.assign(this, layout, { exports, cached: [] }); // ids whose keys and values are cached
+    this.token = view(Int32Array, layout.token, 1);
+    this.tokens = view(Int32Array, layout.tokens, layout.chunk);
+    this.parameters = view(Float32Array, layout.parameters, 5);
+    this.seen = view(Uint8Array, layout.seen, layout.vocab_size);
+    this.logits = view(Float32Array, layout.logits, layout.vocab_size);
+    this.probabilities = view(Float32Array, layout.probabilities, layout.vocab_size);
+    this.attention = view(Float32Array, layout.attention,
+      layout.n_layer * layout.n_head * layout.block_size);
+  }
+
+  // The number of ids at the beginning of a window that are cached.
+  countCached(window) {
+    let n = 0;
+    while (n < window.length && window[n] === this.cached[n]) n++;
+    return n;
+  }
+
+  // Computes the logits after a window of at most block_size ids.
+  read(window) {
+    const n = window.length, T = this.chunk;
+    const cached = Math.min(this.countCached(window), n - 1);
+    if (n - cached === 1 && n > 1) return this.readLast(window, this.exports.step);
+    for (let begin = cached; begin < n - T; begin += T) this.readChunk(window, begin, T);
+    const begin = Math.max(0, n - T); // the last chunk may overlap what is cached
+    this.readChunk(window, begin, n - begin);
+    this.cached = window.slice(); // a chunk may have written beyond its end
+  }
+
+  // The same where all of the window but its last id is cached, by `step` of the module.
+  readLast(window, step) {
+    const n = window.length;
+    this.token[0] = window[n - 1];
+    step(n - 1);
+    if (this.countCached(window) < n) this.cached = window.slice();
+  }
+
+  readChunk(window, begin, length) {
+    this.tokens.fill(0);
+    this.tokens.set(window.slice(begin, begin + length));
+    this.exports.prefill(begin, length - 1);
+  }
+
+  // Yields {id, probability, alternatives: [[id, probability], ...]} of each token that follows
+  // ids. With `again` nothing of the cache is used, so that the same seed gives the same text to
+  // the last bit.
+  *write(ids, options, again) {
+    if (again) this.cached = [];
+    this.parameters.set([options.temperature, options.top_k ?? 0, options.top_p ?? 0,
+      options.min_p ?? 0, options.repetition_penalty]);
+    this.seen.fill(0);
+    for (const id of ids) if (id < this.vocab_size) this.seen[id] = 1;
+    const hop = Math.min(options.window_hop, this.block_size);
+    let window = ids.slice(-this.block_size);
+    for (let n = ids.length; n < ids.length + options.max_new_tokens; n++) {
+      if (window.length > this.block_size) window = window.slice(hop);
+      this.read(window);
+      const id = this.exports.sample(this.exports.make_key(options.seed, n));
+      yield { id, probability: this.probabilities[id], alternatives: likeliest(this.probabilities) };
+      window.push(id);
+    }
+  }
+
+  // {probability, alternatives} of id after ids.
+  predict(ids, id) {
+    this.read(ids.slice(-this.block_size));
+    const highest = this.logits.reduce((a, b) => Math.max(a, b));
+    const odds = this.logits.map((logit) => Math.exp(logit - highest));
+    const sum = odds.reduce((a, b) => a + b);
+    const probabilities = odds.map((p) => p / sum);
+    return { probability: probabilities[id], alternatives: likeliest(probabilities) };
+  }
+
+  // How much the last of ids attends to itself and those before it in its window:
+  // {heads: [[weights, ...] of each head, ...] of each layer, start}, weights begin at ids[start].
+  lookBack(ids) {
+    const window = ids.slice(-this.block_size), n = window.length;
+    if (this.countCached(window) < n - 1) this.read(window.slice(0, -1));
+    this.readLast(window, this.exports.step_with_attention);
+    const weights = (layer, head) => {
+      const begin = (layer * this.n_head + head) * this.block_size;
+      return this.attention.slice(begin, begin + n);
+    };
+    const heads = Array.from({ length: this.n_layer }, (_, layer) =>
+      Array.from({ length: this.n_head }, (_, head) => weights(layer, head)));
+    return { heads, start: ids.length - n };
+  }
+}
+
+// The largest probabilities and their ids, [[id, probability], ...] in falling order.
+function likeliest(probabilities) {
+  const found = [];
+  let least = -1;
+  for (let id = 0; id < probabilities.length; id++) {
+    const p = probabilities[id];
+    if (p <= least) continue;
+    let at = found.length;
+    while (at > 0 && found[at - 1][1] < p) at--;
+    found.splice(at, 0, [id, p]);
+    if (found.length > LIKELIEST) found.pop();
+    if (found.length === LIKELIEST) least = found[LIKELIEST - 1][1];
+  }
+  return found;
+}
+
+function fromBase64(text) {
+  const binary = atob(text), bytes = new Uint8Array(binary.length);
+  for (let i = 0; i < bytes.length; i++) bytes[i] = binary.charCodeAt(i);
+  return bytes;
+}
+
+// The model of a page's elements: code and weights are lists of base64, the weights gzipped.
+async function load({ layout, code, weights }) {
+  const { instance } = await WebAssembly.instantiate(fromBase64(code.join("")), {});
+  const memory = new Uint8Array(instance.exports.memory.buffer);
+  const stream = new Blob(weights.map(fromBase64)).stream()
+    .pipeThrough(new DecompressionStream("gzip"));
+  let address = layout.first;
+  for (const reader = stream.getReader(); ;) {
+    const { done, value } = await reader.read();
+    if (done) return new Model(instance.exports, layout);
+    memory.set(value, address);
+    address += value.length;
+  }
+}
+
+// Lets messages that arrived be handled. A timer would wait for 4 ms.
+const channel = new MessageChannel();
+const pause = () => new Promise((resolve) => {
+  channel.port1.onmessage = resolve;
+  channel.port2.postMessage(0);
+});
+
+let model, stopped;
+
+async function write({ ids, options, again, end }, send) {
+  stopped = false;
+  let batch = [], sent = -Infinity; // the first token goes out at once
+  for (const token of model.write(ids, options, again)) {
+    batch.push(token);
+    if (token.id === end) break;
+    if (performance.now() - sent < BATCH) continue;
+    send({ tokens: batch });
+    [batch, sent] = [[], performance.now()];
+    await pause();
+    if (stopped) break;
+  }
+  if (batch.length) send({ tokens: batch });
+}
+
+const CALLS = {
+  load: async (request) => { model = await load(request); },
+  write,
+  stop: () => { stopped = true; },
+  predict: ({ ids, id }) => model.predict(ids, id),
+  lookBack: ({ ids }) => model.lookBack(ids),
+};
+
+// A request {call, number, ...} is answered by {number, result}, or {number, error}; before that
+// by any number of other messages with its number.
+onmessage = async ({ data }) => {
+  const send = (message) => postMessage({ number: data.number, ...message });
+  try {
+    send({ result: await CALLS[data.call](data, send) ?? null });
+  } catch (error) {
+    send({ error: String(error) });
+  }
+};
