@@ -12,40 +12,44 @@ const $ = (id) => document.getElementById(id);
 const SETTINGS = [ // `off` is the value at which a parameter does nothing
   { name: "temperature", label: "Temperature", low: 0, high: 2, step: 0.05,
     note: "below 1 plainer, above 1 wilder, 0 always the likeliest token" },
-  { name: "top_k", label: "Top-k", low: 0, high: Math.min(config.vocab_size, 100), step: 1, off: 0,
-    note: "draws among the k likeliest" },
+  { name: "top_k", label: "Top-k", low: 0, high: Math.min(config.vocab_size, 100), step: 1,
+    off: 0, note: "draws among the k likeliest" },
   { name: "top_p", label: "Top-p", low: 0.05, high: 1, step: 0.01, off: 1,
     note: "draws among the likeliest that together have probability p" },
   { name: "min_p", label: "Min-p", low: 0, high: 1, step: 0.01, off: 0,
     note: "draws among those at least p times as likely as the likeliest" },
   { name: "repetition_penalty", label: "Repetition penalty", low: 1, high: 2, step: 0.01, off: 1,
     note: "above 1 makes tokens less likely that were used before" },
-  { name: "window_hop", label: "Window hop", low: 1, high: Math.max(1, config.block_size / 2 | 0), step: 1,
-    note: `tokens forgotten at once when the text outgrows the context of ${count(config.block_size)}; more is faster` },
-  { name: "max_new_tokens", label: "Tokens", low: 10, high: 1000, step: 10, note: "how many to write" },
+  { name: "window_hop", label: "Window hop", low: 1, high: Math.ceil(config.block_size / 2),
+    step: 1, note: "tokens by which the context moves when the text outgrows it; more is faster" },
+  { name: "max_new_tokens", label: "Tokens", low: 10, high: 1000, step: 10,
+    note: "how many to write" },
   { name: "seed", label: "Seed", low: 0, high: 2 ** 32 - 1, step: 1, isNumber: true,
     note: "the same seed gives the same text" },
 ];
 
 function makeSettings() {
   for (const { name, label, low, high, step, note, off, isNumber } of SETTINGS) {
-    const input = make("input", { id: name, type: isNumber ? "number" : "range", min: low, max: high, step,
-      value: metadata.sample[name] ?? off, oninput: showSettings, "aria-describedby": `${name}-note` });
-    $("settings").append(make("div", { class: "setting" }, make("label", { for: name }, label), input,
-      isNumber ? "" : make("output", { id: `${name}-value`, for: name }),
+    const input = make("input", { id: name, type: isNumber ? "number" : "range", min: low,
+      max: high, step, value: metadata.sample[name] ?? off, oninput: showSettings,
+      "aria-describedby": `${name}-note` });
+    $("settings").append(make("div", { class: "setting" }, make("label", { for: name }, label),
+      isNumber ? "" : make("output", { id: `${name}-value`, for: name }), input,
       make("p", { class: "note", id: `${name}-note` }, note)));
   }
   showSettings();
 }
 
+// The value of each setting, and in the closed list those that matter.
 function showSettings() {
-  const shown = SETTINGS.filter(({ isNumber }) => !isNumber).map(({ name, off }) => {
+  const changed = [];
+  for (const { name, off, isNumber } of SETTINGS) {
     const value = Number($(name).value);
-    $(`${name}-value`).textContent = value === off ? "off" : String(value);
-    return [name, value, off];
-  });
-  $("sampled").textContent = shown.filter(([name, value, off]) => off !== undefined && value !== off || name === "temperature")
-    .map(([name, value]) => `${name.replaceAll("_", "-")} ${value}`).join(", ") + `, seed ${$("seed").value}`;
+    if (!isNumber) $(`${name}-value`).textContent = value === off ? "off" : String(value);
+    const isOn = off === undefined ? ["temperature", "seed"].includes(name) : value !== off;
+    if (isOn) changed.push(`${name.replaceAll("_", " ")} ${value}`);
+  }
+  $("sampled").textContent = changed.join(", ");
 }
 
 // The values of the settings, by their names in SampleConfig; null where one is off.
@@ -69,49 +73,38 @@ function say(line, isError = false) {
 }
 
 function showButtons() {
-  const isEnded = text.tokens.at(-1)?.id === tokenizer.endOfText && tokenizer.endOfText !== undefined;
+  const last = text.tokens.at(-1)?.id;
   $("stop").hidden = !writing;
   $("continue").hidden = Boolean(writing);
-  $("continue").disabled = !text.tokens.length || isEnded;
+  $("continue").disabled = last === undefined || last === tokenizer.endOfText;
   $("back").hidden = !earlier.length;
 }
 
 async function stop() {
-  writing?.stop.abort();
-  await writing?.done;
-}
-
-// The ids of the prompt. Nothing is an empty line, as for generate.py.
-function promptIds() {
-  const prompt = $("prompt").value || "\n";
-  try {
-    return tokenizer.encode(prompt);
-  } catch (error) {
-    if (prompt === "\n") return [0];
-    throw error;
+  while (writing) { // another call may have begun to write meanwhile
+    writing.stop.abort();
+    await writing.done;
   }
 }
 
-// Writes a new text, or with `again` false goes on with the one there is.
-async function write(again) {
-  await stop();
+// Lets the model continue the text, from the beginning or where it stopped.
+function write(isNew) {
   const controller = new AbortController();
-  writing = { stop: controller, done: run(again, controller.signal) };
+  writing = { stop: controller, done: run(isNew, controller.signal) };
   showButtons();
-  await writing.done;
+  return writing.done;
 }
 
-async function run(again, signal) {
+async function run(isNew, signal) {
   const clock = { start: performance.now(), first: 0, last: 0, tokens: 0 };
+  say("Writing");
   try {
-    say("Writing.");
-    await backend.write(text.ids, options(), again, (tokens) => {
+    await backend.write(text.ids, options(), isNew, (tokens) => {
       if (signal.aborted) return;
       clock.last = performance.now();
       clock.first ||= clock.last;
       clock.tokens += tokens.length;
       text.append(tokens);
-      say(`${count(clock.tokens)} tokens`);
     }, signal);
     say(speed(clock));
   } catch (error) {
@@ -123,38 +116,43 @@ async function run(again, signal) {
 
 function speed({ start, first, last, tokens }) {
   const rate = (tokens - 1) / (last - first) * 1000;
-  return `${count(tokens)} tokens` + (Number.isFinite(rate) && rate > 0
-    ? `, ${count(Number(rate.toPrecision(3)))} a second, the first after ${count(Math.round(first - start))} ms` : "");
+  const known = Number.isFinite(rate) && rate > 0;
+  return `${count(tokens)} tokens` + (known ? `, ${count(Number(rate.toPrecision(3)))} tokens/s, ` +
+    `the first after ${count(Math.round(first - start))} ms` : "");
 }
 
-// Puts a prompt or a part of the text in its place, and lets the model go on.
-function begin(tokens, again) {
+// Replaces the text by tokens and lets the model go on from there.
+async function writeAfter(tokens, isNew) {
+  await stop();
   if (text.tokens.length) earlier.push(text.tokens.slice());
   text.replace(tokens);
   popover.hide();
-  return write(again);
+  pictured = undefined;
+  await write(isNew);
 }
 
+// Begins a new text with the prompt. An empty one is a line break, as for generate.py.
 async function start() {
-  await stop();
+  const prompt = $("prompt").value || "\n";
   let ids;
   try {
-    ids = promptIds();
+    ids = tokenizer.encode(prompt);
   } catch (error) {
-    return say(error.message, true);
+    if (prompt !== "\n") return say(error.message, true);
+    ids = [0];
   }
   showWords(ids);
-  await begin(ids.map((id) => ({ id, isPrompt: true })), true);
+  await writeAfter(ids.map((id) => ({ id, isPrompt: true })), true);
 }
 
-// Another token instead of the one at index, and on from there.
+// Puts another token in the place of one, and goes on from there.
 async function branch(index, id) {
-  await stop();
-  const { id: former, probability: itsOwn, alternatives } = text.tokens[index];
-  const probability = id === former ? itsOwn : alternatives.find(([other]) => other === id)[1];
-  const done = begin([...text.tokens.slice(0, index), { id, probability, alternatives, isChosen: true }], false);
+  const { id: former, probability, alternatives } = text.tokens[index];
+  const chosen = { id, alternatives, isChosen: true, probability: id === former ? probability
+    : alternatives.find(([other]) => other === id)[1] };
+  const done = writeAfter([...text.tokens.slice(0, index), chosen], false);
+  await Promise.resolve(); // once the token has its place
   text.focus(index);
-  popover.hide();
   await done;
 }
 
@@ -162,6 +160,7 @@ async function undo() {
   await stop();
   text.replace(earlier.pop());
   popover.hide();
+  pictured = undefined;
   say("");
   showButtons();
 }
@@ -175,16 +174,17 @@ async function look(index, how) {
   if (how === "hover" && popover.isPinned) return;
   text.mark(index);
   if (view() === "attention") await showAttention(index);
-  if (view() === "probability" || how === "choose" || how === "enter") await showAlternatives(index, how);
+  const isAsked = how === "choose" || how === "enter";
+  if (view() === "probability" || isAsked) await showAlternatives(index, how, isAsked);
 }
 
-async function showAlternatives(index, how) {
+async function showAlternatives(index, how, isPinned) {
   const token = text.tokens[index];
   if (token.isPrompt && index > 0 && backend.predict) {
     Object.assign(token, await backend.predict(text.ids.slice(0, index), token.id));
   }
   if (token !== text.tokens[index]) return; // the text has changed meanwhile
-  popover.show(index, token, text.spans[index], how === "choose" || how === "enter");
+  popover.show(index, token, text.spans[index], isPinned);
   if (how === "enter") popover.root.querySelector("button")?.focus();
 }
 
@@ -220,10 +220,11 @@ function makeHeads() {
   const rows = Array.from({ length: config.n_layer }, (_, layer) =>
     Array.from({ length: config.n_head }, (_, head) =>
       choice(layer, head, `layer ${layer + 1}, head ${head + 1}`)));
-  $("heads").append(make("div", { class: "mean" }, mean, make("span", {}, "mean of all heads")));
-  const grid = make("div", { class: "grid" }, ...rows.flat());
-  grid.style.setProperty("--heads", config.n_head);
-  $("heads").append(grid, make("p", { class: "note" }, "A row is a layer, a column a head."));
+  const layers = make("div", { class: "layers" }, ...rows.flat());
+  layers.style.setProperty("--heads", config.n_head);
+  $("heads").append(make("div", {},
+    make("div", { class: "mean" }, mean, "mean of all heads"), layers,
+    make("p", { class: "note" }, "A row for each layer, a column for each head.")));
 }
 
 function weightsOf({ layer, head }) {
@@ -240,16 +241,20 @@ function shadeByHead() {
   text.mark(pictured.index);
 }
 
+// What the shades mean, by view: the two ends of a scale, and what the reader can do.
+const LEGENDS = {
+  probability: ["expected", "surprising", "Shaded by how unlikely the model found each token. " +
+    "Point at one, or tap it, to see what it could have written instead."],
+  attention: ["ignored", "attended to", "Point at a token, or tap it, to see which earlier " +
+    "tokens the model attends to after reading it. The first token is where a head rests."],
+  plain: ["", "", "Tap a token to see what could stand in its place."],
+};
+
 function showView() {
-  const LEGENDS = {
-    probability: ["Dark: the model found this token unlikely. ",
-      "Point at a token, or tap it, for what it could have written instead."],
-    attention: ["Point at a token, or tap it: dark are the tokens that the model looked back at ",
-      "when it had read this one. It often looks at the first where it needs none."],
-    plain: ["The text alone. Tap a token for what could stand in its place."],
-  };
-  $("text").dataset.view = view();
-  $("legend").textContent = LEGENDS[view()].join("");
+  const [low, high, line] = LEGENDS[view()];
+  $("reading").dataset.view = view();
+  $("legend").replaceChildren(...(low ? [make("span", { class: "scale" }, low, make("i"), high)]
+    : []), line);
   $("heads").hidden = view() !== "attention";
   popover.hide();
   if (view() === "attention" && text.tokens.length) showAttention(text.tokens.length - 1);

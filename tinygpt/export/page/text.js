@@ -7,25 +7,30 @@ function nameOf(id) {
   if (id === tokenizer.endOfText) return "end of text";
   const text = tokenizer.decode([id]);
   if (!text.includes("\ufffd")) return text.replace(/[ \n\t\r]/g, (blank) => SIGNS[blank]);
-  return Array.from(tokenizer.bytes(id), (b) => `\\x${b.toString(16).padStart(2, "0")}`).join("");
+  const hex = (byte) => `\\x${byte.toString(16).padStart(2, "0")}`;
+  return Array.from(tokenizer.bytes(id), hex).join("");
 }
 
-// The text of the page: a span for each of its tokens, {id, probability, alternatives}. Those of the
-// prompt are {id, isPrompt}, and the one that the reader has chosen isChosen. onLook(index, how) is
+// The text of the page: a span for each of its tokens, {id, probability, alternatives}. Those of
+// the prompt are {id, isPrompt}, and what the reader has chosen isChosen. onLook(index, how) is
 // called when the reader points at one: by "hover", "focus", "choose" or "enter".
 class Text {
   constructor(root, onLook) {
     Object.assign(this, { root, tokens: [], spans: [], decode: tokenizer.decoder() });
-    const indexOf = (event) => this.spans.indexOf(event.target.closest(".token"));
     const listen = (type, handle) => root.addEventListener(type, (event) => {
-      const index = indexOf(event);
+      const index = this.spans.indexOf(event.target.closest(".token"));
       if (index >= 0) handle(index, event);
     });
-    listen("pointerover", (index, event) => event.pointerType === "mouse" && onLook(index, "hover"));
-    listen("focusin", (index, event) => event.target.matches(":focus-visible") && onLook(index, "focus"));
+    listen("pointerover", (index, event) => {
+      if (event.pointerType === "mouse") onLook(index, "hover");
+    });
+    listen("focusin", (index, event) => {
+      if (event.target.matches(":focus-visible")) onLook(index, "focus");
+    });
     listen("click", (index) => onLook(index, "choose"));
     listen("keydown", (index, event) => {
-      const to = { ArrowLeft: index - 1, ArrowRight: index + 1, Home: 0, End: this.spans.length - 1 }[event.key];
+      const to = { ArrowLeft: index - 1, ArrowRight: index + 1, Home: 0,
+        End: this.spans.length - 1 }[event.key];
       if (to !== undefined) this.focus(to);
       else if (["Enter", " ", "ArrowDown"].includes(event.key)) onLook(index, "enter");
       else return;
@@ -91,14 +96,15 @@ class Text {
   }
 }
 
-// How surprised the model is by a token of that probability: 0 not at all, 1 as by a guess among all.
+// How surprised the model is by a token of that probability: from 0, not at all, to 1, as by any
+// token of which it knows nothing.
 function surprise(probability) {
   const bits = -Math.log2(probability) / Math.log2(metadata.config.vocab_size);
   return Math.min(1, bits).toFixed(3);
 }
 
-// The list of the likeliest tokens at one place of the text. `onChoose(index, id)` is called when
-// the reader chooses one.
+// The list of what could stand in one place of the text. onChoose(index, id) is called when the
+// reader chooses one.
 class Popover {
   constructor(root, onChoose) {
     Object.assign(this, { root, onChoose, index: -1, isPinned: false });
@@ -106,41 +112,48 @@ class Popover {
       const step = { ArrowDown: 1, ArrowUp: -1 }[event.key];
       if (!step) return;
       const buttons = Array.from(root.querySelectorAll("button"));
-      buttons[(buttons.indexOf(document.activeElement) + step + buttons.length) % buttons.length].focus();
+      const at = buttons.indexOf(document.activeElement) + step;
+      buttons[(at + buttons.length) % buttons.length]?.focus();
       event.preventDefault();
     });
   }
 
-  // Shows what could stand in place of a token, {id, probability, alternatives}, below its span.
+  // Shows the alternatives of a token of the text next to its span. A pinned list stays when the
+  // pointer goes elsewhere.
   show(index, token, span, isPinned) {
     Object.assign(this, { index, isPinned });
     const { id, probability, alternatives = [] } = token;
-    const isListed = alternatives.some(([other]) => other === id);
-    const row = (other, p) => make("li", {}, this.button(index, other, p, other === id));
+    const rows = alternatives.some(([other]) => other === id) || probability === undefined
+      ? alternatives : [...alternatives, [id, probability]];
     this.root.replaceChildren(
-      make("p", { class: "title" }, make("b", {}, nameOf(id)), ` ${probability === undefined ? "" : percent(probability)}`),
-      make("ol", {}, ...alternatives.map(([other, p]) => row(other, p)),
-        ...(isListed || probability === undefined ? [] : [row(id, probability)])),
-      make("p", { class: "note" }, alternatives.length ? "Choose one, and the text goes on from there."
-        : "The text begins with this token: nothing predicts it."));
+      make("p", { class: "title" }, make("b", {}, nameOf(id)),
+        probability === undefined ? "" : make("span", {}, percent(probability))),
+      make("ol", {}, ...rows.map(([other, p]) => make("li", {}, this.button(other, p, id)))),
+      make("p", { class: "note" }, rows.length ? "Choose one: the text goes on from there."
+        : "The text begins here: nothing predicts this token."));
     this.root.hidden = false;
     this.place(span);
   }
 
-  button(index, id, p, isDrawn) {
-    const bar = make("span", { class: "bar" });
-    bar.style.setProperty("--p", p.toFixed(4));
-    return make("button", { type: "button", "data-id": id, class: isDrawn ? "drawn" : "", onclick: () => this.onChoose(index, id),
-      "aria-label": `${nameOf(id)}, ${percent(p)}${isDrawn ? ", as in the text" : ""}` },
-      bar, make("span", { class: "name" }, nameOf(id)), make("span", { class: "p" }, percent(p)));
+  button(id, probability, idInText) {
+    const bar = make("span", { class: "bar" }), isInText = id === idInText;
+    bar.style.setProperty("--p", probability.toFixed(4));
+    return make("button", { type: "button", "data-id": id, class: isInText ? "drawn" : "",
+      "aria-label": `${nameOf(id)}, ${percent(probability)}${isInText ? ", in the text" : ""}`,
+      onclick: () => this.onChoose(this.index, id) },
+    bar, make("span", { class: "name" }, nameOf(id)),
+    make("span", { class: "p" }, percent(probability)));
   }
 
+  // Below the span, or above it where there is no room below.
   place(span) {
     const around = this.root.offsetParent.getBoundingClientRect();
     const at = span.getClientRects()[0] ?? span.getBoundingClientRect();
-    const room = around.width - this.root.offsetWidth;
-    this.root.style.left = `${Math.max(0, Math.min(at.left - around.left - 12, room))}px`;
-    this.root.style.top = `${at.bottom - around.top + 1}px`;
+    const { offsetWidth: width, offsetHeight: height } = this.root;
+    const isAbove = at.bottom + height > innerHeight && at.top > height;
+    const left = Math.min(at.left - around.left - 12, around.width - width);
+    this.root.style.left = `${Math.max(0, left)}px`;
+    this.root.style.top = `${(isAbove ? at.top - height : at.bottom) - around.top}px`;
   }
 
   hide() {

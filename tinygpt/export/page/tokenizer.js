@@ -1,7 +1,8 @@
 // Text to token ids and back, as tinygpt/data/tokenizer.py does it: byte-level BPE, characters, or
 // bytes. A token is written here as a string with one character, "\x00" to "\xff", for each byte.
 
-const toBytes = (text) => Array.from(new TextEncoder().encode(text), (b) => String.fromCharCode(b)).join("");
+const toBytes = (text) =>
+  Array.from(new TextEncoder().encode(text), (b) => String.fromCharCode(b)).join("");
 const isHalf = /\p{Surrogate}/u; // with the flag u only half of a pair matches
 
 class Tokenizer {
@@ -29,8 +30,10 @@ class Tokenizer {
     if (half) {
       throw new Error(`The character at ${half.index} is half of a surrogate pair: remove it.`);
     }
-    if (this.kind === "bpe") return text.match(this.pattern)?.flatMap((word) => this.merge(toBytes(word))) ?? [];
     if (this.kind === "byte") return Array.from(new TextEncoder().encode(text));
+    if (this.kind === "bpe") {
+      return (text.match(this.pattern) ?? []).flatMap((word) => this.merge(toBytes(word)));
+    }
     const chars = Array.from(text), ids = chars.map((c) => this.ids.get(toBytes(c)));
     const missing = [...new Set(chars.filter((_, i) => ids[i] === undefined))];
     if (missing.length) {
@@ -40,11 +43,13 @@ class Tokenizer {
     return ids;
   }
 
-  // The ids of one word: again and again the two neighbors whose union has the lowest id are joined.
+  // The ids of one word: the two neighbors that together have the lowest id are joined, again and
+  // again.
   merge(word) {
     if (this.ids.has(word)) return [this.ids.get(word)];
     const parts = Array.from(word);
-    const rank = (i) => i + 1 < parts.length ? this.ids.get(parts[i] + parts[i + 1]) ?? Infinity : Infinity;
+    const rank = (i) => i + 1 === parts.length ? Infinity
+      : this.ids.get(parts[i] + parts[i + 1]) ?? Infinity;
     const ranks = parts.map((_, i) => rank(i)); // of each part joined with the next
     for (;;) {
       let best = 0;

@@ -65,7 +65,8 @@ class Model {
       if (window.length > this.block_size) window = window.slice(hop);
       this.read(window);
       const id = this.exports.sample(this.exports.make_key(options.seed, n));
-      yield { id, probability: this.probabilities[id], alternatives: likeliest(this.probabilities) };
+      yield { id, probability: this.probabilities[id],
+        alternatives: likeliest(this.probabilities) };
       window.push(id);
     }
   }
