@@ -46,8 +46,8 @@ class Text {
     const added = document.createDocumentFragment();
     for (const token of tokens) {
       const text = this.decode(token.id), isEnd = token.id === tokenizer.endOfText;
-      const span = make("span", { class: "token", tabindex: this.spans.length ? -1 : 0 }, text);
-      if (isEnd) span.textContent = " end of text ";
+      const span = make("span", { class: "token", "data-id": token.id,
+        tabindex: this.spans.length ? -1 : 0 }, isEnd ? " end of text " : text);
       span.classList.toggle("end", isEnd);
       span.classList.toggle("break", text.startsWith("\n"));
       span.classList.toggle("prompt", Boolean(token.isPrompt));

@@ -1,0 +1,272 @@
+"""The exported page in headless Chromium, opened from a file."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+from browser import chromium
+from conftest import VERSES
+from tinygrad import Tensor
+
+from gpt import GPT, GPTConfig, SampleConfig
+from tinygpt.data.tokenizer import BPETokenizer
+from tinygpt.export import html, wasm
+
+BLOCK = 32  # of the model, whose texts grow longer than that
+PROMPT = "JULIET:\nThen walk"
+
+
+@pytest.fixture(scope="module")
+def model():
+    """A model whose distributions are neither flat nor certain."""
+    tokenizer = BPETokenizer.train(VERSES, 300)
+    model = GPT(GPTConfig(block_size=BLOCK, vocab_size=300, n_layer=2, n_head=2, n_embd=32))
+    model.wte.weight.assign(model.wte.weight * 25).realize()
+    model.tokenizer = tokenizer
+    return model.quantize("int8")
+
+
+@pytest.fixture(scope="module")
+def file(model, tmp_path_factory):
+    path = tmp_path_factory.mktemp("page") / "model.html"
+    metadata = html.describe(model, "model", PROMPT, SampleConfig(max_new_tokens=60, seed=5))
+    path.write_bytes(html.page(metadata, wasm.build(model)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with chromium() as browser:
+        yield browser
+
+
+@pytest.fixture
+def page(browser, file):
+    """The page after it has written its first text. It may not fetch, and has nothing to report."""
+    page = browser.new_page(viewport={"width": 900, "height": 900})
+    requests, complaints = [], []
+    page.on("request", lambda request: requests.append(request.url))
+    page.on("console", lambda message: complaints.append(message.text))
+    page.on("pageerror", lambda error: complaints.append(str(error)))
+    page.goto(file.as_uri())
+    written(page)
+    yield page
+    page.close()
+    assert not complaints
+    assert all(url == file.as_uri() or url.startswith("blob:") for url in requests)
+
+
+def written(page, tokens: int = 60) -> list[int]:
+    """The ids of the page's text, once the model has written so many tokens."""
+    page.wait_for_function("n => document.getElementById('status').textContent.startsWith(n)",
+                           arg=f"{tokens} tokens")
+    return page.eval_on_selector_all(".token", "all => all.map(t => Number(t.dataset.id))")
+
+
+def expected(model, ids: list[int], **options) -> list[int]:
+    """ids and the 60 tokens that generate.py writes after them."""
+    options = {"max_new_tokens": 60, "seed": 5} | options
+    return ids + list(model.stream([ids], config=SampleConfig(**options)))
+
+
+def set_options(page, **options) -> None:
+    page.eval_on_selector("#sampling", "list => { list.open = true; }")
+    for name, value in options.items():
+        page.locator(f"#{name}").fill(str(value))
+
+
+@pytest.mark.parametrize("options", [
+    {}, {"temperature": 0, "seed": 9}, {"seed": 2**32 - 1, "window_hop": 10},
+    {"top_k": 7, "top_p": 0.8, "temperature": 1.5, "repetition_penalty": 1.5},
+    {"min_p": 0.1, "repetition_penalty": 2}], ids=str)
+def test_the_text_is_that_of_generate_py(page, model, options):
+    ids = model.tokenizer.encode(PROMPT)
+    set_options(page, **options)
+    page.click("#write")
+    assert page.text_content("#status") != ""
+    assert written(page) == expected(model, ids, **options)
+
+
+def test_the_text_is_shown(page, model):
+    ids = expected(model, model.tokenizer.encode(PROMPT))
+    shown = page.text_content("#text").replace(" end of text ", "")
+    assert shown.rstrip("\ufffd") == model.tokenizer.decode(ids).rstrip("\ufffd")
+    assert "300 tokens" in page.text_content("#sizes")
+
+
+def test_the_alternatives_of_a_token_are_the_likeliest(page, model):
+    ids = written(page)
+    page.locator(".token").nth(20).hover()
+    rows = page.locator("#popover li button")
+    logits = model(Tensor([ids[:20]])).numpy()[0, -1]
+    p = np.exp(logits - logits.max()) / np.exp(logits - logits.max()).sum()
+    listed = [int(row.get_attribute("data-id")) for row in rows.all()]
+    assert listed[:10] == np.argsort(-p)[:10].tolist()
+    assert ids[20] in listed
+    for row, i in zip(rows.all(), listed, strict=True):
+        written_p = float(re.search(r"([\d.]+)%$", row.text_content())[1]) / 100
+        assert written_p == pytest.approx(p[i], rel=0.06), i
+    shade = float(page.locator(".token").nth(20).evaluate(
+        "token => token.style.getPropertyValue('--surprise')"))
+    assert shade == pytest.approx(-np.log2(p[ids[20]]) / np.log2(300), abs=0.002)
+
+
+def test_the_text_goes_on_from_an_alternative_and_can_be_undone(page, model):
+    before = written(page)
+    page.locator(".token").nth(25).click()
+    row = page.locator("#popover li button:not(.drawn)").nth(2)
+    other = int(row.get_attribute("data-id"))
+    row.click()
+    page.wait_for_function(f"document.querySelectorAll('.token').length === {25 + 1 + 60}")
+    assert written(page) == expected(model, [*before[:25], other])
+    page.click("#back")
+    assert page.locator(".token").count() == len(before)
+
+
+def test_a_text_is_continued_as_if_it_had_not_stopped(page, model):
+    ids = model.tokenizer.encode(PROMPT)
+    page.click("#continue")
+    page.wait_for_function(f"document.querySelectorAll('.token').length === {len(ids) + 120}")
+    assert written(page) == expected(model, ids, max_new_tokens=120)
+
+
+def test_stop_ends_a_text(page):
+    set_options(page, max_new_tokens=1000)
+    page.click("#write")
+    page.click("#stop")
+    page.wait_for_selector("#continue:enabled")
+    assert page.locator(".token").count() < 1000
+
+
+def attention(page) -> np.ndarray:
+    """The weights by which the tokens are shaded."""
+    shades = page.eval_on_selector_all(
+        ".token", "all => all.map(t => Number(t.style.getPropertyValue('--attention')))")
+    return np.array(shades) ** 2
+
+
+def test_attention_is_a_distribution_over_the_tokens_before(page):
+    page.check("input[value=attention]", force=True)
+    for at in (20, 50):  # the second one is beyond the first window
+        page.locator(".token").nth(at).hover()
+        page.wait_for_function("""at => document.querySelectorAll(".token")[at]
+            .style.getPropertyValue("--attention") > 0""", arg=at)
+        weights = attention(page)
+        assert weights.sum() == pytest.approx(1, abs=0.02)
+        assert not weights[at + 1:].any() and not weights[:max(0, at + 1 - BLOCK)].any()
+    mean = weights
+    heads = []
+    for head in range(1, 5):
+        page.check(f"input[name=head][value='{head}']", force=True)
+        heads.append(attention(page))
+    np.testing.assert_allclose(np.mean(heads, axis=0), mean, atol=0.01)
+
+
+def test_a_token_of_the_prompt_has_alternatives_too(page):
+    page.locator(".token").nth(3).click()
+    page.wait_for_selector("#popover li")
+    assert page.locator("#popover li").count() >= 10
+    page.locator(".token").nth(0).click()
+    page.wait_for_function("!document.querySelector('#popover li')")
+
+
+def test_it_works_by_keyboard(page, model):
+    page.focus("#prompt")
+    page.keyboard.press("Control+Enter")
+    before = written(page)
+    page.locator(".token").first.focus()
+    for _ in range(20):
+        page.keyboard.press("ArrowRight")
+    page.keyboard.press("Enter")
+    page.keyboard.press("ArrowDown")
+    other = int(page.evaluate("document.activeElement.dataset.id"))
+    page.keyboard.press("Enter")
+    page.wait_for_function(f"document.querySelectorAll('.token').length === {20 + 1 + 60}")
+    assert written(page) == expected(model, [*before[:20], other])
+    page.keyboard.press("Escape")
+    assert page.locator("#popover").is_hidden()
+
+
+def test_nothing_can_be_fetched(browser, file):
+    page = browser.new_page()
+    page.goto(file.as_uri())
+    for url in ("data:text/plain,x", file.as_uri()):
+        with pytest.raises(Exception, match="Failed to fetch"):
+            page.evaluate("url => fetch(url)", url)
+    page.close()
+
+
+def test_it_fits_a_narrow_window_in_dark_and_light(browser, file):
+    inks = set()
+    for scheme in ("dark", "light"):
+        page = browser.new_page(viewport={"width": 360, "height": 640}, color_scheme=scheme)
+        page.goto(file.as_uri())
+        written(page)
+        page.locator(".token").nth(20).click()
+        page.check("input[value=attention]", force=True)
+        assert page.evaluate("document.documentElement.scrollWidth") <= 360
+        inks.add(page.evaluate("getComputedStyle(document.body).color"))
+        page.close()
+    assert len(inks) == 2
+
+
+# ---- the page of a server
+
+ADDRESS = "http://model.test/"  # nothing is sent: the browser's requests are answered here
+
+
+def answer(ids: list[int], vocab_size: int = 300) -> str:
+    """A stream of /v1/completions in which every token has probability 1/2, and the next id 1/4."""
+    events = [{"choices": [{"text": "", "logprobs": {
+        "tokens": [f"token_id:{i}"], "token_logprobs": [np.log(0.5)],
+        "top_logprobs": [{f"token_id:{(i + 1) % vocab_size}": np.log(0.25),
+                          f"token_id:{i}": np.log(0.5)}]}}]} for i in ids]
+    return "".join(f"data: {json.dumps(event)}\n\n" for event in events) + "data: [DONE]\n\n"
+
+
+@pytest.fixture
+def served(browser, model):
+    """A page without a module, the bodies of its requests, and what they are answered."""
+    metadata = html.describe(model, "big/model.safetensors", PROMPT, SampleConfig(top_p=0.9))
+    page, bodies, answers = browser.new_page(), [], []
+
+    def reply(route):
+        bodies.append(json.loads(route.request.post_data))
+        route.fulfill(**answers.pop(0))
+    page.route(ADDRESS, lambda route: route.fulfill(body=html.page(metadata),
+                                                    content_type="text/html"))
+    page.route(f"{ADDRESS}v1/completions", reply)
+    page.goto(ADDRESS)
+    yield page, bodies, answers
+    page.close()
+
+
+def test_the_page_of_a_server_shows_what_the_server_writes(served, model):
+    page, bodies, answers = served
+    prompt = model.tokenizer.encode(PROMPT)
+    answers += [{"body": answer([10, 11, 12])}, {"body": answer([20, 21])}]
+    assert page.locator("input[value=attention]").count() == 0
+    set_options(page, temperature=0.5, seed=7, max_new_tokens=30)
+    page.click("#write")
+    assert written(page, 3) == [*prompt, 10, 11, 12]
+    body = bodies[0]
+    assert body["prompt"] == prompt and body["max_tokens"] == 30 and body["model"] == "model"
+    assert body["stream"] and body["logprobs"] == 10 and body["return_tokens_as_token_ids"]
+    assert (body["temperature"], body["top_p"], body["top_k"], body["seed"]) == (0.5, 0.9, None, 7)
+    page.locator(".token").nth(len(prompt) + 1).click()
+    rows = page.locator("#popover li button").all()
+    assert [row.get_attribute("data-id") for row in rows] == ["11", "12"]
+    assert rows[0].text_content().endswith("50%") and rows[1].text_content().endswith("25%")
+    rows[1].click()
+    assert written(page, 2) == [*prompt, 10, 12, 20, 21]
+    assert bodies[1]["prompt"] == [*prompt, 10, 12]
+
+
+def test_the_page_of_a_server_shows_its_errors(served):
+    page, _, answers = served
+    answers.append({"status": 429, "body": json.dumps({"error": {"message": "too many texts"}})})
+    page.click("#write")
+    page.wait_for_selector("#status.error")
+    assert "too many texts" in page.text_content("#status")
+    assert page.locator("#write").is_enabled()
