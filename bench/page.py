@@ -1,0 +1,91 @@
+"""An exported page in headless Chromium: how fast it writes, and its picture for the README.
+
+    python generate.py --export model.html
+    python bench/page.py model.html            its first token and its tokens per second
+    python bench/page.py model.html --picture  docs/pictures/export.png
+
+Needs playwright, which is in requirements-dev.txt, and Chromium.
+"""
+
+import argparse
+import io
+import shutil
+import statistics
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+from playwright.sync_api import sync_playwright
+
+ROOT = Path(__file__).parent.parent
+PICTURE = ROOT / "docs" / "pictures" / "export.png"
+sys.path.insert(0, str(ROOT))
+
+
+@contextmanager
+def opened(path: Path, **options):
+    """The page of a file, once it has written its first text."""
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=shutil.which("chromium"),
+                                             args=["--no-sandbox"])
+        page = browser.new_page(**options)
+        page.goto(path.resolve().as_uri())
+        wait(page)
+        yield page
+        browser.close()
+
+
+def wait(page) -> None:
+    page.wait_for_function("/^\\\\d+ tokens/.test(document.getElementById('status').textContent)",
+                           timeout=600_000)
+
+
+def measure(path: Path, tokens: int, rounds: int = 5) -> dict[str, float]:
+    """Seconds from opening the page of a file to its first token, and the median of the tokens per
+    second in texts of so many."""
+    with opened(path) as page:
+        first = page.evaluate("performance.getEntriesByName('first token')[0].startTime") / 1000
+        page.eval_on_selector("#max_new_tokens", "(input, n) => { input.min = input.step = 1; "
+                              "input.value = n; }", tokens)
+        rates = []
+        for _ in range(rounds):
+            page.click("#write")
+            page.wait_for_selector("#continue:enabled", timeout=600_000)
+            spent = page.evaluate("performance.getEntriesByName('writing').at(-1).duration") / 1000
+            rates.append(tokens / spent)
+    return {"first token, s": first, "tokens/s": statistics.median(rates)}
+
+
+def draw(path: Path) -> None:
+    """The page in a light and a dark window, next to each other, with the list of a token open."""
+    from PIL import Image  # comes with matplotlib
+
+    shots = []
+    for scheme in ("light", "dark"):
+        with opened(path, color_scheme=scheme, viewport={"width": 760, "height": 900}) as page:
+            tokens = page.locator(".token:not(.prompt):not(.break)")
+            tokens.nth(45).click()
+            shots.append(page.screenshot())
+    images = [Image.open(io.BytesIO(shot)) for shot in shots]
+    both = Image.new("RGB", (sum(image.width for image in images), images[0].height))
+    for number, image in enumerate(images):
+        both.paste(image, (number * images[0].width, 0))
+    PICTURE.parent.mkdir(exist_ok=True)
+    both.quantize(128).save(PICTURE, optimize=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("page", type=Path)
+    parser.add_argument("--picture", action="store_true")
+    parser.add_argument("--tokens", type=int, default=60, help="in a text that is timed")
+    flags = parser.parse_args()
+    if flags.picture:
+        draw(flags.page)
+        print(f"{PICTURE}, {PICTURE.stat().st_size // 1024} KB")
+    else:
+        print(f"{flags.page.stat().st_size / 1e6:.2f} MB", measure(flags.page, flags.tokens))
+
+
+if __name__ == "__main__":
+    main()
