@@ -36,8 +36,8 @@ def opened(path: Path, **options):
 
 
 def wait(page) -> None:
-    page.wait_for_function("/^\\\\d+ tokens/.test(document.getElementById('status').textContent)",
-                           timeout=600_000)
+    page.wait_for_function(
+        "() => /^\\d+ tokens/.test(document.getElementById('status').textContent)", timeout=600_000)
 
 
 def measure(path: Path, tokens: int, rounds: int = 5) -> dict[str, float]:

@@ -29,18 +29,18 @@ class Model {
   read(window) {
     const n = window.length, T = this.chunk;
     const cached = Math.min(this.countCached(window), n - 1);
-    if (n - cached === 1 && n > 1) return this.readLast(window, this.exports.step);
+    if (n - cached === 1 && n > 1) return this.readLast(window);
     for (let begin = cached; begin < n - T; begin += T) this.readChunk(window, begin, T);
     const begin = Math.max(0, n - T); // the last chunk may overlap what is cached
     this.readChunk(window, begin, n - begin);
     this.cached = window.slice(); // a chunk may have written beyond its end
   }
 
-  // The same where all of the window but its last id is cached, by `step` of the module.
-  readLast(window, step) {
+  // The same where all of the window but its last id is cached; and writes its attention.
+  readLast(window) {
     const n = window.length;
     this.token[0] = window[n - 1];
-    step(n - 1);
+    this.exports.step(n - 1);
     if (this.countCached(window) < n) this.cached = window.slice();
   }
 
@@ -86,7 +86,7 @@ class Model {
   lookBack(ids) {
     const window = ids.slice(-this.block_size), n = window.length;
     if (this.countCached(window) < n - 1) this.read(window.slice(0, -1));
-    this.readLast(window, this.exports.step_with_attention);
+    this.readLast(window);
     const weights = (layer, head) => {
       const begin = (layer * this.n_head + head) * this.block_size;
       return this.attention.slice(begin, begin + n);
