@@ -21,7 +21,7 @@ from gpt import GPT
 from tinygpt import checkpoint, command, device
 from tinygpt.config import LoadConfig, SampleConfig, check, setting
 from tinygpt.data.tokenizer import StreamDecoder, up_to_end
-from tinygpt.export import c_file
+from tinygpt.export import c_file, html
 from tinygpt.flags import parse_flags, read_file
 from tinygpt.huggingface.pretrained import tokenizer_needed
 from tinygpt.model import lora
@@ -29,10 +29,17 @@ from tinygpt.model.quantize import KINDS
 from tinygpt.training.signals import pending_signals
 
 PROMPT = "> "  # of --interactive
+
+
+def _export_html(model: GPT, path: Path, options: "GenerateConfig") -> None:
+    html.write(model, path, options.quantize, options.checkpoint, read_prompt(options.prompt))
+
+
 # What writes the file that --export names, by its ending: a function of the model, the path and
 # the options. Another name is that of a folder in Hugging Face's layout.
 EXPORTS: dict[str, Callable[[GPT, Path, "GenerateConfig"], None]] = {
-    ".c": lambda model, path, options: c_file.write(model, path, options.quantize)}
+    ".c": lambda model, path, options: c_file.write(model, path, options.quantize),
+    ".html": _export_html}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -302,7 +309,7 @@ def run(options: GenerateConfig, config: SampleConfig) -> None:
         raise ValueError(f"{path} was trained on bare token ids, or has no tokenizer that can be "
                          "read here: call generate() of the model in a script")
     if options.export is not None:
-        export(model, options)
+        export(model, replace(options, checkpoint=str(path)))
         print(f"{path} is now in {options.export}", file=sys.stderr)
         return
     if options.quantize not in (None, "none"):
@@ -338,7 +345,8 @@ def main(argv: list[str] | None = None) -> int:
         flags = parse_flags({"generate": GenerateConfig, "sample": SampleConfig},
                             sys.argv[1:] if argv is None else argv, __doc__)
         options = flags["generate"]
-        if options.export is not None and (unused := sorted(flags.typed - EXPORTING)):
+        used = EXPORTING | ({"prompt"} if str(options.export).endswith(".html") else set())
+        if options.export is not None and (unused := sorted(flags.typed - used)):
             raise ValueError(f"--{unused[0]} has no effect on --export, which writes no text: "
                              "leave one of them out")
         run(options, flags["sample"])

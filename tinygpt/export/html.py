@@ -18,12 +18,25 @@ from tinygrad import dtypes
 from tinygpt import checkpoint
 from tinygpt.config import SampleConfig
 from tinygpt.data.tokenizer import BPETokenizer, Tokenizer
+from tinygpt.export import program, wasm
 from tinygpt.export.characters import runs_of
 
 PAGE = Path(__file__).parent / "page"
 SCRIPTS = ("tokenizer.js", "backends.js", "charts.js", "text.js", "about.js", "page.js")
 BLOCK = 3 << 20  # bytes of compressed weights in one element of the page
+TOKENS = 200  # that a page writes at first
 CURVE = 300  # points of the loss curve at most
+
+
+def write(model, path: Path, quantize: str | None, source: str, prompt: str) -> None:
+    """Writes the page of a GPT that was loaded from source; it begins with a prompt.
+
+    quantize is "int8", which None is too, "fp16" or "none". Raises ValueError where the model is
+    no GPT, is too large for a browser, or has no tokenizer.
+    """
+    program.quantize(model, quantize)
+    metadata = describe(model, source, prompt, SampleConfig(max_new_tokens=TOKENS))
+    checkpoint.write_atomically(path, page(metadata, wasm.build(model)))
 
 
 def describe(model, source: str, prompt: str, sample: SampleConfig) -> dict:
@@ -66,7 +79,7 @@ def training(path: Path) -> dict | None:
                                    if r.get("bits_per_byte")), None)}
 
 
-def page(metadata: dict, module=None) -> bytes:
+def page(metadata: dict, module: wasm.Module | None = None) -> bytes:
     """The page, in ASCII, of the model that metadata describes (see `describe`).
 
     With a module the model runs in the browser. Without one every token comes from the page's own
@@ -86,7 +99,7 @@ def page(metadata: dict, module=None) -> bytes:
     return text.encode("ascii")
 
 
-def _model(module) -> str:
+def _model(module: wasm.Module) -> str:
     """The elements with the module: its layout, its code, and its weights, compressed and cut into
     blocks, since browsers limit the length of one string."""
     data = gzip.compress(module.weights, mtime=0)

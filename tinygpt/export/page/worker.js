@@ -123,15 +123,22 @@ function fromBase64(text) {
 async function load({ layout, code, weights }) {
   const { instance } = await WebAssembly.instantiate(fromBase64(code.join("")), {});
   const memory = new Uint8Array(instance.exports.memory.buffer);
-  const stream = new Blob(weights.map(fromBase64)).stream()
-    .pipeThrough(new DecompressionStream("gzip"));
-  let address = layout.first;
-  for (const reader = stream.getReader(); ;) {
+  const gunzip = new DecompressionStream("gzip"), reader = gunzip.readable.getReader();
+  const written = writeAll(gunzip.writable.getWriter(), weights);
+  for (let address = layout.first; ;) {
     const { done, value } = await reader.read();
-    if (done) return new Model(instance.exports, layout);
+    if (done) break;
     memory.set(value, address);
     address += value.length;
   }
+  await written;
+  return new Model(instance.exports, layout);
+}
+
+// Only one block at a time is in memory as bytes.
+async function writeAll(writer, blocks) {
+  for (const block of blocks) await writer.write(fromBase64(block));
+  await writer.close();
 }
 
 // Lets messages that arrived be handled. A timer would wait for 4 ms.
