@@ -50,10 +50,10 @@ function lossCurve({ loss, evaluations }, chance) {
   return svg;
 }
 
-// The attention of one head, a bar for each of the last tokens.
+// The attention of one head, a bar for each of the last tokens; a full one is a quarter or more.
 function drawHead(canvas, weights) {
   const context = canvas.getContext("2d"), { width, height } = canvas, bar = 2;
-  const shown = weights.slice(-width / bar), highest = Math.max(...shown);
+  const shown = weights.slice(-width / bar), highest = Math.max(0.25, ...shown);
   context.clearRect(0, 0, width, height);
   context.fillStyle = getComputedStyle(canvas).color;
   shown.forEach((weight, i) => {

@@ -248,7 +248,7 @@ const LEGENDS = {
   probability: ["expected", "surprising", "Shaded by how unlikely the model found each token. " +
     "Point at one, or tap it, to see what it could have written instead."],
   attention: ["ignored", "attended to", "Point at a token, or tap it, to see which earlier " +
-    "tokens the model attends to after reading it. The first token is where a head rests."],
+    "tokens the model attends to after reading it, in one of its heads or in all."],
   plain: ["", "", "Tap a token to see what could stand in its place."],
 };
 

@@ -129,7 +129,7 @@ class Popover {
       make("p", { class: "title" }, make("b", {}, nameOf(id)),
         probability === undefined ? "" : make("span", {}, percent(probability))),
       make("ol", {}, ...rows.map(([other, p]) => make("li", {}, this.button(other, p, id)))),
-      make("p", { class: "note" }, rows.length ? "Choose one: the text goes on from there."
+      make("p", { class: "note" }, rows.length ? "Choose one to go on from there."
         : "The text begins here: nothing predicts this token."));
     this.root.hidden = false;
     this.place(span);
