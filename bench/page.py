@@ -18,6 +18,7 @@ from pathlib import Path
 from playwright.sync_api import sync_playwright
 
 ROOT = Path(__file__).parent.parent
+TOKEN = 10  # whose alternatives are in the picture
 PICTURE = ROOT / "docs" / "pictures" / "export.png"
 sys.path.insert(0, str(ROOT))
 
@@ -57,14 +58,19 @@ def measure(path: Path, tokens: int, rounds: int = 5) -> dict[str, float]:
 
 
 def draw(path: Path) -> None:
-    """The page in a light and a dark window, next to each other, with the list of a token open."""
+    """The alternatives of a token in a light window, and the attention of one in a dark window."""
     from PIL import Image  # comes with matplotlib
 
     shots = []
     for scheme in ("light", "dark"):
-        with opened(path, color_scheme=scheme, viewport={"width": 760, "height": 900}) as page:
-            tokens = page.locator(".token:not(.prompt):not(.break)")
-            tokens.nth(45).click()
+        with opened(path, color_scheme=scheme, viewport={"width": 700, "height": 900}) as page:
+            page.eval_on_selector("#status", "line => line.replaceChildren()")  # a machine's speed
+            if scheme == "light":
+                page.locator(".token").nth(TOKEN).click()
+            else:
+                page.check("input[value=attention]", force=True)
+                page.locator(".token").nth(2 * TOKEN).hover()
+                page.wait_for_timeout(2000)
             shots.append(page.screenshot())
     images = [Image.open(io.BytesIO(shot)) for shot in shots]
     both = Image.new("RGB", (sum(image.width for image in images), images[0].height))
