@@ -8,29 +8,42 @@ from browser import chromium
 from conftest import VERSES
 from tinygrad import Tensor
 
+import generate
 from gpt import GPT, GPTConfig, SampleConfig
 from tinygpt.data.tokenizer import BPETokenizer
-from tinygpt.export import html, wasm
+from tinygpt.export import html
 
 BLOCK = 32  # of the model, whose texts grow longer than that
 PROMPT = "JULIET:\nThen walk"
 
 
 @pytest.fixture(scope="module")
-def model():
-    """A model whose distributions are neither flat nor certain."""
-    tokenizer = BPETokenizer.train(VERSES, 300)
+def run(tmp_path_factory):
+    """The checkpoint of a run of twenty steps that has been resumed from it. The distributions of
+    its model are neither flat nor certain."""
+    folder = tmp_path_factory.mktemp("run")
     model = GPT(GPTConfig(block_size=BLOCK, vocab_size=300, n_layer=2, n_head=2, n_embd=32))
     model.wte.weight.assign(model.wte.weight * 25).realize()
-    model.tokenizer = tokenizer
-    return model.quantize("int8")
+    model.tokenizer = BPETokenizer.train(VERSES, 300)
+    records = [{"iter": i, "loss": 5 - i / 10} for i in range(1, 31)]
+    records += [{"iter": i, "train_loss": 5.0, "val_loss": 5.25 - i / 10, "bits_per_byte": 2.5}
+                for i in (0, 20, 30)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    data = {"source": "texts/verses.txt", "training_tokens": 12345, "validation_tokens": 67}
+    return model.save_checkpoint(20, out_dir=folder, metadata={"data": data})
 
 
 @pytest.fixture(scope="module")
-def file(model, tmp_path_factory):
-    path = tmp_path_factory.mktemp("page") / "model.html"
-    metadata = html.describe(model, "model", PROMPT, SampleConfig(max_new_tokens=60, seed=5))
-    path.write_bytes(html.page(metadata, wasm.build(model)))
+def model(run):
+    return GPT.from_checkpoint(run).quantize("int8")
+
+
+@pytest.fixture(scope="module")
+def file(run):
+    path = run.parent / "model.html"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(html, "TOKENS", 60)
+        assert generate.main(["--checkpoint", str(run), "--export", str(path), PROMPT]) == 0
     return path
 
 
@@ -65,7 +78,7 @@ def written(page, tokens: int = 60) -> list[int]:
 
 def expected(model, ids: list[int], **options) -> list[int]:
     """ids and the 60 tokens that generate.py writes after them."""
-    options = {"max_new_tokens": 60, "seed": 5} | options
+    options = {"max_new_tokens": 60} | options
     return ids + list(model.stream([ids], config=SampleConfig(**options)))
 
 
@@ -93,11 +106,24 @@ def test_every_cut_at_its_end_leaves_the_likeliest_token(page, model):
         assert written(page) == likeliest, cut
 
 
-def test_the_text_is_shown(page, model):
-    ids = expected(model, model.tokenizer.encode(PROMPT))
+def test_the_text_and_what_is_known_of_the_model_are_shown(page, model):
+    ids = written(page)
     shown = page.text_content("#text").replace(" end of text ", "")
     assert shown.rstrip("\ufffd") == model.tokenizer.decode(ids).rstrip("\ufffd")
-    assert "300 tokens" in page.text_content("#sizes")
+    known = page.text_content("#summary") + page.text_content("#sizes")
+    for fact in ("300 tokens", "int8", "verses.txt", "12,345 tokens", "20 steps", "3.25 nats",
+                 "2.50 bits per byte", f"{model.config.num_params():,} parameters"):
+        assert fact in known, fact
+    batches = page.get_attribute("path.batches", "d")
+    assert batches.count(",") == 20 and page.get_attribute("path.validation", "d").count(",") == 2
+
+
+def test_a_damaged_log_leaves_out_the_curve(run, tmp_path):
+    copy = tmp_path / run.name
+    copy.write_bytes(run.read_bytes())
+    assert html.training(copy)["loss"] == []
+    (tmp_path / "metrics.jsonl").write_text('{"iter": 3, "lo')
+    assert html.training(copy)["evaluations"] == [] and html.training(copy)["step"] == 20
 
 
 def test_the_alternatives_of_a_token_are_the_likeliest(page, model):

@@ -64,19 +64,26 @@ def describe_tokenizer(tokenizer: Tokenizer) -> dict:
 def training(path: Path) -> dict | None:
     """Of the run that wrote a checkpoint: its step, tokens of data, loss curve [[step, loss], ...]
     and evaluations [[step, training loss, validation loss], ...], in nats per token."""
-    if not path.is_file():
+    try:
+        header = checkpoint.load_metadata(path)
+    except checkpoint.CheckpointError:  # GPT-2, or another model in Hugging Face's layout
         return None
-    header = checkpoint.load_metadata(path)
-    log = path.parent / "metrics.jsonl"
-    lines = log.read_text(encoding="utf-8").splitlines() if log.is_file() else []
-    records = [r for line in lines if (r := json.loads(line))["iter"] <= header["iter_num"]]
+    records = [r for r in _records(path.parent / "metrics.jsonl")
+               if r["iter"] <= header["iter_num"]]
     steps = [[r["iter"], round(r["loss"], 4)] for r in records if "loss" in r]
+    evaluations = [r for r in records if "val_loss" in r]
     return {"step": header["iter_num"], "data": header.get("data"),
             "loss": steps[::max(1, len(steps) // CURVE)],
-            "evaluations": [[r["iter"], r["train_loss"], r["val_loss"]] for r in records
-                            if "val_loss" in r],
-            "bits_per_byte": next((r["bits_per_byte"] for r in reversed(records)
-                                   if r.get("bits_per_byte")), None)}
+            "evaluations": [[r["iter"], r["train_loss"], r["val_loss"]] for r in evaluations],
+            "bits_per_byte": evaluations[-1].get("bits_per_byte") if evaluations else None}
+
+
+def _records(log: Path) -> list[dict]:
+    """The lines of a metrics.jsonl, or none where there is no such file or it is damaged."""
+    try:
+        return [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+    except (OSError, ValueError):
+        return []
 
 
 def page(metadata: dict, module: wasm.Module | None = None) -> bytes:
