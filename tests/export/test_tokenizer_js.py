@@ -8,7 +8,7 @@ import pytest
 from browser import node
 
 from tinygpt.data.tokenizer import BPETokenizer, end_of_text, make_tokenizer
-from tinygpt.export.characters import runs_of
+from tinygpt.export.characters import ranges
 from tinygpt.export.html import PAGE, describe_tokenizer
 
 PIECES = [
@@ -72,8 +72,8 @@ def test_ids_and_texts_are_those_of_our_tokenizer(kind, texts, bpe, request):
 
 def test_letters_and_numbers_are_those_that_tiktoken_knows():
     """"a" or "1" merges with the first byte of a character only where both are in one word."""
-    edges = {c + step for name in "LN" for ends in runs_of(name) for c in ends
-             for step in (-1, 0, 1)}
+    edges = {c + step for pattern in (r"\p{L}", r"\p{N}") for ends in ranges(pattern)
+             for c in ends for step in (-1, 0, 1)}
     points = sorted(edges | set(range(0x80, 0x110000, 97)))
     chars = [chr(c) for c in points if c >= 0x80 and not 0xD800 <= c < 0xE000]
     firsts = sorted({c.encode()[:1] for c in chars})

@@ -1,16 +1,15 @@
 """A model as one C file and its weights: `cc -O3 model.c -o model -lm && ./model "ROMEO:"`."""
 
-import sys
 from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
-import tiktoken
 
 from tinygpt.checkpoint import write_atomically
 from tinygpt.config import SampleConfig, kind_of
 from tinygpt.data.tokenizer import BPETokenizer, CharTokenizer, end_of_text
 from tinygpt.export import program
+from tinygpt.export.characters import ranges
 
 HEAD = """/* A GPT of {params:,} weights, which writes text:
  *
@@ -64,7 +63,7 @@ def _tokenizer(tokenizer) -> tuple[dict[str, int], bytes]:
     count = tokenizer.vocab_size - (end is not None)
     tokens = [tokenizer.decode_bytes([i]) for i in range(count)]
     is_bpe = isinstance(tokenizer, BPETokenizer)
-    letters, numbers, spaces = map(_ranges, (r"\p{L}", r"\p{N}", r"\s")) if is_bpe else ([],) * 3
+    letters, numbers, spaces = map(ranges, (r"\p{L}", r"\p{N}", r"\s")) if is_bpe else ([],) * 3
     sizes = dict(TOKENS=count, END_OF_TEXT=-1 if end is None else end, BPE=is_bpe,
                  CHARACTERS=isinstance(tokenizer, CharTokenizer), LETTERS=len(letters),
                  NUMBERS=len(numbers), SPACES=len(spaces))
@@ -72,18 +71,6 @@ def _tokenizer(tokenizer) -> tuple[dict[str, int], bytes]:
                             sorted(range(count), key=tokens.__getitem__),
                             np.array(letters + numbers + spaces).reshape(-1)])
     return sizes, words.astype("<u4").tobytes() + b"".join(tokens)
-
-
-def _ranges(pattern: str) -> list[tuple[int, int]]:
-    """The first and last code points of the ranges of characters that match a pattern in tiktoken,
-    whose Unicode may be newer than Python's."""
-    characters = "".join(chr(i) for i in range(sys.maxunicode + 1) if not 0xD800 <= i < 0xE000)
-    encoding = tiktoken.Encoding("bytes", pat_str=pattern, special_tokens={},
-                                 mergeable_ranks={bytes([b]): b for b in range(256)})
-    found = np.array([ord(c) for c in encoding.decode(encoding.encode_ordinary(characters))])
-    gaps = np.flatnonzero(np.diff(found) > 1)
-    firsts, lasts = found[[0, *(gaps + 1)]], found[[*gaps, -1]]
-    return list(zip(firsts.tolist(), lasts.tolist(), strict=True))
 
 
 def _options() -> str:

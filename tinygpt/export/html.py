@@ -19,7 +19,7 @@ from tinygpt import checkpoint
 from tinygpt.config import SampleConfig
 from tinygpt.data.tokenizer import BPETokenizer, Tokenizer
 from tinygpt.export import program, wasm
-from tinygpt.export.characters import runs_of
+from tinygpt.export.characters import ranges
 
 PAGE = Path(__file__).parent / "page"
 SCRIPTS = ("tokenizer.js", "backends.js", "charts.js", "text.js", "about.js", "page.js")
@@ -55,9 +55,9 @@ def describe_tokenizer(tokenizer: Tokenizer) -> dict:
     regular expression in JavaScript."""
     data = tokenizer.to_json()
     if isinstance(tokenizer, BPETokenizer):
-        for name, category in (("letters", "L"), ("numbers", "N")):
+        for name, pattern in (("letters", r"\p{L}"), ("numbers", r"\p{N}")):
             data[name] = "".join(rf"\u{{{first:x}}}-\u{{{last:x}}}"
-                                 for first, last in runs_of(category))
+                                 for first, last in ranges(pattern))
     return data
 
 
