@@ -315,7 +315,7 @@ def export(config: dict, weights: dict, tokenizer: Tokenizer | None, folder: str
     options of config, if the folder is not empty, or if it cannot be written.
     """
     folder = Path(folder)
-    architecture = ARCHITECTURES[_architecture_of(config)]
+    architecture = ARCHITECTURES[architecture_of(config)]
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise PretrainedError(f"{folder} already exists: name a new folder")
     files = {"config.json": architecture.write(config, tokenizer)} | tokenizer_json.dump(
@@ -343,7 +343,19 @@ def export(config: dict, weights: dict, tokenizer: Tokenizer | None, folder: str
     return folder
 
 
-def _architecture_of(config: dict) -> str:
+def hub_tensors(config: dict, weights: dict) -> Iterator[tuple[str, np.ndarray]]:
+    """Yields the tensors of a model by their names in Hugging Face's layout, one at a time.
+
+    config: the fields of GPTConfig. weights: Tensors by our names. Raises PretrainedError as
+    `architecture_of` does.
+    """
+    architecture = ARCHITECTURES[architecture_of(config)]
+    shapes, sources = _layout(architecture, config, weights)
+    for name, source in zip(shapes, sources, strict=True):
+        yield name, _rows(config, weights, architecture, *source)
+
+
+def architecture_of(config: dict) -> str:
     """The architecture with these options. Raises PretrainedError that names the options of which
     none has all."""
     defaults = {"parallel": False, "qk_norm": False, "sliding_window": None}
