@@ -35,11 +35,17 @@ def _export_html(model: GPT, path: Path, options: "GenerateConfig") -> None:
     html.write(model, path, options.quantize, options.checkpoint, read_prompt(options.prompt))
 
 
+def _export_gguf(model: GPT, path: Path, options: "GenerateConfig") -> None:
+    from tinygpt.export import gguf  # which takes long to import
+
+    gguf.write(model, path, options.quantize or "none")
+
+
 # What writes the file that --export names, by its ending: a function of the model, the path and
 # the options. Another name is that of a folder in Hugging Face's layout.
 EXPORTS: dict[str, Callable[[GPT, Path, "GenerateConfig"], None]] = {
     ".c": lambda model, path, options: c_file.write(model, path, options.quantize),
-    ".html": _export_html}
+    ".html": _export_html, ".gguf": _export_gguf}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +62,7 @@ class GenerateConfig(LoadConfig):
         "a lora.safetensors of a run with --lora_rank, to put on top of --checkpoint")
     quantize: str | None = setting(None,
         "keep the matrices in memory as int8 or fp16 instead of float32; unset: none, but int8 in "
-        "an exported file", choices=("none", *KINDS))
+        "an exported file other than .gguf", choices=("none", *KINDS))
 
     interactive: bool = setting(False,
         "read lines from the keyboard and continue each; Ctrl-C ends a text, Ctrl-D the command",

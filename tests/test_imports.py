@@ -20,7 +20,7 @@ KNOWS = {
     "model": {"kernels", "tinygpt", "data", "inference"},
     "training": {"kernels", "tinygpt", "data", "model"},
     "huggingface": {"kernels", "tinygpt", "data", "model"},
-    "export": {"kernels", "tinygpt", "data", "inference", "model"},
+    "export": {"kernels", "tinygpt", "data", "inference", "model", "huggingface"},
     "gpt": {"kernels", "tinygpt", "data", "inference", "model", "training", "huggingface"},
 }
 SOURCES = {str(path.relative_to(ROOT).with_suffix("")).replace("/", ".").removesuffix(".__init__"):

@@ -37,6 +37,8 @@ def of_transformers(path):
     from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
     config = transformers.AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+    if config.model_type == "gpt2":  # what it does not read of one
+        config.n_positions, config.n_inner = 16, 80
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
     weights = load_gguf_checkpoint(path, return_tensors=True, model_to_load=model)["tensors"]
     missing, unexpected = model.load_state_dict(weights, strict=False)
