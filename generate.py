@@ -24,6 +24,7 @@ from tinygpt.data.tokenizer import StreamDecoder, up_to_end
 from tinygpt.export import c_file, html
 from tinygpt.flags import parse_flags, read_file
 from tinygpt.huggingface.pretrained import tokenizer_needed
+from tinygpt.inference.stop import StopFilter
 from tinygpt.model import lora
 from tinygpt.model.quantize import KINDS
 from tinygpt.training.signals import pending_signals
@@ -78,6 +79,14 @@ class GenerateConfig(LoadConfig):
         "instead of generating text, write the model into this new folder, in the layout of GPT-2 "
         "or Llama in transformers, or by its ending into a new file: " + ", ".join(EXPORTS))
 
+    serve: bool = setting(False,
+        "answer OpenAI's /v1/completions, and show a page at /; a request has the sampling flags "
+        "as its defaults")
+    host: str = setting("127.0.0.1", "address to serve at; 0.0.0.0: other machines are served too",
+        needs=("--serve", lambda c: c.serve))
+    port: int = setting(8000, "port to serve at; 0: any that is free", low=0, high=65535,
+        needs=("--serve", lambda c: c.serve))
+
     def __post_init__(self):
         check(self)
         if self.exports_folder and self.quantize not in (None, "none"):
@@ -93,7 +102,18 @@ class GenerateConfig(LoadConfig):
         return self.export is not None and Path(self.export).suffix not in EXPORTS
 
 
-EXPORTING = {"export", "checkpoint", "lora", "quantize", *(f.name for f in fields(LoadConfig))}
+SETTINGS = {f.name for cls in (GenerateConfig, SampleConfig) for f in fields(cls)}
+LOADING = {"checkpoint", "lora", "quantize", *(f.name for f in fields(LoadConfig))}
+SERVING = LOADING | {f.name for f in fields(SampleConfig)} - {"seed", "max_new_tokens"} | {
+    "serve", "host", "port", "prompt"}
+
+
+def flags_with_effect(options: GenerateConfig) -> set[str]:
+    if options.serve:
+        return SERVING
+    if options.export is None:
+        return SETTINGS
+    return LOADING | {"export"} | ({"prompt"} if options.export.endswith(".html") else set())
 
 
 def read_prompt(prompt: str) -> str:
@@ -106,30 +126,6 @@ def read_prompt(prompt: str) -> str:
         return sys.stdin.buffer.read().decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"standard input cannot be read as UTF-8 text ({error})") from error
-
-
-class StopFilter:
-    """Passes text through until one of the stop strings is complete, without that string."""
-
-    def __init__(self, stops: Sequence[str]):
-        self.stops, self.stopped = stops, False
-        self._held = ""  # may be the beginning of a stop string
-
-    def push(self, text: str) -> str:
-        if self.stopped:
-            return ""
-        text = self._held + text
-        found = [(at + len(stop), at) for stop in self.stops if (at := text.find(stop)) >= 0]
-        if found:
-            self.stopped, self._held = True, ""
-            return text[:min(found)[1]]
-        kept = max((n for stop in self.stops for n in range(1, min(len(stop), len(text) + 1))
-                    if text.endswith(stop[:n])), default=0)
-        self._held = text[len(text) - kept:]
-        return text[:len(text) - kept]
-
-    def finish(self) -> str:
-        return self._held
 
 
 def pieces_of(model: GPT, tokens: Iterable[int], stop: Sequence[str]) -> Iterator[str]:
@@ -302,6 +298,23 @@ def export(model: GPT, options: GenerateConfig) -> None:
         EXPORTS[path.suffix](model, path, options)
 
 
+def serve(model: GPT, path: str, options: GenerateConfig, config: SampleConfig) -> None:
+    """Answers requests until Ctrl-C, and finishes those that have been accepted."""
+    from tinygpt.export import server  # which takes long to import
+
+    if model.kind != "gpt":
+        raise ValueError(f"{path} is a {model.kind} model, which is not served: name a GPT")
+    about = html.describe(model, path, read_prompt(options.prompt),
+                          replace(config, max_new_tokens=html.TOKENS))
+    service = server.Service(model, about["name"], html.page(about), config)
+    listening = server.listen(options.host, options.port)
+    print(f"{path}, {device.describe()}\nserving {about['name']} at http://{options.host}:"
+          f"{listening.getsockname()[1]}; Ctrl-C ends it", file=sys.stderr, flush=True)
+    with pending_signals(message="\nfinishing what was asked for; again to stop at once\n"
+                         ) as pending:
+        server.serve(service, listening, options.host, pending)
+
+
 def run(options: GenerateConfig, config: SampleConfig) -> None:
     if sys.stdin is None and (options.interactive or options.prompt == "-"):
         raise ValueError("standard input is closed: give the text as --prompt")
@@ -320,6 +333,8 @@ def run(options: GenerateConfig, config: SampleConfig) -> None:
         return
     if options.quantize not in (None, "none"):
         model.quantize(options.quantize)
+    if options.serve:
+        return serve(model, str(path), options, config)
     prompt = read_prompt(options.prompt)
     try:
         ids = model.tokenizer.encode(prompt)
@@ -351,10 +366,9 @@ def main(argv: list[str] | None = None) -> int:
         flags = parse_flags({"generate": GenerateConfig, "sample": SampleConfig},
                             sys.argv[1:] if argv is None else argv, __doc__)
         options = flags["generate"]
-        used = EXPORTING | ({"prompt"} if str(options.export).endswith(".html") else set())
-        if options.export is not None and (unused := sorted(flags.typed - used)):
-            raise ValueError(f"--{unused[0]} has no effect on --export, which writes no text: "
-                             "leave one of them out")
+        if unused := sorted(flags.typed - flags_with_effect(options)):
+            mode = "serve" if options.serve else "export"
+            raise ValueError(f"--{unused[0]} has no effect on --{mode}: leave one of them out")
         run(options, flags["sample"])
     except command.FAILURES as error:
         return command.report("generate.py", error, "ask for fewer --num_samples or "

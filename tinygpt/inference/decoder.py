@@ -34,9 +34,9 @@ class Decoders:
     def __reduce__(self):
         return Decoders, ()  # a copy of the model begins with none
 
-    def run(self, model, prompts: list[np.ndarray], config: SampleConfig) -> Iterator[np.ndarray]:
-        """Yields the tokens (B,) int32 that follow B prompts, each (T,) int32 with its own T,
-        max_new_tokens times."""
+    def run(self, model, prompts: list[np.ndarray], config: SampleConfig) -> Iterator["Drawn"]:
+        """Yields the tokens that follow B prompts, each (T,) int32 with its own T, max_new_tokens
+        times."""
         decoder = self._take(model, Needs.of(model, prompts, config))
         with suppress(GeneratorExit):  # the caller stopped reading
             yield from decoder.run(prompts, config)
@@ -54,6 +54,14 @@ class Decoders:
                 decoder.model = model
                 return decoder
         return Decoder(model, needs)
+
+
+class Drawn(NamedTuple):
+    """The tokens (B,) int32 that a step has drawn, and the logits (B, V) float32 of the model, which
+    the next step overwrites."""
+
+    tokens: np.ndarray
+    logits: Tensor
 
 
 class Needs(NamedTuple):
@@ -104,8 +112,8 @@ class Decoder:
         self.cache = model._new_cache(B, self.start)
         self.chunk, self.parts, self.steps = chunk, [], {}
 
-    def run(self, prompts: list[np.ndarray], config: SampleConfig) -> Iterator[np.ndarray]:
-        """Yields the tokens (B,) int32 that follow the prompts, max_new_tokens times."""
+    def run(self, prompts: list[np.ndarray], config: SampleConfig) -> Iterator[Drawn]:
+        """Yields the tokens that follow the prompts, max_new_tokens times."""
         self._follow_model()
         self.parameters.set(config)
         self._mark_seen(prompts)
@@ -124,10 +132,10 @@ class Decoder:
                 device.write(self.start, start)
             device.write(self.key, np.concatenate([make_key(config.seed, length + new)
                                                    for length in lengths]))
-            tokens = self._next(window, cached)
+            drawn = self._next(window, cached)
             cached = window.shape[1]
-            window = np.concatenate([window, tokens[:, None]], axis=1)
-            yield tokens
+            window = np.concatenate([window, drawn.tokens[:, None]], axis=1)
+            yield drawn
 
     def _follow_model(self) -> None:
         """Drops the steps where the model has other weights or layers than they were compiled with.
@@ -144,8 +152,8 @@ class Decoder:
                 row[ids[ids < self.needs.vocab_size]] = True
             device.write(self.seen, seen)
 
-    def _next(self, window: np.ndarray, cached: int) -> np.ndarray:
-        """The tokens (B,) after window (B, n), the first `cached` columns of which are cached."""
+    def _next(self, window: np.ndarray, cached: int) -> Drawn:
+        """What is drawn after window (B, n), the first `cached` columns of which are cached."""
         n = window.shape[1]
         if n - cached == 1 and n > 1:
             return self._call(window[:, -1:], n - 1, row=0)
@@ -157,7 +165,7 @@ class Decoder:
         padded[:, :n - begin] = window[:, begin:]
         return self._call(padded, begin, row=n - begin - 1)
 
-    def _call(self, tokens: np.ndarray, start_pos: int, row: int) -> np.ndarray:
+    def _call(self, tokens: np.ndarray, start_pos: int, row: int) -> Drawn:
         T, last = tokens.shape[1], self.block_size - tokens.shape[1]
         device.write(self.tokens[T], tokens)
         where = UOp.variable("start_pos", 0, last).bind(start_pos) if last else 0
@@ -165,13 +173,15 @@ class Decoder:
         if T not in self.steps:
             self._follow_model()  # the weights may have been replaced since the text began
             self.steps[T] = compiled(self._step)
-        return device.read(self.steps[T](self.tokens[T], where, which))
+        drawn, logits = self.steps[T](self.tokens[T], where, which)
+        return Drawn(device.read(drawn), logits)
 
-    def _step(self, tokens: Tensor, start_pos: UOp | int, row: UOp | int) -> Tensor:
-        """Draws the tokens (B,) int32 after `row` of tokens (B, T)."""
+    def _step(self, tokens: Tensor, start_pos: UOp | int, row: UOp | int
+              ) -> tuple[Tensor, Tensor]:
+        """Draws the tokens (B,) int32 after `row` of tokens (B, T); returns the logits too."""
         logits = self.model._next_logits(tokens, self.cache, start_pos, row)  # (B, V)
-        logits = logits[:, :self.needs.vocab_size].to(self.seen.device)
-        return sample(logits, self.seen, self.key, self.parameters).realize()
+        logits = kernels.stored(logits[:, :self.needs.vocab_size].to(self.seen.device)).realize()
+        return sample(logits, self.seen, self.key, self.parameters).realize(), logits
 
 
 def aligned(prompts: list[np.ndarray], length: int) -> tuple[np.ndarray, np.ndarray]:

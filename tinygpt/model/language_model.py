@@ -11,7 +11,7 @@ from tinygrad import Tensor, UOp
 from tinygpt import checkpoint, device
 from tinygpt.config import SampleConfig
 from tinygpt.data.tokenizer import Tokenizer
-from tinygpt.inference.decoder import Decoders
+from tinygpt.inference.decoder import Decoders, Drawn
 from tinygpt.kernels.jit import is_capturing
 from tinygpt.model import lora
 from tinygpt.model.quantize import quantize
@@ -94,8 +94,8 @@ class LanguageModel:
             raise ValueError(f"max_new_tokens={config.max_new_tokens} makes {total} tokens in all, "
                              f"above {MOST_TOKENS}: choose fewer, or take them from stream")
         new = np.empty((len(prompts), config.max_new_tokens), np.int32)
-        for i, tokens in enumerate(self._decoders.run(self, prompts, config)):
-            new[:, i] = tokens
+        for i, drawn in enumerate(self._decoders.run(self, prompts, config)):
+            new[:, i] = drawn.tokens
         rows = [np.concatenate(pair) for pair in zip(prompts, new, strict=True)]
         if len(set(map(len, prompts))) > 1:
             return [row.tolist() for row in rows]
@@ -112,7 +112,17 @@ class LanguageModel:
         prompts = self._check_ids(idx, flat=True)
         if len(prompts) != 1:
             raise ValueError(f"stream takes one sequence, not {len(prompts)}: use generate")
-        return (int(t[0]) for t in self._decoders.run(self, prompts, config))
+        return (int(drawn.tokens[0]) for drawn in self._decoders.run(self, prompts, config))
+
+    def stream_batch(self, idx, max_new_tokens: int | None = None, *,
+                     config: SampleConfig | None = None, **options) -> Iterator[Drawn]:
+        """Yields, step by step, what `generate` appends to the rows of idx: the tokens (B,) int32,
+        and the logits (B, V) float32 of the model, to be read before the next step.
+
+        Raises ValueError as `generate` does, except for long texts.
+        """
+        config = _sample_config(max_new_tokens, config, options)
+        return self._decoders.run(self, self._check_ids(idx), config)
 
     def free_decoders(self) -> None:
         """Frees the caches and compiled steps of `generate` and `stream`, and the memory of
