@@ -57,8 +57,8 @@ class Decoders:
 
 
 class Drawn(NamedTuple):
-    """The tokens (B,) int32 that a step has drawn, and the logits (B, V) float32 of the model, which
-    the next step overwrites."""
+    """The tokens (B,) int32 that a step has drawn, and the model's logits (B, V) float32, which the
+    next step overwrites."""
 
     tokens: np.ndarray
     logits: Tensor
