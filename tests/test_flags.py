@@ -125,8 +125,11 @@ def test_training_reads_every_setting(tmp_path, text_file, monkeypatch, read):
     assert not unread(read, "train")
 
 
-def test_generating_reads_every_setting(saved, read):
+def test_generating_reads_every_setting(saved, read, monkeypatch):
     assert generate.main(["--max_new_tokens=10"]) == 0
+    assert unread(read, "generate") == {"GenerateConfig": {"host", "port"}}
+    monkeypatch.setattr("tinygpt.export.server.serve", lambda *args: None)
+    assert generate.main(["--serve", "--port=0"]) == 0
     assert not unread(read, "generate")
 
 

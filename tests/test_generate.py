@@ -8,11 +8,10 @@ import select
 import signal
 import sys
 
-import numpy as np
 import pytest
 from conftest import ROOT
 
-from generate import StopFilter, converse, pieces_of, read_prompt, statistics
+from generate import converse, pieces_of, read_prompt, statistics
 from gpt import GPT, GPTConfig, SampleConfig
 from tinygpt.data.tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer
 from tinygpt.training.optim import EMA
@@ -109,23 +108,6 @@ def test_only_ids_that_the_tokenizer_has_are_drawn(command, tmp_path):
 def test_without_a_checkpoint_the_message_names_what_to_do(command):
     done = command("generate.py")
     assert done.returncode == 2 and "run train.py first" in done.stderr
-
-
-@pytest.mark.parametrize("seed", range(40))
-def test_a_stop_string_is_found_wherever_pieces_break(seed):
-    """Of several the one that is complete first, and of those the longest."""
-    rng = np.random.default_rng(seed)
-    text = "".join(rng.choice(list("ab"), 40))
-    stops = ["".join(rng.choice(list("ab"), rng.integers(1, 7))) for _ in range(seed % 4)]
-    ends = ((n, stop) for n in range(len(text) + 1) for stop in sorted(stops, key=len)[::-1]
-            if text[:n].endswith(stop))
-    n, stop = next(ends, (len(text), ""))
-    until, out, rest = StopFilter(stops), "", text
-    while rest:
-        size = int(rng.integers(1, 4))
-        out, rest = out + until.push(rest[:size]), rest[size:]
-    out += until.finish()
-    assert out == text[:n - len(stop)] and until.stopped == bool(stop)
 
 
 def test_samples_as_json_lines_and_in_files(command, saved, tmp_path):

@@ -374,6 +374,20 @@ def test_generate_and_stream_have_the_defaults_of_the_config():
     assert list(model.stream(PROMPT)) == expected.tolist()[0][3:]
 
 
+@pytest.mark.parametrize("options", [{}, dict(repetition_penalty=1.5, temperature=0)], ids=str)
+def test_a_batch_is_streamed_with_the_models_logits(options):
+    model = small()
+    model.tokenizer = CharTokenizer("".join(map(chr, range(40))))  # of a vocabulary of 61
+    rows = [[5, 1, 7], [3, 2]]
+    whole = model.generate(rows, 5, **options)
+    for drawn in model.stream_batch(rows, 5, **options):
+        for row, token, logits in zip(rows, drawn.tokens, drawn.logits.numpy(), strict=True):
+            right = model(Tensor([row])).numpy()[0, -1, :40]
+            np.testing.assert_allclose(logits, right, atol=1e-4)
+            row.append(int(token))
+    assert rows == whole
+
+
 def test_a_stream_takes_one_row_and_its_options_once():
     model = small()
     with pytest.raises(ValueError, match="one sequence, not 2"):

@@ -11,6 +11,7 @@ from tinygpt.export.schedule import Ask, Piece
 
 MOST_NEW = 1 << 15
 MOST_PROMPTS = 64
+MOST_PROMPT_TOKENS = 1 << 16
 MOST_STOPS = 16
 MOST_LIKELIEST = 20
 # parameters of OpenAI's that have no effect here, and the values that ask for none
@@ -131,9 +132,13 @@ def _prompts(prompt: object, tokenizer: Tokenizer, vocab_size: int) -> list[list
         raise RequestError(f"there are {len(prompts)} prompts: send at most {MOST_PROMPTS}",
                            param="prompt")
     try:
-        return [_ids(p, tokenizer, vocab_size) for p in prompts]
+        ids = [_ids(p, tokenizer, vocab_size) for p in prompts]
     except ValueError as error:
         raise RequestError(str(error), param="prompt") from error
+    if (count := sum(map(len, ids))) > MOST_PROMPT_TOKENS:
+        raise RequestError(f"the prompt has {count:,} tokens: send at most {MOST_PROMPT_TOKENS:,}",
+                           param="prompt", code="context_length_exceeded")
+    return ids
 
 
 def _ids(prompt: object, tokenizer: Tokenizer, vocab_size: int) -> list[int]:
