@@ -1,4 +1,4 @@
-"""Which asks share a batch, whose turn it is, and what each is told."""
+"""Which jobs share a batch, whose turn it is, and what each is answered."""
 
 import itertools
 
@@ -9,12 +9,12 @@ from tinygrad import Tensor
 from gpt import SampleConfig
 from tinygpt.data.tokenizer import BPETokenizer, ByteTokenizer
 from tinygpt.export import schedule
-from tinygpt.export.schedule import MOST_WAITING, PLACES, Ask, Scheduler
+from tinygpt.export.schedule import MOST_WAITING, PLACES, Job, Scheduler
 from tinygpt.inference.decoder import Drawn
 
 
 class Model:
-    """Continues every row with the bytes of `text`, and tells which batches it wrote."""
+    """Continues every row with the bytes of `text`, and records which batches it wrote."""
 
     def __init__(self, text: bytes = b"abcdefgh", tokenizer=None):
         self.text, self.tokenizer = text, tokenizer or ByteTokenizer()
@@ -32,13 +32,13 @@ class Model:
 
 
 class Reader:
-    """An ask, and the pieces that answer it."""
+    """A job, and the pieces that answer it."""
 
     def __init__(self, prompt: str, count: int = 1, new: int = 4, stop=(), alone=False,
                  likeliest=None, **sampling):
         self.pieces = []
         config = SampleConfig(max_new_tokens=new, **sampling)
-        self.ask = Ask(prompt=list(prompt.encode()), count=count, first=0, config=config, stop=stop,
+        self.job = Job(prompt=list(prompt.encode()), count=count, first=0, config=config, stop=stop,
                        alone=alone, likeliest=likeliest, send=self.pieces.append)
 
     def text(self, index: int = 0) -> str:
@@ -51,7 +51,7 @@ class Reader:
 
 def run(model, *readers, most_rows: int = 8) -> Scheduler:
     scheduler = Scheduler(model, most_rows)
-    assert all(scheduler.submit([reader.ask]) for reader in readers)
+    assert all(scheduler.submit([reader.job]) for reader in readers)
     for _ in range(100):
         scheduler.work(0)
     return scheduler
@@ -65,7 +65,7 @@ def test_what_waits_and_fits_is_one_batch_of_a_power_of_two():
     assert model.batches == [["a", "b", "d", "d", "d", "f", "f", "f"], ["c"], ["e"]]
     assert [reader.text() for reader in readers] == ["abcd", "ab"] + 4 * ["abcd"]
     assert [readers[3].text(i) for i in range(3)] == 3 * ["abcd"]
-    assert all(r.finish == r.ask.count * ["length"] for r in readers)
+    assert all(r.finish == r.job.count * ["length"] for r in readers)
     model = Model()
     run(model, *(Reader(letter) for letter in "abcdefg"), most_rows=3)
     assert model.batches == [["a", "b", "c"], ["d", "e", "f"], ["g"]]
@@ -85,24 +85,24 @@ def test_who_leaves_frees_the_place():
     readers = [Reader(str(i), new=1000, alone=True) for i in range(PLACES + 2)]
     scheduler = Scheduler(model, 8)
     for reader in readers:
-        scheduler.submit([reader.ask])
+        scheduler.submit([reader.job])
     scheduler.work(0)
-    scheduler.leave([readers[0].ask, readers[PLACES].ask])  # one is written, one waits
+    scheduler.leave([readers[0].job, readers[PLACES].job])  # one is written, one waits
     scheduler.work(0)
     scheduler.work(0)
     assert model.turns[-PLACES:] == ["1", "2", "3", str(PLACES + 1)]
     assert len(readers[0].text()) == 1 and readers[PLACES].text() == ""
-    scheduler.leave([reader.ask for reader in readers])
+    scheduler.leave([reader.job for reader in readers])
     scheduler.work(0)
     assert model.turns == model.turns[:3 * PLACES]
 
 
 def test_too_many_have_to_wait_elsewhere():
     scheduler = Scheduler(Model(), 8)
-    assert scheduler.submit([Reader("a", 8).ask for _ in range(MOST_WAITING // 8)])
-    assert not scheduler.submit([Reader("a").ask])
+    assert scheduler.submit([Reader("a", 8).job for _ in range(MOST_WAITING // 8)])
+    assert not scheduler.submit([Reader("a").job])
     scheduler.work(0)
-    assert scheduler.submit([Reader("a").ask])
+    assert scheduler.submit([Reader("a").job])
 
 
 @pytest.mark.parametrize(("stop", "text", "finish"), [
@@ -137,7 +137,7 @@ def test_no_tokens_may_be_asked_for():
     assert model.turns == [] and reader.finish == ["length", "length"] and reader.text() == ""
 
 
-def test_an_error_of_the_model_is_told_and_the_others_are_written(monkeypatch):
+def test_an_error_of_the_model_ends_its_batch_alone(monkeypatch):
     model = Model()
     draw = model.steps
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields, replace
 
 from tinygpt.config import SampleConfig, check_value, setting
 from tinygpt.data.tokenizer import END_OF_TEXT, Tokenizer, end_of_text
-from tinygpt.export.schedule import Ask, Piece
+from tinygpt.export.schedule import Job, Piece
 
 MOST_NEW = 1 << 15
 MOST_PROMPTS = 64
@@ -39,7 +39,7 @@ class Options:
     max_tokens: int = setting(16, "tokens to write for each choice", low=0, high=MOST_NEW)
     n: int = setting(1, "choices for each prompt", low=1)
     stop: tuple[str, ...] = setting((), "end before one of these strings")
-    logprobs: int | None = setting(None, "likeliest tokens to tell in each place", low=0,
+    logprobs: int | None = setting(None, "likeliest tokens to report in each place", low=0,
         high=MOST_LIKELIEST)
     echo: bool = setting(False, "begin the text with the prompt")
     stream: bool = setting(False, "answer with events while the text is written")
@@ -57,10 +57,10 @@ class Completion:
     has_seed: bool
     include_usage: bool
 
-    def asks(self, send: Callable[[Piece | Exception], None]) -> list[Ask]:
-        """An ask for each prompt, with its choices."""
+    def jobs(self, send: Callable[[Piece | Exception], None]) -> list[Job]:
+        """A job for each prompt, with its choices."""
         o = self.options
-        return [Ask(prompt=prompt, count=o.n, first=i * o.n, config=self.sample, stop=o.stop,
+        return [Job(prompt=prompt, count=o.n, first=i * o.n, config=self.sample, stop=o.stop,
                     alone=self.has_seed, likeliest=o.logprobs, send=send)
                 for i, prompt in enumerate(self.prompts)]
 

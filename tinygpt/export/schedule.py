@@ -1,4 +1,4 @@
-"""Who writes when: requests wait in a queue, are written in batches, and batches take turns."""
+"""The order of work: jobs wait in a queue and share batches, which take turns."""
 
 import threading
 from collections import deque
@@ -28,9 +28,9 @@ class Token(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """What a step adds to one continuation of a request; finish is "stop" or "length" in the last.
+    """What a step adds to one continuation of a job; finish is "stop" or "length" in the last.
 
-    drawn counts the tokens up to here, also those whose text is held back."""
+    drawn is the number of tokens so far, with those whose text is held back."""
 
     index: int
     text: str
@@ -40,13 +40,13 @@ class Piece(NamedTuple):
 
 
 @dataclass(eq=False, kw_only=True)
-class Ask:
+class Job:
     """A prompt, of token ids, to be continued `count` times.
 
-    Their numbers begin at `first`. alone: a batch of its own, so that the seed decides the text.
-    likeliest: how many likely tokens to tell in each place; None: not even the log-probability of
-    the drawn one. send takes each Piece, or the error that ended the batch; it is called by the
-    thread that computes.
+    The continuations are numbered from `first` on. alone: has a batch of its own, so that the seed
+    decides the text. likeliest: how many of the likeliest tokens to report in each place; with None
+    the log-probability of the drawn token is not reported either. send takes each Piece, or the
+    error that ended the batch, and is called by the thread that computes.
     """
 
     prompt: list[int]
@@ -59,28 +59,28 @@ class Ask:
     send: Callable[[Piece | Exception], None]
     left: bool = False  # nobody waits for it any more
 
-    def fits(self, other: "Ask") -> bool:
+    def fits(self, other: "Job") -> bool:
         """Whether both can be in one batch."""
-        def shared(ask: Ask) -> SampleConfig:
-            return replace(ask.config, max_new_tokens=0, seed=0)
+        def shared(job: Job) -> SampleConfig:
+            return replace(job.config, max_new_tokens=0, seed=0)
         return not self.alone and not other.alone and shared(self) == shared(other)
 
 
 class Continuation:
     """One continuation while it is written."""
 
-    def __init__(self, ask: Ask, index: int, tokenizer: Tokenizer):
-        self.ask, self.index, self.finish = ask, index, None
+    def __init__(self, job: Job, index: int, tokenizer: Tokenizer):
+        self.job, self.index, self.finish = job, index, None
         self._end = end_of_text(tokenizer)
-        self._decoder, self._until = StreamDecoder(tokenizer), StopFilter(ask.stop)
+        self._decoder, self._until = StreamDecoder(tokenizer), StopFilter(job.stop)
         self._drawn = self._decoded = self._sent = 0  # tokens, characters, characters
         self._held: list[Token] = []
-        if ask.config.max_new_tokens == 0:
+        if job.config.max_new_tokens == 0:
             self._send("", "length")
 
     @property
     def is_open(self) -> bool:
-        return self.finish is None and not self.ask.left
+        return self.finish is None and not self.job.left
 
     def push(self, token: int, logits: np.ndarray | None) -> None:
         """Sends what the next token adds; logits (V,) if its log-probability is asked for."""
@@ -89,12 +89,12 @@ class Continuation:
             return self._close("stop")
         text = self._decoder.push(token)
         self._held.append(Token(token, self._decoded, *(
-            () if logits is None else logprobs(token, logits, self.ask.likeliest))))
+            () if logits is None else logprobs(token, logits, self.job.likeliest))))
         self._decoded += len(text)
         text = self._until.push(text)
         if self._until.stopped:
             return self._send(text, "stop")
-        if self._drawn == self.ask.config.max_new_tokens:
+        if self._drawn == self.job.config.max_new_tokens:
             return self._close("length", text)
         return self._send(text)
 
@@ -112,20 +112,20 @@ class Continuation:
         whole = self._sent == self._decoded
         ready = [token for token in self._held if whole or token.offset < self._sent]
         self._held, self.finish = self._held[len(ready):], finish
-        self.ask.send(Piece(self.ask.first + self.index, text, ready, self._drawn, finish))
+        self.job.send(Piece(self.job.first + self.index, text, ready, self._drawn, finish))
 
 
 class Batch:
-    """Continuations that are written together, each as a row of one batch."""
+    """Jobs that are written together; each continuation is a row. padding: rows without one."""
 
-    def __init__(self, model, asks: list[Ask], padding: int):
-        self.asks = asks
-        self.rows = [Continuation(ask, index, model.tokenizer)
-                     for ask in asks for index in range(ask.count)]
-        prompts = [row.ask.prompt for row in self.rows]
-        longest = max(ask.config.max_new_tokens for ask in asks)
+    def __init__(self, model, jobs: list[Job], padding: int):
+        self.jobs = jobs
+        self.rows = [Continuation(job, index, model.tokenizer)
+                     for job in jobs for index in range(job.count)]
+        prompts = [row.job.prompt for row in self.rows]
+        longest = max(job.config.max_new_tokens for job in jobs)
         self._steps = model.stream_batch(prompts + padding * prompts[-1:], config=replace(
-            asks[0].config, max_new_tokens=longest))
+            jobs[0].config, max_new_tokens=longest))
 
     @property
     def is_open(self) -> bool:
@@ -135,19 +135,19 @@ class Batch:
         """Draws a token for each row."""
         drawn = next(self._steps)
         logits = None
-        if any(ask.likeliest is not None for ask in self.asks):
+        if any(job.likeliest is not None for job in self.jobs):
             logits = device.read(drawn.logits)  # (B, V)
         for i, row in enumerate(self.rows):
             if row.is_open:
-                wanted = row.ask.likeliest is not None
+                wanted = row.job.likeliest is not None
                 row.push(int(drawn.tokens[i]), logits[i] if wanted else None)
 
     def close(self) -> None:
         self._steps.close()
 
     def fail(self, error: Exception) -> None:
-        for ask in self.asks:
-            ask.send(error)
+        for job in self.jobs:
+            job.send(error)
 
 
 def logprobs(token: int, logits: np.ndarray, count: int) -> tuple[float, list[tuple[int, float]]]:
@@ -159,62 +159,61 @@ def logprobs(token: int, logits: np.ndarray, count: int) -> tuple[float, list[tu
 
 
 class Scheduler:
-    """A queue before the model. One thread calls `work` in a loop, which computes; the others may
-    be called by any thread.
+    """A queue before the model. One thread calls `work` in a loop, which computes; any thread may
+    call the other methods.
 
-    An ask that nobody else can share a batch with is a batch; other asks share one with all that
-    wait and fit, up to `most_rows` continuations. PLACES batches take turns, and the asks that wait
-    get the next free place in the order in which they came.
+    Jobs that wait and fit share a batch, up to `most_rows` continuations. PLACES batches take
+    turns, and the next free place goes to the job that has waited longest.
     """
 
     def __init__(self, model, most_rows: int):
         self.model, self.most_rows = model, most_rows
-        self._waiting: deque[Ask] = deque()
+        self._waiting: deque[Job] = deque()
         self._batches: list[Batch] = []
         self._changed = threading.Condition()
 
-    def submit(self, asks: list[Ask]) -> bool:
-        """Puts asks into the queue; False, with nothing changed, where it is too long for them."""
+    def submit(self, jobs: list[Job]) -> bool:
+        """Puts jobs into the queue; False, with nothing changed, where it is too long for them."""
         with self._changed:
-            if sum(ask.count for ask in [*self._waiting, *asks]) > MOST_WAITING:
+            if sum(job.count for job in [*self._waiting, *jobs]) > MOST_WAITING:
                 return False
-            self._waiting.extend(asks)
+            self._waiting.extend(jobs)
             self._changed.notify()
             return True
 
-    def leave(self, asks: list[Ask]) -> None:
-        """Frees the places of asks, finished or not."""
+    def leave(self, jobs: list[Job]) -> None:
+        """Frees the places of jobs, finished or not."""
         with self._changed:
-            for ask in asks:
-                ask.left = True
-            self._waiting = deque(ask for ask in self._waiting if not ask.left)
+            for job in jobs:
+                job.left = True
+            self._waiting = deque(job for job in self._waiting if not job.left)
 
     def work(self, seconds: float) -> None:
-        """Draws the next token of every batch; waits for an ask, so long at most, if there is none.
+        """Draws the next token of every batch; waits for a job, so long at most, if there is none.
         """
         with self._changed:
             if not self._batches and not self._waiting:
                 self._changed.wait(seconds)
             together = [self._take() for _ in range(len(self._batches), PLACES) if self._waiting]
-        for asks in together:
-            self._batches.append(Batch(self.model, asks, self._padding(asks)))
+        for jobs in together:
+            self._batches.append(Batch(self.model, jobs, self._padding(jobs)))
         self._batches = [batch for batch in self._batches if self._step(batch)]
 
-    def _take(self) -> list[Ask]:
-        """The ask that has waited longest, with those that fit into its batch."""
-        asks = [self._waiting.popleft()]
-        for ask in list(self._waiting):
-            if asks[0].fits(ask) and sum(a.count for a in [*asks, ask]) <= self.most_rows:
-                asks.append(ask)
-                self._waiting.remove(ask)
-        return asks
+    def _take(self) -> list[Job]:
+        """The job that has waited longest, with those that fit into its batch."""
+        jobs = [self._waiting.popleft()]
+        for job in list(self._waiting):
+            if jobs[0].fits(job) and sum(a.count for a in [*jobs, job]) <= self.most_rows:
+                jobs.append(job)
+                self._waiting.remove(job)
+        return jobs
 
-    def _padding(self, asks: list[Ask]) -> int:
+    def _padding(self, jobs: list[Job]) -> int:
         """Rows to add, so that batches have few sizes: each is compiled. None are added where the
         seed decides, since sums are rounded otherwise in a larger batch."""
-        rows = sum(ask.count for ask in asks)
+        rows = sum(job.count for job in jobs)
         power = 1 << (rows - 1).bit_length()
-        return 0 if asks[0].alone else min(power, self.most_rows) - rows
+        return 0 if jobs[0].alone else min(power, self.most_rows) - rows
 
     def _step(self, batch: Batch) -> bool:
         """Continues a batch; returns whether anything is left to write in it."""

@@ -95,9 +95,9 @@ class Writing:
     def __init__(self, scheduler: Scheduler, completion: Completion):
         loop, self._pieces = asyncio.get_running_loop(), asyncio.Queue()
         self._scheduler = scheduler
-        self._asks = completion.asks(
+        self._jobs = completion.jobs(
             lambda piece: loop.call_soon_threadsafe(self._pieces.put_nowait, piece))
-        if not scheduler.submit(self._asks):
+        if not scheduler.submit(self._jobs):
             raise RequestError("too many requests are waiting: try again later", status=429,
                                code="rate_limit_exceeded")
 
@@ -105,7 +105,7 @@ class Writing:
         return self
 
     def __exit__(self, *_) -> None:
-        self._scheduler.leave(self._asks)
+        self._scheduler.leave(self._jobs)
 
     async def next_piece(self) -> Piece:
         """Raises RequestError where the model failed."""
