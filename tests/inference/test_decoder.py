@@ -379,13 +379,14 @@ def test_a_batch_is_streamed_with_the_models_logits(options):
     model = small()
     model.tokenizer = CharTokenizer("".join(map(chr, range(40))))  # of a vocabulary of 61
     rows = [[5, 1, 7], [3, 2]]
+    steps = [(drawn.tokens, drawn.logits.numpy())
+             for drawn in model.stream_batch(rows, 5, **options)]
+    tokens, logits = map(np.array, zip(*steps, strict=True))  # (5, 2), (5, 2, 40)
     whole = model.generate(rows, 5, **options)
-    for drawn in model.stream_batch(rows, 5, **options):
-        for row, token, logits in zip(rows, drawn.tokens, drawn.logits.numpy(), strict=True):
-            right = model(Tensor([row])).numpy()[0, -1, :40]
-            np.testing.assert_allclose(logits, right, atol=1e-4)
-            row.append(int(token))
-    assert rows == whole
+    for i, (row, text) in enumerate(zip(rows, whole, strict=True)):
+        assert text == row + tokens[:, i].tolist()
+        right = model(Tensor([text])).numpy()[0, len(row) - 1:-1, :40]
+        np.testing.assert_allclose(logits[:, i], right, atol=1e-4)
 
 
 def test_a_stream_takes_one_row_and_its_options_once():
