@@ -86,7 +86,8 @@ def test_the_metadata_has_the_sizes(tmp_path, rng):
     found = contents(gguf.write(model_of(rng, **LLAMA), tmp_path / "m.gguf", "int8"))
     expected = {"context_length": 16, "embedding_length": 32, "block_count": 2, "vocab_size": 260,
                 "feed_forward_length": 88, "attention.head_count": 4,
-                "attention.head_count_kv": 2, "rope.dimension_count": 8, "rope.freq_base": 500}
+                "attention.head_count_kv": 2, "attention.key_length": 8,
+                "attention.value_length": 8, "rope.dimension_count": 8, "rope.freq_base": 500}
     assert {key: found[f"llama.{key}"] for key in expected} == expected
     assert found["llama.attention.layer_norm_rms_epsilon"] == pytest.approx(3e-6)
     assert found["general.architecture"] == "llama" and found["general.file_type"] == 7
@@ -131,6 +132,8 @@ def test_what_llama_cpp_lacks_is_named_and_nothing_is_written(tmp_path, rng):
                          (LLAMA | dict(activation="gelu"), "activation=gelu")):
         with pytest.raises(ValueError, match=says):
             gguf.write(GPT(GPTConfig(**config)), tmp_path / "m.gguf")
+    with pytest.raises(ValueError, match="'int3' are not written: choose one of none, fp16, int8"):
+        gguf.write(GPT(GPTConfig(**LLAMA)), tmp_path / "m.gguf", "int3")
     with pytest.raises(ValueError, match="bigram"):
         gguf.write(Bigram(BigramConfig(vocab_size=3)), tmp_path / "m.gguf")
     with pytest.warns(UserWarning, match="tanh"):

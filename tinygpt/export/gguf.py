@@ -32,6 +32,9 @@ def write(model, path: str | Path, quantize: str = "none") -> Path:
     """
     if model.kind != "gpt":
         raise ValueError(f"GGUF has no {model.kind} model: export a GPT")
+    if quantize not in MATRICES:
+        raise ValueError(f"GGUF files of quantize={quantize!r} are not written: choose one of "
+                         f"{', '.join(MATRICES)}")
     architecture = architecture_of(asdict(model.config))
     if architecture not in ARCHITECTURES:
         raise ValueError(f"{architecture} models are not written as GGUF: train one with the "
@@ -69,6 +72,8 @@ def _add_config(writer: GGUFWriter, config, name: str) -> None:
     else:
         writer.add_layer_norm_eps(config.norm_eps)
     if config.position == "rope":
+        writer.add_key_length(config.head_size)
+        writer.add_value_length(config.head_size)
         writer.add_rope_dimension_count(config.head_size)
         writer.add_rope_freq_base(config.rope_theta)
     if config.activation == "gelu":
