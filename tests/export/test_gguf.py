@@ -19,8 +19,7 @@ LLAMA = SIZES | dict(position="rope", norm="rmsnorm", activation="swiglu", n_kv_
                      rope_theta=500.0, norm_eps=3e-6, bias=False, tie_weights=False)
 GPT2 = SIZES | dict(activation="gelu_tanh", n_inner=80)
 SHAPES = {"llama": LLAMA, "gpt2": GPT2,
-          "llama tied": LLAMA | dict(n_kv_head=None, tie_weights=True),
-          "gpt2 without biases": GPT2 | dict(bias=False)}
+          "llama tied": LLAMA | dict(n_kv_head=None, tie_weights=True)}
 
 
 def model_of(rng, **config) -> GPT:
