@@ -264,7 +264,7 @@ def _check_memory(model: GPT, length: int, count: int) -> None:
     cache = 0 if model.kind == "bigram" else 2 * c.n_layer * c.kv_heads * c.head_size * c.block_size
     device.check_memory(count * (4 * cache + 4 * c.vocab_size + 16 * length),
                         f"num_samples={count} texts of {length} tokens", "ask for fewer or shorter "
-                        "ones")
+                        "ones, or a smaller --block_size")
 
 
 def run(options: GenerateConfig, config: SampleConfig) -> None:
@@ -273,7 +273,8 @@ def run(options: GenerateConfig, config: SampleConfig) -> None:
     command.use_machine(options)
     path = options.checkpoint or checkpoint.best_of_newest_run(Path("checkpoints"))
     with tokenizer_needed(options.export is None):
-        model = command.load_model(path, options.ema, options.offline)
+        model = command.load_model(path, options.ema, options.offline,
+                                   block_size=options.block_size, as_stored=options.lora is None)
     if options.lora is not None:
         lora.load(model, options.lora)
     if options.export is not None:

@@ -74,8 +74,8 @@ class CheckConfig(LoadConfig):
 
     def __post_init__(self):
         check(self)
-        if self.checkpoint is None and (not self.ema or self.offline):
-            raise ValueError("no_ema and offline have no effect on tiny models: name a "
+        if self.checkpoint is None and (not self.ema or self.offline or self.block_size):
+            raise ValueError("no_ema, offline and block_size have no effect on tiny models: name a "
                              "--checkpoint, or leave them out")
 
 
@@ -345,7 +345,8 @@ def checkpoint_checks(config: CheckConfig) -> list[Check]:
     if not is_pretrained(path):
         checkpoint.load_metadata(path)
     try:
-        model = command.load_model(path, config.ema, config.offline)
+        model = command.load_model(path, config.ema, config.offline,
+                                   block_size=config.block_size)
     except checkpoint.CheckpointError as error:
         damage = Finding(math.inf, 0, str(error))
         return [("weights", lambda: damage)]

@@ -152,6 +152,8 @@ class LoadConfig(MachineConfig):
     ema: bool = setting(True,
         "take the moving average of the weights, which a run with --ema evaluates, if there is one",
         section="model")
+    block_size: int | None = setting(None,
+        "context in tokens of a pretrained model, at most its own, which the unset flag takes", low=1)
 
 
 @dataclass(frozen=True, kw_only=True)

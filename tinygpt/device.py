@@ -319,6 +319,11 @@ def check_memory(needed: int, what: str, remedy: str) -> None:
 def free_memory() -> None:
     """Frees unreferenced tensors and tinygrad's cache of buffers."""
     gc.collect()
+    free_cached()
+
+
+def free_cached() -> None:
+    """Frees tinygrad's cache of buffers."""
     Device[default()].synchronize()
     if hasattr(allocator := Device[default()].allocator, "free_cache"):
         allocator.free_cache()

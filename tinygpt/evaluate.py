@@ -215,7 +215,8 @@ def run(config: EvaluateConfig) -> dict[str, float]:
     command.use_machine(config)
     has_ids = config.task == "text" and is_token_file(path)
     with tokenizer_needed(not has_ids):
-        model = command.load_model(config.checkpoint, config.ema, config.offline)
+        model = command.load_model(config.checkpoint, config.ema, config.offline,
+                                   block_size=config.block_size, as_stored=True)
     if has_ids:
         return score_text(model, read_tokens(path, model.tokenizer), config.stride)
     if model.tokenizer is None:

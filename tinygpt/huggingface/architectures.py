@@ -263,7 +263,7 @@ def _write_smollm3(config: dict, tokenizer: Tokenizer | None) -> dict:
     every = config["no_rope_interval"]
     return _write_common("smollm3", config, tokenizer) | dict(
         attention_bias=config["bias"], mlp_bias=config["bias"], no_rope_layer_interval=every,
-        no_rope_layers=_rope_layers(every, config["n_layer"]))
+        no_rope_layers=_rope_layers(every, config["n_layer"]), pad_token_id=None)
 
 
 def _write_common(kind: str, config: dict, tokenizer: Tokenizer | None) -> dict:
