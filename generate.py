@@ -20,7 +20,7 @@ import numpy as np
 from gpt import GPT
 from tinygpt import checkpoint, command, device
 from tinygpt.config import LoadConfig, SampleConfig, check, setting
-from tinygpt.data.tokenizer import StreamDecoder, up_to_end
+from tinygpt.data.tokenizer import StreamDecoder, begin_of_text, up_to_end
 from tinygpt.flags import parse_flags, read_file
 from tinygpt.huggingface.pretrained import tokenizer_needed
 from tinygpt.model import lora
@@ -292,6 +292,7 @@ def run(options: GenerateConfig, config: SampleConfig) -> None:
         if prompt != GenerateConfig.prompt:
             raise
         ids, prompt = [0], model.tokenizer.decode([0])
+    ids = begin_of_text(model.tokenizer) + ids
     if not ids:
         raise ValueError("the prompt is empty: give at least one character")
     _check_memory(model, len(ids) + config.max_new_tokens, options.num_samples)

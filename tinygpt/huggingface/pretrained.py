@@ -288,16 +288,14 @@ def _is_linear(name: str) -> bool:
 
 
 def _tokenizer(folder: Path, kind: str, vocab_size: int) -> Tokenizer | None:
-    """The tokenizer of a folder; a GPT-2 without tokenizer.json has GPT-2's. Warns if it cannot be
+    """The tokenizer of a folder; a GPT-2 without any file of one has GPT-2's. Warns if it cannot be
     used."""
-    path, tokenizer = folder / "tokenizer.json", None
     try:
-        if path.exists():
-            tokenizer = tokenizer_json.read(path)
-        elif kind == "gpt2" and vocab_size == 50257:
+        tokenizer = tokenizer_json.read(folder)
+        if tokenizer is None and kind == "gpt2" and vocab_size == 50257:
             tokenizer = BPETokenizer()
         if tokenizer is not None and tokenizer.vocab_size > vocab_size:
-            raise ValueError(f"{path} has {tokenizer.vocab_size} ids, but the model has vocab_size="
+            raise ValueError(f"{folder / 'tokenizer.json'} has {tokenizer.vocab_size} ids, but the model has vocab_size="
                              f"{vocab_size}")
     except ValueError as error:
         warnings.warn(f"{folder} is read without its tokenizer: {error}", TokenizerWarning,
