@@ -56,8 +56,8 @@ class GenerateConfig(LoadConfig):
         "write the samples to sample_1.txt, sample_2.txt, ... in this folder instead of stdout; "
         "existing files are kept")
     export: str | None = setting(None,
-        "instead of generating text, write the model into this new folder, in the layout of GPT-2 "
-        "or Llama in transformers")
+        "instead of generating text, write the model into this new folder, in the layout of "
+        "transformers")
 
     def __post_init__(self):
         check(self)

@@ -416,8 +416,7 @@ class GPT(LanguageModel):
     @classmethod
     def _unloaded(cls, config: GPTConfig) -> "GPT":
         """A model whose weights have no memory yet, to be replaced."""
-        model = cls.__new__(cls)
-        LanguageModel.__init__(model, config)
+        LanguageModel.__init__(model := cls.__new__(cls), config)
         model._build(config)
         return model
 
@@ -429,13 +428,12 @@ class GPT(LanguageModel):
     def from_pretrained(cls, name: str | Path, *, offline: bool = False, as_stored: bool = False,
                         **options) -> "GPT":
         """Loads "gpt2", "gpt2-medium", "gpt2-large" or "gpt2-xl" (downloaded once unless offline),
-        a folder or .safetensors file in Hugging Face's layout (docs/pretrained.md lists the
-        families), or a checkpoint of ours, with its tokenizer where that can be read.
+        a folder or .safetensors file in Hugging Face's layout (see docs/pretrained.md), or a
+        checkpoint of ours, with its tokenizer where that can be read.
 
-        Weights become float32. With as_stored, matrices of 16 bits stay as they are: half the
-        memory, to generate text and to evaluate with, not to train. options are fields of
-        GPTConfig: dropout, and a smaller block_size, which crops the model; any other has to be the
-        model's own. Raises ValueError.
+        Weights become float32; with as_stored matrices of 16 bits stay so, which cannot be trained.
+        options are fields of GPTConfig: dropout, and a smaller block_size, which crops the model;
+        any other has to be the model's own. Raises ValueError.
         """
         with pretrained.open_pretrained(name, offline) as found:
             config = cls._config_of({"model_config": found.config_with(options)}, name)

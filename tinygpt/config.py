@@ -153,7 +153,7 @@ class LoadConfig(MachineConfig):
         "take the moving average of the weights, which a run with --ema evaluates, if there is one",
         section="model")
     block_size: int | None = setting(None,
-        "context in tokens of a pretrained model, at most its own, which the unset flag takes", low=1)
+        "context length of a pretrained model in tokens, at most its own; unset: its own", low=1)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,8 +22,8 @@ from tinygpt.data.tokenizer import (
     load_tokenizer,
 )
 
-CORPUS = ["the harbour sleeps and I walk with a lead", "it's na\u00efve, 12 caf\u00e9s \u4f60\u597d",
-          "a lead and a harbour, sleeps"] * 4
+CORPUS = ["the harbour sleeps and I walk with a lead", "a lead and a harbour, sleeps",
+          "it's na\u00efve, 12 caf\u00e9s \u4f60\u597d"] * 4
 TEXTS = ["the harbour", "a  lead\n\nand 12", " it's na\u00efve \u4f60\u597d \U0001f600!", "x", ""]
 
 

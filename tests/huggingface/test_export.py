@@ -13,7 +13,6 @@ from tinygpt import safetensors_file
 from tinygpt.data.tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer, HFTokenizer
 from tinygpt.huggingface import pretrained
 
-
 LLAMA = dict(position="rope", norm="rmsnorm", activation="swiglu", bias=False)
 
 

@@ -295,8 +295,8 @@ def _tokenizer(folder: Path, kind: str, vocab_size: int) -> Tokenizer | None:
         if tokenizer is None and kind == "gpt2" and vocab_size == 50257:
             tokenizer = BPETokenizer()
         if tokenizer is not None and tokenizer.vocab_size > vocab_size:
-            raise ValueError(f"{folder / 'tokenizer.json'} has {tokenizer.vocab_size} ids, but the model has vocab_size="
-                             f"{vocab_size}")
+            raise ValueError(f"{folder / 'tokenizer.json'} has {tokenizer.vocab_size} ids, "
+                             f"but the model has vocab_size={vocab_size}")
     except ValueError as error:
         warnings.warn(f"{folder} is read without its tokenizer: {error}", TokenizerWarning,
                       stacklevel=4)

@@ -33,8 +33,9 @@ def read(folder: Path) -> Tokenizer | None:
     path = folder / "tokenizer.json"
     if not path.exists():
         if found := [name for name in OTHERS if (folder / name).exists()]:
-            raise ValueError(f"{folder / found[0]} can be read only as a tokenizer.json: convert it "
-                             "with AutoTokenizer of transformers, whose save_pretrained writes one")
+            raise ValueError(f"{folder / found[0]} can be read only as a tokenizer.json: convert "
+                             "it with transformers: AutoTokenizer.from_pretrained(folder)"
+                             ".save_pretrained(folder)")
         return None
     data = _read_json(path)
     try:

@@ -66,8 +66,8 @@ def _layers(model) -> dict[str, object]:
     layers = linear_layers(model)
     for name, layer in layers.items():
         if layer.weight.dtype != dtypes.float32:
-            raise ValueError(f"{name} is {layer.weight.dtype.name}, but adapters need float32: load "
-                             "the model without as_stored, and quantize it afterwards")
+            raise ValueError(f"{name} is {layer.weight.dtype.name}, but adapters need float32: "
+                             "load the model without as_stored, and quantize it afterwards")
     return layers
 
 

@@ -19,8 +19,8 @@ MOST_INPUTS = 32  # of a kernel; tinygrad 0.14 allows 63 arguments
 GEMM_STRIP, GEMM_SLICE = 1536, 512  # the greatest NC and the least KC of gemm.h
 WIDEST_HEAD = 2048  # whose tiles fit on the stack of a thread
 WITH_INTEGERS = ("embedding", "quantized_embedding", "cross_entropy", "adamw8bit", "draw")
-IN_16_BITS = ("embedding", "linear", "quantized_linear", "layer_norm", "rms_norm", "gelu", "swiglu", "rope",
-              "attention", "cached_attention", "cross_entropy", "draw")
+IN_16_BITS = ("linear", "quantized_linear", "layer_norm", "rms_norm", "gelu", "swiglu", "rope",
+              "attention", "cached_attention", "cross_entropy", "draw", "embedding")
 ACTIVATIONS = (dtypes.float32, dtypes.bfloat16, dtypes.float16)
 
 
