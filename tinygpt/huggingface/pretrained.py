@@ -37,6 +37,7 @@ from tinygpt.safetensors_file import TensorFile, TensorFileError, one_line, writ
 NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 HUB = "https://huggingface.co/openai-community"
 DTYPES = {dtypes.float32: "F32", dtypes.bfloat16: "BF16", dtypes.float16: "F16"}
+TORCH_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 INDEX = "model.safetensors.index.json"
 
 
@@ -342,7 +343,7 @@ def export(config: dict, weights: dict, tokenizer: Tokenizer | None, folder: str
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise PretrainedError(f"{folder} already exists: name a new folder")
     settings = architecture.write(config, tokenizer)
-    settings["dtype"] = weights["wte.weight"].dtype.name
+    settings["dtype"] = TORCH_DTYPES[DTYPES[weights["wte.weight"].dtype]]
     files = {"config.json": settings} | tokenizer_json.dump(
         tokenizer, config["block_size"])
     files["generation_config.json"] = {k: v for k, v in files["config.json"].items()
