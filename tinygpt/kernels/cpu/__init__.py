@@ -61,7 +61,7 @@ def linear(x, weight, bias=None, residual=None):
         made = _gemm(_empty_like(matrix), dict(a=dy, b=x), dict(M=N, N=K, K=M, ta=1, tb=0),
                      sums=_empty_like(bias))
         names = ("x", "weight") if few else ("a", "b")
-        grads = dict(zip(names, (dx, made["c"]), strict=True))
+        grads = dict(zip(names, (dx, made["c"].cast(weight.dtype)), strict=True))
         return grads | dict(bias=made.get("sums"), residual=dy)
 
     if few:
@@ -105,7 +105,7 @@ def embedding(idx, weight):
         made = Kernel("embedding_backward.c")(
             outputs=dict(dweight=_empty(V, C)), inputs=dict(dy=dy, idx=idx),
             sizes=dict(N=N, V=V, C=C))
-        return dict(weight=made["dweight"])
+        return dict(weight=made["dweight"].cast(weight.dtype))
 
     return _rows(idx, weight, None, gradient)
 
