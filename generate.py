@@ -20,7 +20,7 @@ import numpy as np
 from gpt import GPT
 from tinygpt import checkpoint, command, device
 from tinygpt.config import LoadConfig, SampleConfig, check, setting
-from tinygpt.data.tokenizer import StreamDecoder, up_to_end
+from tinygpt.data.tokenizer import StreamDecoder, begin_of_text, up_to_end
 from tinygpt.export import c_file, html
 from tinygpt.flags import parse_flags, read_file
 from tinygpt.huggingface.pretrained import tokenizer_needed
@@ -76,8 +76,8 @@ class GenerateConfig(LoadConfig):
         "write the samples to sample_1.txt, sample_2.txt, ... in this folder instead of stdout; "
         "existing files are kept")
     export: str | None = setting(None,
-        "instead of generating text, write the model into this new folder, in the layout of GPT-2 "
-        "or Llama in transformers, or by its ending into a new file: " + ", ".join(EXPORTS))
+        "instead of generating text, write the model into this new folder, in the layout of "
+        "transformers, or by its ending into a new file: " + ", ".join(EXPORTS))
 
     serve: bool = setting(False,
         "answer OpenAI's /v1/completions, and show a page at /; a request has the sampling flags "
@@ -284,7 +284,7 @@ def _check_memory(model: GPT, length: int, count: int) -> None:
     cache = 0 if model.kind == "bigram" else 2 * c.n_layer * c.kv_heads * c.head_size * c.block_size
     device.check_memory(count * (4 * cache + 4 * c.vocab_size + 16 * length),
                         f"num_samples={count} texts of {length} tokens", "ask for fewer or shorter "
-                        "ones")
+                        "ones, or a smaller --block_size")
 
 
 def export(model: GPT, options: GenerateConfig) -> None:
@@ -321,7 +321,8 @@ def run(options: GenerateConfig, config: SampleConfig) -> None:
     command.use_machine(options)
     path = options.checkpoint or checkpoint.best_of_newest_run(Path("checkpoints"))
     with tokenizer_needed(not options.exports_folder):
-        model = command.load_model(path, options.ema, options.offline)
+        model = command.load_model(path, options.ema, options.offline,
+                                   block_size=options.block_size, as_stored=options.lora is None)
     if options.lora is not None:
         lora.load(model, options.lora)
     if model.tokenizer is None and not options.exports_folder:
@@ -342,6 +343,7 @@ def run(options: GenerateConfig, config: SampleConfig) -> None:
         if prompt != GenerateConfig.prompt:
             raise
         ids, prompt = [0], model.tokenizer.decode([0])
+    ids = begin_of_text(model.tokenizer) + ids
     if not ids:
         raise ValueError("the prompt is empty: give at least one character")
     _check_memory(model, len(ids) + config.max_new_tokens, options.num_samples)

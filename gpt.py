@@ -6,7 +6,6 @@ Comments give the shape after each line that changes it:
     H heads   G kv heads       D head size     V vocabulary
 """
 
-import functools
 import math
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -19,7 +18,6 @@ from tinygpt import device, kernels
 from tinygpt.config import SampleConfig, check, setting
 from tinygpt.data.tokenizer import BPETokenizer
 from tinygpt.huggingface import pretrained
-from tinygpt.kernels.jit import constant
 from tinygpt.kernels.loss import Loss
 from tinygpt.kernels.random import counter, new_key, next_key
 from tinygpt.kernels.training import is_training
@@ -27,14 +25,15 @@ from tinygpt.model import lora
 from tinygpt.model.language_model import LanguageModel, LossFunction
 from tinygpt.model.quantize import refuse_quantized
 from tinygpt.model.recompute import Chain
+from tinygpt.model.rope import RopeConfig, rope_tables
 from tinygpt.training.config import TrainConfig
 
 __all__ = ["GPT", "BPETokenizer", "GPTConfig", "KVCache", "SampleConfig", "TrainConfig"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class GPTConfig:
-    """The architecture. The defaults are GPT-2's, 124M parameters."""
+class GPTConfig(RopeConfig):
+    """The architecture, besides RoPE's settings. The defaults are GPT-2's, 124M parameters."""
 
     block_size: int = setting(1024, "context length in tokens", low=1, fixed=True,
         section="model")
@@ -46,19 +45,21 @@ class GPTConfig:
     n_kv_head: int | None = setting(None,
         "number of key and value heads; unset: as many as n_head", low=1, fixed=True)
     n_embd: int = setting(768, "width of the residual stream", low=1, fixed=True)
+    head_dim: int | None = setting(None, "width of a head; unset: n_embd / n_head", low=1,
+        fixed=True)
     n_inner: int | None = setting(None,
         "width of the MLP; unset: 4 n_embd, with swiglu 8/3 n_embd up to a multiple of 8", low=1,
         fixed=True)
     dropout: float = setting(0.0, "dropout probability while training", low=0, below=1)
     bias: bool = setting(True, "biases in linear layers and LayerNorm", fixed=True)
+    qkv_bias: bool | None = setting(None, "biases of queries, keys and values; unset: as bias",
+        fixed=True)
     norm: str = setting("layernorm", "of the blocks", choices=("layernorm", "rmsnorm"), fixed=True)
     norm_eps: float = setting(1e-5, "epsilon inside the norms", above=0, fixed=True)
     activation: str = setting("gelu", "of the MLP; gelu is exact, gelu_tanh GPT-2's approximation",
         choices=("gelu", "gelu_tanh", "swiglu"), fixed=True)
     position: str = setting("learned", "how positions are encoded", choices=("learned", "rope"),
         fixed=True)
-    rope_theta: float = setting(10000.0, "base wavelength of RoPE", above=0, fixed=True,
-        needs=("--position rope", lambda c: c.position == "rope"))
     qk_norm: bool = setting(False, "RMSNorm on queries and keys", fixed=True)
     sliding_window: int | None = setting(None,
         "attend to the last so many positions only; unset: to all", low=1, fixed=True)
@@ -69,16 +70,17 @@ class GPTConfig:
 
     def __post_init__(self):
         check(self)
-        if self.n_embd % self.n_head:
+        super().__post_init__()
+        if self.head_dim is None and self.n_embd % self.n_head:
             multiple = -(-self.n_embd // self.n_head) * self.n_head
             raise ValueError(f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}: "
-                             f"choose n_embd={multiple} or another n_head")
+                             f"choose n_embd={multiple}, another n_head, or a head_dim")
         if self.n_head % self.kv_heads:
             raise ValueError(f"n_head={self.n_head} is not divisible by n_kv_head="
                              f"{self.n_kv_head}: choose a divisor of n_head")
         if self.position == "rope" and self.head_size % 2:
-            raise ValueError(f"rope rotates pairs, but the head size n_embd / n_head = "
-                             f"{self.head_size} is odd: choose an even one, or position=learned")
+            raise ValueError(f"rope rotates pairs, but the head size {self.head_size} is odd: "
+                             "choose an even head_dim, or position=learned")
 
     def num_params(self) -> int:
         """The number of weights of such a model, tied ones counted once."""
@@ -101,7 +103,7 @@ class GPTConfig:
 
     @property
     def head_size(self) -> int:
-        return self.n_embd // self.n_head
+        return self.head_dim or self.n_embd // self.n_head
 
     @property
     def kv_heads(self) -> int:
@@ -157,13 +159,14 @@ class CausalSelfAttention:
     def __init__(self, config: GPTConfig):
         self.config = config
         H, G, D, C = config.n_head, config.kv_heads, config.head_size, config.n_embd
-        self.c_attn = Linear(C, (H + 2 * G) * D, config.bias)
-        self.c_proj = Linear(C, C, config.bias)
+        self.c_attn = Linear(C, (H + 2 * G) * D,
+                             config.bias if config.qkv_bias is None else config.qkv_bias)
+        self.c_proj = Linear(H * D, C, config.bias)
         self.q_norm = Norm(config, D, "rmsnorm") if config.qk_norm else None
         self.k_norm = Norm(config, D, "rmsnorm") if config.qk_norm else None
 
     def __call__(self, x: Tensor, ctx: "ForwardContext", layer: int, residual: Tensor) -> Tensor:
-        B, T, C = x.shape
+        B, T, _ = x.shape
         H, G, D = self.config.n_head, self.config.kv_heads, self.config.head_size
         q, k, v = self.c_attn(x).split([H * D, G * D, G * D], dim=-1)
         q = q.reshape(B, T, H, D).transpose(1, 2)  # (B, H, T, D)
@@ -171,7 +174,7 @@ class CausalSelfAttention:
         v = v.reshape(B, T, G, D).transpose(1, 2)  # (B, G, T, D)
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        if self.config.position == "rope":
+        if self.config.rotates(layer):
             cos, sin = ctx.rotation(x.device)  # (T, D/2)
             q, k = kernels.rope(q, cos, sin), kernels.rope(k, cos, sin)
         window = self.config.sliding_window
@@ -179,7 +182,7 @@ class CausalSelfAttention:
             y = ctx.cache.attend(layer, q, k, v, ctx.start_pos, window)  # (B, H, T, D)
         else:
             y = kernels.attention(q, k, v, 0, window, self.config.dropout, ctx.next_dropout_key())
-        y = y.transpose(1, 2).reshape(B, T, C)  # (B, T, C)
+        y = y.transpose(1, 2).reshape(B, T, H * D)  # (B, T, H D)
         return ctx.add(residual, self.c_proj, y)
 
 
@@ -255,7 +258,7 @@ class ForwardContext:
     def rotation(self, device: str | tuple[str, ...]) -> tuple[Tensor, Tensor]:
         """cos and sin (T, D/2) of RoPE's angles at the positions of the tokens."""
         c = self.config
-        cos, sin = rope_tables(c.block_size, c.head_size, c.rope_theta, device)
+        cos, sin = rope_tables(c.block_size, c.frequencies(c.head_size), device)
         here = slice(self.start_pos, self.start_pos + self.T)
         return cos[here], sin[here]
 
@@ -280,15 +283,6 @@ class ForwardContext:
         if self._key is None:
             return linear(x, residual)
         return residual + self.dropout(linear(x))
-
-
-@functools.cache
-def rope_tables(length: int, head_size: int, theta: float,
-                device: str | tuple[str, ...]) -> tuple[Tensor, Tensor]:
-    """cos and sin (length, D/2) float32 of position * theta^(-2i/D)."""
-    frequency = theta ** (-np.arange(0, head_size, 2) / head_size)
-    angle = np.outer(np.arange(length), frequency)
-    return tuple(constant(f(angle).astype(np.float32), device) for f in (np.cos, np.sin))
 
 
 def initial_weight(name: str, shape: tuple[int, ...], config: GPTConfig,
@@ -409,43 +403,53 @@ class GPT(LanguageModel):
     def estimate_flops(self, length: int | None = None) -> int:
         """Floating-point operations of a training step per token, on sequences of `length`, else
         block_size (PaLM, arXiv:2204.02311, appendix B): 6 for each weight of a matrix product, and
-        for attention 12 C for each layer and visible position."""
+        for attention 12 H D for each layer and visible position."""
         c = self.config
         matrices = sum(w.numel() for name, w in self.state_dict().items()
                        if w.ndim == 2 and not name.startswith(("wpe", "wte")))
         matrices += c.vocab_size * c.n_embd if c.tie_weights else 0
         seen = min(length or c.block_size, c.sliding_window or c.block_size)
-        return 6 * matrices + 12 * c.n_layer * c.n_embd * seen
+        return 6 * matrices + 12 * c.n_layer * c.n_head * c.head_size * seen
 
     # ---- loading and exporting
 
     @classmethod
-    def shapes(cls, config: GPTConfig) -> dict[str, tuple[int, ...]]:
-        model = cls.__new__(cls)
+    def _unloaded(cls, config: GPTConfig) -> "GPT":
+        """A model whose weights have no memory yet, to be replaced."""
+        LanguageModel.__init__(model := cls.__new__(cls), config)
         model._build(config)
-        return {name: weight.shape for name, weight in model.state_dict().items()}
+        return model
 
     @classmethod
-    def from_pretrained(cls, name: str | Path, *, offline: bool = False, **options) -> "GPT":
-        """Loads "gpt2", "gpt2-medium", "gpt2-large" or "gpt2-xl" (downloaded once unless offline),
-        a folder or .safetensors file in Hugging Face's layout (GPT-2 or Llama), or a checkpoint of
-        ours, with its tokenizer where that can be read.
+    def shapes(cls, config: GPTConfig) -> dict[str, tuple[int, ...]]:
+        return {name: weight.shape for name, weight in cls._unloaded(config).state_dict().items()}
 
+    @classmethod
+    def from_pretrained(cls, name: str | Path, *, offline: bool = False, as_stored: bool = False,
+                        **options) -> "GPT":
+        """Loads "gpt2", "gpt2-medium", "gpt2-large" or "gpt2-xl" (downloaded once unless offline),
+        a folder or .safetensors file in Hugging Face's layout (see docs/pretrained.md), or a
+        checkpoint of ours, with its tokenizer where that can be read.
+
+        Weights become float32; with as_stored matrices of 16 bits stay so, which cannot be trained.
         options are fields of GPTConfig: dropout, and a smaller block_size, which crops the model;
         any other has to be the model's own. Raises ValueError.
         """
         with pretrained.open_pretrained(name, offline) as found:
             config = cls._config_of({"model_config": found.config_with(options)}, name)
-            model = cls.fitting(config, found.shapes(config.block_size), found.path)
-            found.fill(model.state_dict())
+            shapes = found.shapes(config.block_size)
+            cls.check_fit(config, shapes, found.path)
+            found.check_memory(shapes, as_stored)
+            model = cls._unloaded(config)
+            found.fill(model.state_dict(), as_stored)
         model.tokenizer = found.tokenizer
         return model
 
     def save_pretrained(self, folder: str | Path) -> Path:
-        """Writes a new folder that transformers loads as GPT-2 or Llama; returns its path.
+        """Writes a new folder that transformers loads as a GPT-2, a Llama, ...; returns its path.
 
-        LoRA adapters are merged into the model. Raises ValueError, which names the option, where
-        neither architecture has such a model.
+        LoRA adapters are merged into the model. Raises ValueError, which names the option, where no
+        architecture has it.
         """
         lora.merge(self)
         return pretrained.export(asdict(self.config), self.state_dict(), self.tokenizer, folder)

@@ -284,8 +284,8 @@ def _check_patterns(shape: GPTConfig, config: TrainConfig) -> None:
     tokenized. The names are those of a small model with as many blocks."""
     if config.model != "gpt" or not (config.freeze or config.lora_rank):
         return
-    small = GPT(replace(shape, block_size=1, vocab_size=1, n_embd=2 * shape.n_head, n_inner=1),
-                seed=None)
+    small = GPT(replace(shape, block_size=1, vocab_size=1, n_embd=2 * shape.n_head, n_inner=1,
+                        head_dim=None), seed=None)
     if config.lora_rank:
         lora.attach(small, 1, config.lora_alpha, config.lora_targets, config.seed)
     lora.trainable(small.state_dict(), config.freeze)

@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+from functools import partial
 
 import numpy as np
 import pytest
@@ -120,23 +121,24 @@ def test_tokenizers(tmp_path, rng, tokenizer):
             path.write_bytes(damaged(good, rng))
         else:
             path.write_text(json.dumps(with_a_wrong_value(files, rng)))
-        found = result(lambda: tokenizer_json.read(path))
-        assert found is None or fingerprint(found) == fingerprint(tokenizer)
+        found = result(lambda: tokenizer_json.read(tmp_path))
+        ids = found and result(partial(found.encode, VERSES))
+        assert not ids or (max(ids) < found.vocab_size and isinstance(found.decode(ids), str))
         result(lambda: load_tokenizer(with_a_wrong_value(tokenizer.to_json(), rng)))
 
 
-def test_a_tokenizer_json_of_ten_tokens_is_refused(tmp_path):
+def test_a_tokenizer_json_of_ten_tokens_has_ten_tokens(tmp_path):
     files = tokenizer_json.dump(BPETokenizer.train(VERSES, 257), 64)["tokenizer.json"]
     content = files["added_tokens"][0]["content"]
     files["model"]["vocab"] = {chr(97 + i): i for i in range(10)} | {content: 10}
     files["added_tokens"][0]["id"] = 10
     (tmp_path / "tokenizer.json").write_text(json.dumps(files))
-    with pytest.raises(ValueError, match=r"tokenizer\.json is damaged, or not a byte-level BPE"):
-        tokenizer_json.read(tmp_path / "tokenizer.json")
+    found = tokenizer_json.read(tmp_path)
+    assert found.vocab_size == 11 and found.decode(found.encode("abc")) == "abc"
     del files["added_tokens"][0]["id"]
     (tmp_path / "tokenizer.json").write_text(json.dumps(files))
-    with pytest.raises(ValueError, match=r"tokenizer\.json is damaged, or not a byte-level BPE"):
-        tokenizer_json.read(tmp_path / "tokenizer.json")
+    with pytest.raises(ValueError, match=r"tokenizer\.json is damaged, or not supported"):
+        tokenizer_json.read(tmp_path)
 
 
 def test_a_tokenizer_json_that_is_not_json_is_named(tmp_path):
@@ -144,8 +146,8 @@ def test_a_tokenizer_json_that_is_not_json_is_named(tmp_path):
     for raw in (b"", b'{"model": ', b"\xff", b"[" * 100_000):
         path.write_bytes(raw)
         with pytest.raises(ValueError, match=r"tokenizer\.json is damaged"):
-            tokenizer_json.read(path)
+            tokenizer_json.read(tmp_path)
     path.unlink()
     os.mkfifo(path)
     with pytest.raises(DataError, match="is a pipe"):
-        tokenizer_json.read(path)
+        tokenizer_json.read(tmp_path)

@@ -119,7 +119,8 @@ def test_training_reads_every_setting(tmp_path, text_file, monkeypatch, read):
     flags = ["--data", str(text_file), "--tokenizer=byte", "--max_iters=2", "--eval_iters=1",
              "--batch_size=2"]
     assert command.main([*flags, *SHAPE_FLAGS, "--curriculum", "--curriculum_start_block_size=4",
-                         "--ema", "--schedule=wsd", "--warmup_iters=0"]) == 0
+                         "--ema", "--schedule=wsd", "--warmup_iters=0",
+                         "--rope_scaling=llama3"]) == 0
     assert unread(read, "train")  # so that each run adds something
     assert command.main([*flags, "--init_from=pretrained", "--offline", "--lora_rank=1"]) == 0
     assert not unread(read, "train")

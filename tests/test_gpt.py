@@ -146,6 +146,27 @@ def test_gpt2_has_124_million_weights_and_its_flops():
     assert tiny.estimate_flops() == 6 * (3 * 12 * 32 * 32 + 97 * 32) + 12 * 3 * 32 * 16
 
 
+def test_heads_of_any_size_have_a_cache_and_flops_of_their_own():
+    config = GPTConfig(**SMALL | dict(n_embd=25, head_dim=10), n_kv_head=2)
+    model = GPT(config)
+    assert KVCache(config, 3).layers[0][0].shape == (3, 2, 8, 10)
+    assert GPT.shapes(config)["h.0.attn.c_attn.weight"] == ((4 + 2 + 2) * 10, 25)
+    assert GPT.shapes(config)["h.0.attn.c_proj.weight"] == (25, 4 * 10)
+    matrices = sum(w.numel() for name, w in model.state_dict().items()
+                   if w.ndim == 2 and name != "wpe.weight")
+    assert model.estimate_flops() == 6 * matrices + 12 * 2 * (4 * 10) * 8
+
+
+def test_a_checkpoint_of_before_these_options_is_read(tmp_path):
+    model, new = make(position="rope"), ("head_dim", "qkv_bias", "rope_scaling", "rope_factor",
+                                         "rope_low_freq", "rope_high_freq", "rope_original_length",
+                                         "no_rope_interval")
+    header = {k: v for k, v in asdict(model.config).items() if k not in new}
+    assert len(header) == len(asdict(model.config)) - len(new)
+    path = model.save_checkpoint(1, None, tmp_path, metadata={"model_config": header})
+    assert GPT.from_checkpoint(path).config == model.config
+
+
 def test_a_checkpoint_of_another_shape_is_refused_and_nothing_changes(tmp_path):
     model, other = make(), make(n_embd=32)
     path = other.save_checkpoint(1, None, tmp_path)
@@ -186,7 +207,10 @@ def test_forward_refuses_other_shapes(shape):
     (dict(n_embd=25), "n_embd=25.*n_head=4"), (dict(n_kv_head=3), "n_kv_head=3"),
     (dict(n_embd=20, position="rope"), "head size.*5"), (dict(dropout=1.0), "dropout=1.0"),
     (dict(norm="batch"), "norm='batch'"), (dict(n_layer=0), "n_layer=0"),
-    (dict(sliding_window=0), "sliding_window=0")])
+    (dict(sliding_window=0), "sliding_window=0"),
+    (dict(head_dim=5, position="rope"), "head size 5 is odd"),
+    (dict(rope_low_freq=4.0), "rope_low_freq=4.0 is not below rope_high_freq=4.0"),
+    (dict(rope_scaling="yarn"), "rope_scaling='yarn'")])
 def test_a_wrong_configuration_names_the_field(options, names):
     with pytest.raises(ValueError, match=names):
         GPTConfig(**SMALL | options)

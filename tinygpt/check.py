@@ -60,6 +60,8 @@ MODELS = {
     "llama": dict(position="rope", norm="rmsnorm", activation="swiglu", n_kv_head=3, bias=False,
                   tie_weights=False),
     "gptj": dict(position="rope", parallel=True, qk_norm=True, dropout=0.2),
+    "smollm": dict(position="rope", head_dim=10, bias=False, qkv_bias=True, no_rope_interval=2,
+                   n_layer=2, rope_scaling="llama3", rope_original_length=32),
     "window": dict(sliding_window=4, n_kv_head=1, norm="rmsnorm", n_inner=17, qk_norm=True),
 }
 
@@ -74,8 +76,8 @@ class CheckConfig(LoadConfig):
 
     def __post_init__(self):
         check(self)
-        if self.checkpoint is None and (not self.ema or self.offline):
-            raise ValueError("no_ema and offline have no effect on tiny models: name a "
+        if self.checkpoint is None and (not self.ema or self.offline or self.block_size):
+            raise ValueError("no_ema, offline and block_size have no effect on tiny models: name a "
                              "--checkpoint, or leave them out")
 
 
@@ -345,7 +347,8 @@ def checkpoint_checks(config: CheckConfig) -> list[Check]:
     if not is_pretrained(path):
         checkpoint.load_metadata(path)
     try:
-        model = command.load_model(path, config.ema, config.offline)
+        model = command.load_model(path, config.ema, config.offline,
+                                   block_size=config.block_size)
     except checkpoint.CheckpointError as error:
         damage = Finding(math.inf, 0, str(error))
         return [("weights", lambda: damage)]

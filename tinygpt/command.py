@@ -43,16 +43,22 @@ def use_machine(config: MachineConfig) -> None:
         kernels.set_threads(config.threads)
 
 
-def load_model(path: str | Path, ema: bool = True, offline: bool = False) -> LanguageModel:
+def load_model(path: str | Path, ema: bool = True, offline: bool = False, *,
+               block_size: int | None = None, as_stored: bool = False) -> LanguageModel:
     """The model in a checkpoint, a GPT or a bigram, or that `GPT.from_pretrained` finds.
 
     With ema its weights are their moving average where the checkpoint has one; with offline nothing
-    is downloaded. Raises ValueError, also where offline has no effect.
+    is downloaded; block_size and as_stored are for `from_pretrained`. Raises ValueError, also where
+    offline or block_size has no effect.
     """
     if is_pretrained(path):
-        return GPT.from_pretrained(path, offline=offline)
+        return GPT.from_pretrained(path, offline=offline, as_stored=as_stored,
+                                   block_size=block_size)
     if offline:
         raise ValueError(f"{path} is never downloaded: leave out --offline")
+    if block_size is not None:
+        raise ValueError(f"{path} has the block_size that it was trained with: leave out "
+                         "--block_size")
     with checkpoint.Checkpoint(path) as file:
         kind = checkpoint.model_kind(file.header)
     return (Bigram if kind == Bigram.kind else GPT).from_checkpoint(path, ema)

@@ -152,6 +152,8 @@ class LoadConfig(MachineConfig):
     ema: bool = setting(True,
         "take the moving average of the weights, which a run with --ema evaluates, if there is one",
         section="model")
+    block_size: int | None = setting(None,
+        "context length of a pretrained model in tokens, at most its own; unset: its own", low=1)
 
 
 @dataclass(frozen=True, kw_only=True)

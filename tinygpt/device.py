@@ -22,7 +22,8 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-from tinygrad import Device, Tensor, helpers
+from tinygrad import Device, Tensor, dtypes, helpers
+from tinygrad.dtype import _from_np_dtype, _to_np_dtype
 from tinygrad.helpers import CACHEDB, CACHELEVEL, DEV
 
 from tinygpt import machine
@@ -332,20 +333,38 @@ def check_memory(needed: int, what: str, remedy: str) -> None:
 def free_memory() -> None:
     """Frees unreferenced tensors and tinygrad's cache of buffers."""
     gc.collect()
+    free_cached()
+
+
+def free_cached() -> None:
+    """Frees tinygrad's cache of buffers."""
     Device[default()].synchronize()
     if hasattr(allocator := Device[default()].allocator, "free_cache"):
         allocator.free_cache()
 
 
+def tensor_of(array: np.ndarray) -> Tensor:
+    """A realized tensor with a copy of array; of uint16 are the bits of bfloat16."""
+    dtype = dtypes.bfloat16 if array.dtype == np.uint16 else _from_np_dtype(array.dtype)
+    tensor = Tensor.empty(*array.shape, dtype=dtype)
+    tensor.uop.base.buffer.ensure_allocated()
+    write(tensor, array)
+    return tensor
+
+
+def _array_dtype(tensor: Tensor) -> np.dtype:
+    """The dtype of a tensor's memory as an array: bfloat16 is its bits in uint16."""
+    return np.dtype(np.uint16 if tensor.dtype == dtypes.bfloat16 else _to_np_dtype(tensor.dtype))
+
+
 def write(tensor: Tensor, data) -> None:
-    """Writes data into the memory of a realized tensor, which compiled steps read.
+    """Writes data into the memory of a realized tensor, which compiled steps read; bfloat16 is
+    given as its bits in uint16.
 
     On the CPU there is no intermediate copy, whatever the array's dtype and strides. On several
     devices each gets its rows, or all of them if the tensor is not sharded.
     """
-    from tinygrad.dtype import _to_np_dtype
-
-    buffers, dtype, axis = buffers_of(tensor), _to_np_dtype(tensor.dtype), tensor.uop.axis
+    buffers, dtype, axis = buffers_of(tensor), _array_dtype(tensor), tensor.uop.axis
     array = np.asarray(data).reshape(tensor.shape)
     parts = [array] * len(buffers) if axis is None else np.split(array, len(buffers), axis)
     if buffers[0].device.startswith("CPU"):
@@ -369,12 +388,13 @@ def buffers_of(tensor: Tensor) -> list:
     return getattr(uop.realized, "bufs", [uop.realized])
 
 
-def read(tensor: Tensor) -> np.ndarray:
-    """A realized tensor as an array, on the CPU without the graph that Tensor.numpy() builds."""
+def read(tensor: Tensor, rows: slice = slice(None)) -> np.ndarray:
+    """A realized tensor, or some of its rows, as an array; bfloat16 as its bits in uint16. On the
+    CPU without the graph that Tensor.numpy() builds."""
     if isinstance(tensor.device, tuple) or not tensor.device.startswith("CPU"):
-        return tensor.numpy()
-    from tinygrad.dtype import _to_np_dtype
-
+        bits = tensor.dtype == dtypes.bfloat16
+        return (tensor.bitcast(dtypes.uint16) if bits else tensor).numpy()[rows]
     Device[tensor.device].synchronize()
     data = tensor.uop.base.realized.as_memoryview(force_zero_copy=True)
-    return np.frombuffer(data, _to_np_dtype(tensor.dtype)).reshape(tensor.shape).copy()
+    array = np.frombuffer(data, _array_dtype(tensor)).reshape(tensor.shape)
+    return (array[rows] if tensor.ndim else array).copy()

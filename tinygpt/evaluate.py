@@ -26,6 +26,7 @@ from tinygpt.config import LoadConfig, check, setting
 from tinygpt.data.documents import check_readable, is_jsonl, read_documents, read_text
 from tinygpt.data.load import is_token_file, mean_bytes, read_tokens
 from tinygpt.data.token_files import Ids, chunks
+from tinygpt.data.tokenizer import begin_of_text
 from tinygpt.flags import parse_flags
 from tinygpt.huggingface.pretrained import tokenizer_needed
 from tinygpt.kernels.jit import compiled
@@ -57,6 +58,11 @@ class EvaluateConfig(LoadConfig):
             raise ValueError("limit is a number of questions: leave it out, or choose a --task")
         if self.task != "text" and self.stride is not None:
             raise ValueError(f"stride has no effect on --task {self.task}: leave it out")
+
+
+def encode(model: LanguageModel, text: str) -> list[int]:
+    """The ids of a text from its beginning."""
+    return begin_of_text(model.tokenizer) + model.tokenizer.encode(text)
 
 
 class Scorer:
@@ -115,7 +121,7 @@ def score_text(model: LanguageModel, text: str | Ids,
     stride = max(1, block // 2) if stride is None else stride
     if stride > block:
         raise ValueError(f"stride={stride} is above block_size={block}: choose a smaller one")
-    ids = np.array(model.tokenizer.encode(text)) if isinstance(text, str) else text
+    ids = np.array(encode(model, text)) if isinstance(text, str) else text
     if len(ids) < 2:
         raise ValueError(f"the text has {len(ids)} tokens: give two or more")
     if (largest := max(part.max() for part in chunks(ids))) >= model.config.vocab_size:
@@ -135,7 +141,7 @@ def score_hellaswag(model: LanguageModel, questions: list[dict]) -> dict[str, fl
     """
     scorer, right = Scorer(model), np.zeros(2)
     for question in questions:
-        context = model.tokenizer.encode(question["ctx"])
+        context = encode(model, question["ctx"])
         costs = [scorer.ending(context, model.tokenizer.encode(f" {ending}"))[0]
                  for ending in question["endings"]]
         right += [np.argmin([c.sum() for c in costs]) == int(question["label"]),
@@ -152,7 +158,7 @@ def score_lambada(model: LanguageModel, questions: list[dict]) -> dict[str, floa
     scorer, right, total = Scorer(model), 0, 0.0
     for question in questions:
         context, _, word = question["text"].rstrip().rpartition(" ")
-        nats, hits = scorer.ending(model.tokenizer.encode(context),
+        nats, hits = scorer.ending(encode(model, context),
                                    model.tokenizer.encode(f" {word}"))
         right, total = right + bool(hits.all()), total + float(nats.sum())
     count = len(questions)
@@ -215,7 +221,8 @@ def run(config: EvaluateConfig) -> dict[str, float]:
     command.use_machine(config)
     has_ids = config.task == "text" and is_token_file(path)
     with tokenizer_needed(not has_ids):
-        model = command.load_model(config.checkpoint, config.ema, config.offline)
+        model = command.load_model(config.checkpoint, config.ema, config.offline,
+                                   block_size=config.block_size, as_stored=True)
     if has_ids:
         return score_text(model, read_tokens(path, model.tokenizer), config.stride)
     if model.tokenizer is None:

@@ -31,6 +31,7 @@ _OURS = {  # a flag, and its names elsewhere
     "n_layer": "layers num_layers n_layers depth num_hidden_layers nlayer l",
     "n_head": "heads num_heads n_heads num_attention_heads nhead",
     "n_kv_head": "kv_heads num_kv_heads n_kv_heads num_key_value_heads num_query_groups",
+    "head_dim": "head_size d_head kv_channels",
     "n_embd": "d_model dim embed_dim emb_dim hidden_size n_embed embedding_dim width model_dim",
     "n_inner": "d_ff ffn_dim intermediate_size mlp_dim hidden_dim ff_dim",
     "block_size": "context context_length context_size ctx ctx_len seq_len seq_length "
@@ -42,6 +43,8 @@ _OURS = {  # a flag, and its names elsewhere
     "rope_theta": "rope_base theta", "sliding_window": "window window_size attention_window",
     "tie_weights": "weight_tying tied tie_word_embeddings tie_embeddings",
     "qk_norm": "use_qk_norm qk_layernorm",
+    "qkv_bias": "attention_bias use_qkv_bias add_qkv_bias", "no_rope_interval": "nope_interval "
+    "no_rope_layer_interval", "rope_factor": "rope_scaling_factor",
     "data": "data_path dataset data_dir train_file train_data data_file text_file input_file input "
             "corpus train_path file dataset_name",
     "text_field": "text_column text_key",
@@ -105,8 +108,6 @@ _WORDS = {  # names that do not correspond to one flag
     "char": "use --tokenizer char", "bpe": "use --tokenizer bpe", "byte": "use --tokenizer byte",
     "muon": "use --optimizer muon", "adamw": "use --optimizer adamw",
     "sgd": "use --optimizer adamw",
-    "head_dim": "it is --n_embd divided by --n_head",
-    "head_size": "it is --n_embd divided by --n_head",
     "early_stop": "use --patience 5", "save_best": "best.safetensors is always saved",
     "no_bias": "use --bias false",
 }

@@ -76,14 +76,19 @@ class TensorFile:
         """The shape of every tensor by its name."""
         return {name: tuple(entry["shape"]) for name, entry in self._entries.items()}
 
-    def read_float(self, name: str) -> np.ndarray:
+    @property
+    def dtypes(self) -> dict[str, str]:
+        """The dtype of every tensor, as the format names it, by the tensor's name."""
+        return {name: entry["dtype"] for name, entry in self._entries.items()}
+
+    def read_float(self, name: str, widen: bool = True) -> np.ndarray:
         """As `read`; also raises TensorFileError if the tensor is not floating-point."""
         if (dtype := self._entries[name]["dtype"]) not in FLOATS:
             raise self.error(f"{self.path} has {name} in {dtype}: convert it to F32, F16 or BF16")
-        return self.read(name)
+        return self.read(name, widen)
 
-    def read(self, name: str) -> np.ndarray:
-        """One tensor; bfloat16 is widened to float32.
+    def read(self, name: str, widen: bool = True) -> np.ndarray:
+        """One tensor; bfloat16 is widened to float32, or else returned as its bits in uint16.
 
         Raises TensorFileError that names the file and the tensor if its dtype is not in DTYPES, its
         checksum differs, or a value is not finite.
@@ -93,7 +98,6 @@ class TensorFile:
         if dtype not in DTYPES:
             raise self.error(f"{self.path} has {name} in {dtype}: convert it to F32, F16 or BF16")
         array = np.empty(math.prod(entry["shape"]), DTYPES[dtype])
-        check_finite = dtype in FLOATS and dtype != "BF16"
         finite, size = True, PIECE // array.itemsize
         try:
             self._file.seek(self._start + entry["data_offsets"][0])
@@ -101,20 +105,15 @@ class TensorFile:
                 piece = array[i:i + size]
                 self._read_into(memoryview(piece).cast("B"))
                 digest.update(piece)
-                finite = finite and (not check_finite or bool(np.isfinite(piece).all()))
+                finite = finite and _is_finite(piece, dtype)
         except OSError as error:
             raise self.error(f"{self.path} cannot be read ({error.strerror})") from error
         if self._sums and digest.hexdigest() != self._sums.get(name):
             raise self.error(f"{self.path} is damaged: the checksum of {name} does not match: "
                              f"{self.remedy}")
-        if dtype == "BF16":
-            array = array.astype("<u4")
-            array <<= 16
-            array = array.view("<f4")
-            finite = bool(np.isfinite(array).all())
         if not finite:
             raise self.error(f"{self.path}: {name} {BAD_VALUES}: {self.remedy}")
-        return array.reshape(entry["shape"])
+        return (widened(array) if dtype == "BF16" and widen else array).reshape(entry["shape"])
 
     def _read_into(self, buffer: memoryview) -> None:
         while len(buffer):
@@ -146,6 +145,20 @@ class TensorFile:
             raise ValueError(f"it has {size} bytes, its header describes {self._start + end}")
         self._sums = _take_sums(metadata, header)
         self.metadata: dict[str, str] = metadata
+
+
+def widened(bits: np.ndarray) -> np.ndarray:
+    """bfloat16, given as its bits in uint16, as float32."""
+    wide = bits.astype("<u4")
+    wide <<= 16
+    return wide.view("<f4")
+
+
+def _is_finite(array: np.ndarray, dtype: str) -> bool:
+    """Whether no number of a dtype of the format is NaN or infinite; BF16 is given as its bits."""
+    if dtype == "BF16":
+        return bool(((array & 0x7f80) != 0x7f80).all())
+    return dtype not in FLOATS or bool(np.isfinite(array).all())
 
 
 def _span(name: str, entry) -> tuple[int, int, str]:
@@ -191,7 +204,8 @@ def write(path: Path, layout: dict[str, tuple[tuple[int, ...], str]],
           arrays: Iterable[np.ndarray], metadata: dict[str, str]) -> None:
     """Writes arrays with their checksums, and syncs the file to the disk.
 
-    layout: shapes and dtypes (names of DTYPES) by name; arrays are in its order. Raises
+    layout: shapes and dtypes (names of DTYPES) by name; arrays are in its order, those of BF16 as
+    their bits in uint16. Raises
     TensorFileError that names a tensor with NaN or infinite values.
     """
     entries, end = {}, 0
@@ -204,7 +218,7 @@ def write(path: Path, layout: dict[str, tuple[tuple[int, ...], str]],
         for name, array in zip(layout, arrays, strict=True):
             shape, dtype = layout[name]
             assert array.shape == tuple(shape), name
-            sums[name] = _write_array(file, name, np.ascontiguousarray(array, DTYPES[dtype]))
+            sums[name] = _write_array(file, name, dtype, np.ascontiguousarray(array, DTYPES[dtype]))
             del array  # before the next one is created
         file.seek(0)
         file.write(_header(entries, metadata, sums))
@@ -212,13 +226,13 @@ def write(path: Path, layout: dict[str, tuple[tuple[int, ...], str]],
         os.fsync(file.fileno())
 
 
-def _write_array(file, name: str, array: np.ndarray) -> str:
+def _write_array(file, name: str, dtype: str, array: np.ndarray) -> str:
     """Writes an array in pieces and returns its checksum."""
     flat, digest = array.reshape(-1), xxh3_64()
     size = PIECE // array.itemsize
     for i in range(0, len(flat), size):
         piece = flat[i:i + size]
-        if array.dtype.kind == "f" and not np.isfinite(piece).all():
+        if not _is_finite(piece, dtype):
             raise TensorFileError(f"{name} {BAD_VALUES}")
         digest.update(piece)
         file.write(piece.data)

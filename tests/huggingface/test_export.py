@@ -6,11 +6,14 @@ import numpy as np
 import pytest
 from peers import OWN, logits_of, random_text, some_ids, transformers
 from tinygrad import Tensor
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 from gpt import GPT, GPTConfig
 from tinygpt import safetensors_file
-from tinygpt.data.tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer
+from tinygpt.data.tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer, HFTokenizer
 from tinygpt.huggingface import pretrained
+
+LLAMA = dict(position="rope", norm="rmsnorm", activation="swiglu", bias=False)
 
 
 def test_a_model_without_biases_is_a_gpt2_with_zeros(tmp_path, rng):
@@ -25,7 +28,9 @@ def test_a_model_without_biases_is_a_gpt2_with_zeros(tmp_path, rng):
     (dict(qk_norm=True), "qk_norm=True"), (dict(parallel=True), "parallel=True"),
     (dict(sliding_window=4), "sliding_window=4"), (dict(n_kv_head=1), "n_kv_head=1"),
     (dict(position="rope"), "position=rope"),
-    (dict(position="rope", norm="rmsnorm"), "activation=gelu")], ids=str)
+    (dict(position="rope", norm="rmsnorm"), "activation=gelu"),
+    (LLAMA | dict(qk_norm=True, no_rope_interval=2), "Qwen3ForCausalLM, lacks no_rope_interval=2"),
+    (LLAMA | dict(qkv_bias=True, head_dim=4, no_rope_interval=2), "no_rope_interval=2")], ids=str)
 def test_unsupported_options_are_named_and_nothing_is_written(tmp_path, options, says):
     with pytest.raises(ValueError, match=says) as caught:
         GPT(GPTConfig(**OWN, **options)).save_pretrained(tmp_path / "x")
@@ -86,16 +91,11 @@ def test_gpt2s_tokenizer_is_unchanged_by_tokenizer_json(tmp_path, gpt2_files, rn
 @pytest.mark.parametrize("change", [
     lambda d: d.update(normalizer={"type": "NFC"}),
     lambda d: d["pre_tokenizer"].update(add_prefix_space=True),
-    lambda d: d["pre_tokenizer"].update(type="Whitespace"),
     lambda d: d["pre_tokenizer"].update(use_regex=False),
-    lambda d: d["model"].update(type="WordPiece"), lambda d: d["model"].update(dropout=0.1),
-    lambda d: d["model"]["merges"].reverse(), lambda d: d["model"]["merges"].pop(),
-    lambda d: d["added_tokens"].append({"id": 9, "content": "<x>"}),
-    lambda d: d.update(post_processor={"type": "TemplateProcessing"}),
-    lambda d: d.clear(), lambda d: d["model"]["vocab"].update(a="b"),
-    lambda d: d["added_tokens"][0].pop("id"), lambda d: d.update(added_tokens=[5]),
-    lambda d: d["model"].update(vocab={"abcdefghij"[i]: i for i in range(10)}, merges=[])])
-def test_a_tokenizer_json_of_another_kind_is_not_used(tmp_path, text, change):
+    lambda d: d["model"].update(ignore_merges=True), lambda d: d["model"]["merges"].reverse(),
+    lambda d: d["model"]["merges"].pop(),
+    lambda d: d["added_tokens"].append(d["added_tokens"][0] | {"id": 280, "content": "<x>"})])
+def test_a_tokenizer_json_of_another_kind_is_not_taken_for_ours(tmp_path, text, change):
     model = GPT(GPTConfig(**OWN | dict(vocab_size=300)))
     model.tokenizer = BPETokenizer.train(text, 280)
     model.save_pretrained(tmp_path / "x")
@@ -103,10 +103,38 @@ def test_a_tokenizer_json_of_another_kind_is_not_used(tmp_path, text, change):
     data = json.loads(path.read_text())
     change(data)
     path.write_text(json.dumps(data))
-    with pytest.warns(pretrained.TokenizerWarning, match=r"x/tokenizer\.json is damaged, or"):
+    found = GPT.from_pretrained(tmp_path / "x").tokenizer
+    assert isinstance(found, HFTokenizer) and found.data == data
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "x")
+    assert found.encode(text[:500]) == theirs.encode(text[:500])
+    assert found.end_of_text == theirs.eos_token_id == 279
+
+
+@pytest.mark.parametrize("name", ["tokenizer.model", "vocab.json"])
+def test_a_tokenizer_in_another_file_is_not_replaced_by_gpt2s(tmp_path, name):
+    GPT(GPTConfig(**OWN | dict(vocab_size=50257, n_embd=2)), seed=None).save_pretrained(
+        tmp_path / "x")
+    (tmp_path / "x" / name).write_text("{}")
+    with pytest.warns(pretrained.TokenizerWarning, match=f"{name} can be read only as"):
         assert GPT.from_pretrained(tmp_path / "x").tokenizer is None
-    with pretrained.tokenizer_needed(), pytest.raises(ValueError, match=r"tokenizer\.json"):
-        GPT.from_pretrained(tmp_path / "x")
+
+
+def test_a_tokenizer_json_travels_whole(tmp_path):
+    """From a folder to a model, its checkpoint and an export."""
+    made = Tokenizer(models.WordLevel({"<unk>": 0, "a": 1, "b": 2, "</s>": 3}, unk_token="<unk>"))
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    made.add_special_tokens(["</s>"])
+    GPT(GPTConfig(**OWN)).save_pretrained(tmp_path / "x")
+    made.save(str(tmp_path / "x" / "tokenizer.json"))
+    (tmp_path / "x" / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>"}))
+    model = GPT.from_pretrained(tmp_path / "x")
+    assert model.tokenizer.encode("b a c") == [2, 1, 0] and model.tokenizer.end_of_text == 3
+    twin = GPT.from_checkpoint(model.save_checkpoint(1, None, tmp_path))
+    twin.save_pretrained(tmp_path / "y")
+    again = GPT.from_pretrained(tmp_path / "y").tokenizer
+    assert again.to_json() == twin.tokenizer.to_json() == model.tokenizer.to_json()
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "y")
+    assert theirs.encode("b a c") == [2, 1, 0] and theirs.eos_token_id == 3
 
 
 def test_a_gpt2_with_a_damaged_tokenizer_json_does_not_get_gpt2s_tokenizer(tmp_path, gpt2_files):

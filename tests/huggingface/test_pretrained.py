@@ -7,21 +7,24 @@ import tracemalloc
 import numpy as np
 import pytest
 from peers import MODELS, OWN, greedy, logits_of, saved, some_ids, torch, transformers
-from tinygrad import Tensor
+from tinygrad import Tensor, dtypes
 
-from gpt import GPT, GPTConfig
+from gpt import GPT, GPTConfig, TrainConfig
+from tinygpt import device
 from tinygpt.data.tokenizer import CharTokenizer
 from tinygpt.huggingface import pretrained
 from tinygpt.model import lora
+from train import train
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama"])
+@pytest.mark.parametrize("name", ["gpt2", "llama", "llama3", "mistral", "qwen2", "qwen3",
+                                  "smollm3"])
 def test_greedy_text_is_that_of_transformers(name, tmp_path, rng):
     reference = saved(tmp_path, name)
     ours = GPT.from_pretrained(tmp_path)
     prompt = some_ids(rng, 2, 5)
-    text = ours.generate(prompt, 64, temperature=0).numpy()
-    assert (text == greedy(reference, prompt, 64)).all()
+    text = ours.generate(prompt, 100, temperature=0).numpy()
+    assert (text == greedy(reference, prompt, 100)).all()
     assert len(set(text[0])) > 5 and ours.tokenizer is None
 
 
@@ -29,7 +32,7 @@ def test_greedy_text_is_that_of_transformers(name, tmp_path, rng):
 def test_logits_are_those_of_transformers_both_ways(name, tmp_path, rng):
     reference = saved(tmp_path / "theirs", name)
     ours = GPT.from_pretrained(tmp_path / "theirs")
-    ids = some_ids(rng, 2, 80)
+    ids = some_ids(rng, 2, 110)
     expected = logits_of(reference, ids)
     assert expected.std() > 0.3
     np.testing.assert_allclose(ours(Tensor(ids)).numpy(), expected, rtol=0, atol=1e-4)
@@ -39,18 +42,51 @@ def test_logits_are_those_of_transformers_both_ways(name, tmp_path, rng):
     np.testing.assert_allclose(logits_of(back, ids), expected, rtol=0, atol=1e-4)
     again = GPT.from_pretrained(folder)
     assert again.config == ours.config
+    assert back.config.model_type == reference.config.model_type or name == "mistral whole"
     for key, weight in ours.state_dict().items():
         assert np.array_equal(again.state_dict()[key].numpy(), weight.numpy()), key
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-@pytest.mark.parametrize("name", ["gpt2", "llama"])
+@pytest.mark.parametrize("name", ["gpt2", "qwen3"])
 def test_half_precision_files_are_read(name, dtype, tmp_path, rng):
     saved(tmp_path, name, dtype)
     reference = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     ids = some_ids(rng, 1, 9)
     np.testing.assert_allclose(GPT.from_pretrained(tmp_path)(Tensor(ids)).numpy(),
                                logits_of(reference, ids), atol=1e-4)
+
+
+@pytest.mark.parametrize(("name", "dtype", "kept"), [
+    ("qwen3", "bfloat16", dtypes.bfloat16), ("gpt2", "float16", dtypes.float16)])
+def test_matrices_of_16_bits_stay_as_they_are_stored(name, dtype, kept, tmp_path, rng):
+    saved(tmp_path / "x", name, dtype)
+    ours = GPT.from_pretrained(tmp_path / "x", as_stored=True)
+    wide = GPT.from_pretrained(tmp_path / "x")
+    weights = ours.state_dict()
+    assert {w.dtype for w in weights.values() if w.ndim == 2} == {kept}
+    assert {w.dtype for w in weights.values() if w.ndim == 1} == {dtypes.float32}
+    ids = some_ids(rng, 1, 9)
+    np.testing.assert_allclose(ours(Tensor(ids)).numpy(), wide(Tensor(ids)).numpy(), atol=1e-5)
+    ours.save_pretrained(tmp_path / "y")  # again in 16 bits
+    back = GPT.from_pretrained(tmp_path / "y", as_stored=True).state_dict()
+    for key, weight in weights.items():
+        assert back[key].dtype == weight.dtype
+        assert np.array_equal(device.read(back[key]), device.read(weight)), key
+    with pytest.raises(ValueError, match="adapters need float32"):
+        lora.attach(ours, 1, 1.0, "h.*", 0)
+    written = [list(model.stream(ids, 12, temperature=0)) for model in (ours, wide)]
+    assert written[0] == written[1]
+    written = [list(model.quantize("int8").stream(ids, 12, temperature=0))
+               for model in (ours, wide)]
+    assert written[0] == written[1]
+
+
+def test_a_model_of_16_bits_is_not_trained(tmp_path):
+    saved(tmp_path / "x", "qwen3", "bfloat16")
+    model = GPT.from_pretrained(tmp_path / "x", as_stored=True)
+    with pytest.raises(ValueError, match=r"wte\.weight is .*as_stored"):
+        train(model, TrainConfig(out_dir=str(tmp_path / "o")), np.arange(2000) % 97)
 
 
 def test_shards_and_a_single_file_are_read(tmp_path, rng):
@@ -68,7 +104,7 @@ def test_older_files_with_buffers_and_without_a_prefix_are_read(tmp_path, rng):
     reference = saved(tmp_path, "gpt2")
     tensors = {k.removeprefix("transformer."): v for k, v in reference.state_dict().items()}
     for i in range(2):
-        tensors[f"h.{i}.attn.bias"] = torch.ones(1, 1, 80, 80, dtype=torch.bool)
+        tensors[f"h.{i}.attn.bias"] = torch.ones(1, 1, 110, 110, dtype=torch.bool)
         tensors[f"h.{i}.attn.masked_bias"] = torch.tensor(-1e4)
     tensors["lm_head.weight"] = tensors["lm_head.weight"].clone()
     from safetensors.torch import save_file
@@ -84,7 +120,7 @@ def test_a_smaller_block_size_crops_and_other_conflicts_are_refused(tmp_path, rn
     assert ours.config.block_size == 16 and ours.config.dropout == 0.1
     ids = some_ids(rng, 1, 16)
     np.testing.assert_allclose(ours(Tensor(ids)).numpy(), logits_of(reference, ids), atol=1e-4)
-    for option, had in (("n_layer", 2), ("n_head", 5), ("block_size", 80), ("vocab_size", 97)):
+    for option, had in (("n_layer", 2), ("n_head", 5), ("block_size", 110), ("vocab_size", 97)):
         with pytest.raises(ValueError, match=rf"{option}={had}, but {option}=320 was asked"):
             GPT.from_pretrained(tmp_path, **{option: 320})
 
@@ -110,10 +146,22 @@ def test_a_checkpoint_of_ours_is_a_pretrained_model_too(tmp_path, rng):
     ("gpt2", dict(n_embd=10**9), "wte.weight of shape"), ("gpt2", dict(n_head="x"), "'x'"),
     ("gpt2", dict(n_head=7), "n_head=7"), ("gpt2", dict(n_inner=9), "h.0.mlp.c_fc.weight"),
     ("gpt2", dict(n_positions=70), "wpe.weight"),
-    ("llama", dict(head_dim=32), "head_dim=32"), ("llama", dict(mlp_bias=True), "mlp_bias=True"),
+    ("llama", dict(head_dim=32), "h.0.attn.c_attn.weight"),
+    ("llama", dict(mlp_bias=True), "mlp_bias=True"),
     ("llama", dict(hidden_act="gelu"), "hidden_act='gelu'"),
-    ("llama", dict(rope_parameters={"rope_type": "llama3"}), "rope_type='llama3'"),
-    ("llama", dict(rope_parameters=None, rope_scaling={"type": "linear"}), "rope_type='linear'"),
+    ("llama", dict(rope_parameters={"rope_type": "yarn", "factor": 2.0}), "rope_type='yarn'"),
+    ("llama", dict(rope_parameters=None, rope_scaling={"type": "dynamic", "factor": 2.0}),
+     "rope_type='dynamic'"),
+    ("llama", dict(rope_parameters={"rope_type": "llama3", "factor": 8.0}), "no low_freq_factor"),
+    ("llama", dict(rope_parameters=None, rope_scaling={"type": "linear"}), "no factor"),
+    ("llama", dict(rope_parameters={"partial_rotary_factor": 0.5}), "partial_rotary_factor=0.5"),
+    ("llama", dict(sliding_window=9), "sliding_window=9"),
+    ("llama", dict(model_type="gemma3_text"), "model_type 'gemma3_text'"),
+    ("qwen2", dict(use_sliding_window=True, sliding_window=9, layer_types=[
+        "full_attention", "sliding_attention"]), "layer_types=['full_attention', 'sliding_"),
+    ("qwen3", dict(attention_bias=True), "attention_bias=True"),
+    ("smollm3", dict(no_rope_layers=[0, 1, 1]), "no_rope_layers=[0, 1, 1]"),
+    ("smollm3", dict(use_sliding_window=True), "use_sliding_window=True"),
     ("llama", dict(num_key_value_heads=6), "h.0.attn.c_attn.weight"),
     ("llama", dict(tie_word_embeddings=True, vocab_size=96), "embed_tokens.weight of shape")],
     ids=str)

@@ -49,6 +49,21 @@ def restore():
 
 # ---- what holds for every operation
 
+@pytest.mark.parametrize("dtype", [dtypes.bfloat16, dtypes.float16])
+@pytest.mark.parametrize("implementation", implementations("linear"))
+def test_matrices_of_16_bits_are_read_as_they_are(implementation, dtype, rng):
+    """With activations in float32, nothing is rounded."""
+    wide = Tensor(rng.normal(size=(29, 37)).astype(np.float32)).cast(dtype).float().realize()
+    narrow = wide.cast(dtype).realize()
+    for rows in (1, 9):  # a dot product for each, and a matrix product
+        x = Tensor(rng.normal(size=(rows, 37)).astype(np.float32)).realize()
+        y = kernels.linear(x, narrow, implementation=implementation).numpy()
+        np.testing.assert_allclose(y, x.numpy() @ wide.numpy().T, atol=1e-4)
+    idx = Tensor(np.array([[0, 28, 5]], np.int32))
+    rows = kernels.embedding(idx, narrow, implementation=implementation)
+    assert rows.dtype == dtypes.float32
+    assert np.array_equal(rows.numpy(), wide.numpy()[[[0, 28, 5]]])
+
 
 @pytest.mark.parametrize("operation, number", NUMBERED)
 def test_reference_equals_numpy(operation, number):

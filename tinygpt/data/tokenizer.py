@@ -1,4 +1,4 @@
-"""Text to token ids and back: byte-level BPE, characters, or bytes.
+"""Text to token ids and back: byte-level BPE, characters, bytes, or a tokenizer.json.
 
 `to_json()` returns everything about a tokenizer; it is saved in checkpoints, and `load_tokenizer`
 restores the tokenizer from it without other files or downloads.
@@ -11,11 +11,13 @@ import itertools
 import json
 import re
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Protocol
 
 import numpy as np
 import rustbpe
 import tiktoken
+import tokenizers
 import xxhash
 
 # how GPT-2 splits text into words (its published encoder, and tiktoken's "gpt2")
@@ -41,6 +43,9 @@ class Tokenizer(Protocol):
     def decode(self, ids: list[int]) -> str:
         """The text of ids; bytes that are not UTF-8 become U+FFFD."""
 
+    def stream(self) -> "ByteStream | TextStream":
+        """What decodes one id after another; see `StreamDecoder`."""
+
     def to_json(self) -> dict:
         """JSON values for `load_tokenizer`."""
 
@@ -52,6 +57,9 @@ class _Base:
     def token_lengths(self) -> np.ndarray:
         """The number of bytes of each id (V,)."""
         return np.array([len(self.decode_bytes([i])) for i in range(self.vocab_size)])
+
+    def stream(self) -> "ByteStream":
+        return ByteStream(self)
 
     def _check_ids(self, ids: list[int]) -> None:
         for i in ids:
@@ -183,6 +191,85 @@ class ByteTokenizer(_Base):
         return cls()
 
 
+class HFTokenizer(_Base):
+    """A tokenizer.json, read by Hugging Face's `tokenizers`.
+
+    `begin_of_text` are the ids that it puts before a text, `end_of_text` the one that ends a
+    document, None if it is unknown. Special tokens in a text are plain text, and `decode` skips
+    their ids. Raises ValueError where the file cannot be used.
+    """
+
+    kind = "hf"
+
+    def __init__(self, data: dict, end_of_text: int | None = None):
+        self.data, self.end_of_text = data, end_of_text
+        with _rust_errors("this tokenizer.json cannot be used"):
+            self._tokenizer = tokenizers.Tokenizer.from_str(json.dumps(data))
+            self._tokenizer.no_padding()
+            self._tokenizer.no_truncation()
+            self._tokenizer.encode_special_tokens = True  # as the text that they are
+            whole = self._tokenizer.encode("a", add_special_tokens=True)
+        self.vocab_size = 1 + max(self._tokenizer.get_vocab().values(), default=-1)
+        if not self.vocab_size:
+            raise ValueError("this tokenizer.json has no tokens")
+        if end_of_text is not None and not 0 <= end_of_text < self.vocab_size:
+            raise ValueError(f"end_of_text={end_of_text} is outside the vocabulary 0.."
+                             f"{self.vocab_size - 1}")
+        self.begin_of_text = [i for i, _ in itertools.takewhile(
+            lambda pair: pair[1], zip(whole.ids, whole.special_tokens_mask, strict=True))]
+
+    def encode(self, text: str) -> list[int]:
+        with _rust_errors("the text cannot be encoded by this tokenizer"):
+            return self._tokenizer.encode(_check_text(text), add_special_tokens=False).ids
+
+    def decode(self, ids: list[int]) -> str:
+        self._check_ids(ids)
+        with _rust_errors("the ids cannot be decoded by this tokenizer"):
+            return self._tokenizer.decode([i for i in ids if i != self.end_of_text])
+
+    def decode_bytes(self, ids: list[int]) -> bytes:
+        return self.decode(ids).encode("utf-8")
+
+    def stream(self) -> "TextStream":
+        return TextStream(self)
+
+    def token_lengths(self) -> np.ndarray:
+        """The number of bytes that each id adds to a text (V,)."""
+        added = self._tokenizer.get_added_tokens_decoder()
+        return np.array([self._length(i, added) for i in range(self.vocab_size)])
+
+    def _length(self, i: int, added: dict) -> int:
+        token = self._tokenizer.id_to_token(i)
+        if token is None or i == self.end_of_text or (i in added and added[i].special):
+            return 0
+        if i in added:
+            return len(token.encode("utf-8"))
+        if re.fullmatch("<0x[0-9A-F]{2}>", token):
+            return 1  # a part of a character
+        if self._is_byte_level:
+            return len(token)  # which has a character for each byte
+        return len(self.decode_bytes([self._word, i])) - len(self.decode_bytes([self._word]))
+
+    @functools.cached_property
+    def _is_byte_level(self) -> bool:
+        return '"ByteLevel"' in json.dumps(self.data.get("decoder"))
+
+    @functools.cached_property
+    def _word(self) -> int:
+        """Some token, since the first of a text may lose a blank."""
+        return self.encode("a")[-1]
+
+    def to_json(self) -> dict:
+        return {"kind": self.kind, "tokenizer": self.data, "end_of_text": self.end_of_text}
+
+    @classmethod
+    def from_json(cls, data: dict) -> "HFTokenizer":
+        if not isinstance(data["tokenizer"], dict) or type(data["end_of_text"]) not in (
+                int, type(None)):
+            raise ValueError("tokenizer is not an object, or end_of_text not an id")
+        return cls(data["tokenizer"], data["end_of_text"])
+
+
 # what makes a tokenizer of each kind, from a text and the size of a vocabulary
 TOKENIZERS = {
     "bpe": BPETokenizer.train, "gpt2": lambda text, vocab_size: BPETokenizer(),
@@ -192,7 +279,7 @@ TOKENIZERS = {
 
 def load_tokenizer(data: dict) -> Tokenizer:
     """The tokenizer of which data is the `to_json()`. Raises ValueError if data is invalid."""
-    kinds = {cls.kind: cls for cls in (BPETokenizer, CharTokenizer, ByteTokenizer)}
+    kinds = {cls.kind: cls for cls in (BPETokenizer, CharTokenizer, ByteTokenizer, HFTokenizer)}
     try:
         return kinds[data["kind"]].from_json(data)
     except (KeyError, TypeError, ValueError) as error:
@@ -220,6 +307,11 @@ def end_of_text(tokenizer: Tokenizer | None) -> int | None:
     return getattr(tokenizer, "end_of_text", None)
 
 
+def begin_of_text(tokenizer: Tokenizer | None) -> list[int]:
+    """The ids that a text begins with; most tokenizers have none."""
+    return getattr(tokenizer, "begin_of_text", [])
+
+
 def up_to_end(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[int]:
     """Yields ids up to the first end-of-text, if the tokenizer has one."""
     end = end_of_text(tokenizer)
@@ -230,16 +322,50 @@ class StreamDecoder:
     """Decodes ids one at a time without splitting characters."""
 
     def __init__(self, tokenizer: Tokenizer):
+        self._stream = tokenizer.stream()
+
+    def push(self, token: int) -> str:
+        """The characters that are complete with this id."""
+        return self._stream.push(token)
+
+    def finish(self) -> str:
+        """The rest: U+FFFD if the last character is incomplete."""
+        return self._stream.finish()
+
+
+class ByteStream:
+    """A StreamDecoder for tokenizers whose ids have bytes of their own."""
+
+    def __init__(self, tokenizer: Tokenizer):
         self._tokenizer = tokenizer
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def push(self, token: int) -> str:
-        """The characters that are complete with this id."""
         return self._utf8.decode(self._tokenizer.decode_bytes([token]))
 
     def finish(self) -> str:
-        """The rest: U+FFFD if the last character is incomplete."""
         return self._utf8.decode(b"", final=True)
+
+
+class TextStream:
+    """A StreamDecoder for tokenizers with which the text of an id depends on those before it."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._tokenizer = tokenizer
+        self._ids: list[int] = []  # the last ones that gave text, and those since then
+        self._known = 0  # how many of these have given it
+
+    def push(self, token: int) -> str:
+        self._ids.append(token)
+        text = self.finish()
+        if not text or text.endswith("\ufffd"):  # perhaps a part of a character
+            return ""
+        self._ids, self._known = self._ids[self._known:], len(self._ids) - self._known
+        return text
+
+    def finish(self) -> str:
+        before = self._tokenizer.decode(self._ids[:self._known])
+        return self._tokenizer.decode(self._ids)[len(before):]
 
 
 def _show(char: str) -> str:
@@ -268,12 +394,20 @@ def _gpt2_encoding() -> tiktoken.Encoding:
             "TIKTOKEN_CACHE_DIR, or choose --tokenizer bpe") from error
 
 
-def _encoding(tokens: list[bytes]) -> tiktoken.Encoding:
+@contextmanager
+def _rust_errors(what: str):
+    """Turns the errors of a library in Rust, which has one type for all, into ValueError."""
     try:
+        yield
+    except BaseException as error:  # a panic is not an Exception
+        if isinstance(error, ValueError) or (
+                type(error) is not Exception and type(error).__name__ != "PanicException"):
+            raise
+        raise ValueError(f"{what} ({' '.join(str(error).split())[:200]})") from None
+
+
+def _encoding(tokens: list[bytes]) -> tiktoken.Encoding:
+    with _rust_errors(f"tiktoken cannot use these {len(tokens)} tokens"):
         return tiktoken.Encoding("tinygpt", pat_str=GPT2_PATTERN,
                                  mergeable_ranks={t: i for i, t in enumerate(tokens)},
                                  special_tokens={END_OF_TEXT: len(tokens)})
-    except BaseException as error:  # a panic in Rust is not an Exception
-        if type(error).__name__ != "PanicException":
-            raise
-        raise ValueError(f"tiktoken cannot use these {len(tokens)} tokens ({error})") from None

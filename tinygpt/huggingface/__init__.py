@@ -1,1 +1,1 @@
-"""GPT-2's and Llama's layout on the Hugging Face hub, in and out."""
+"""The layouts of models on the Hugging Face hub, in and out."""

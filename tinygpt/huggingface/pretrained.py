@@ -1,11 +1,13 @@
-"""Reads and writes GPT-2 and Llama models in Hugging Face's layout; downloads GPT-2.
+"""Reads and writes models in Hugging Face's layout; downloads GPT-2.
 
 Tensors are read and written one at a time; `architectures.py` has their names.
 """
 
 import json
+import math
 import os
 import shutil
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from tinygrad import dtypes
+from tqdm import tqdm
 
 from tinygpt import checkpoint, device
 from tinygpt.data import DataError
@@ -20,11 +24,11 @@ from tinygpt.data.download import fetch
 from tinygpt.data.tokenizer import BPETokenizer, Tokenizer
 from tinygpt.huggingface import tokenizer_json
 from tinygpt.huggingface.architectures import (
-    ACTIVATIONS,
     ARCHITECTURES,
     Architecture,
     PretrainedError,
     Settings,
+    has_bias,
     require,
 )
 from tinygpt.model.lora import is_adapter
@@ -32,6 +36,8 @@ from tinygpt.safetensors_file import TensorFile, TensorFileError, one_line, writ
 
 NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 HUB = "https://huggingface.co/openai-community"
+DTYPES = {dtypes.float32: "F32", dtypes.bfloat16: "BF16", dtypes.float16: "F16"}
+TORCH_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 INDEX = "model.safetensors.index.json"
 
 
@@ -85,17 +91,37 @@ class Pretrained:
             shapes[name] = shape[::-1] if self._is_transposed(name, shape) else shape
         return shapes
 
-    def fill(self, weights: dict) -> None:
-        """Copies the model into weights, realized Tensors by name with the shapes of `shapes`,
-        one at a time. Raises TensorFileError if one is damaged."""
-        for name, weight in weights.items():
-            array = self._array(name)[:weight.shape[0]]
-            device.write(weight, array)
-            del array  # before the next one is read
+    def dtype(self, name: str, as_stored: bool) -> str:
+        """What `fill` makes of a weight: F32, or BF16 or F16 of a matrix that is stored so."""
+        found = {(file.dtypes[part], len(file.shapes[part])) for file, part in self.sources[name]}
+        kinds = {dtype for dtype, axes in found if axes == 2} if as_stored else set()
+        return kinds.pop() if kinds in ({"BF16"}, {"F16"}) else "F32"
 
-    def _array(self, name: str) -> np.ndarray:
-        arrays = [file.read_float(part) for file, part in self.sources[name]]
+    def check_memory(self, shapes: dict[str, tuple[int, ...]], as_stored: bool) -> None:
+        """Raises ValueError where weights of these shapes do not fit into memory."""
+        size = sum(math.prod(shape) * (4 if self.dtype(name, as_stored) == "F32" else 2)
+                   for name, shape in shapes.items())
+        device.check_memory(size, f"the weights of {self.path}", "choose a smaller model")
+
+    def fill(self, weights: dict, as_stored: bool = False) -> None:
+        """Gives weights, Tensors by name with the shapes of `shapes`, their memory and values, one
+        at a time: float32, or with as_stored matrices of 16 bits as they are.
+
+        Raises TensorFileError if one is damaged.
+        """
+        with tqdm(total=len(weights), unit="tensor", desc=self.path, leave=False,
+                  disable=not sys.stderr.isatty()) as bar:
+            for name, weight in weights.items():
+                array = self._array(name, self.dtype(name, as_stored))[:weight.shape[0]]
+                weight.replace(device.tensor_of(array))
+                del array  # before the next one is read
+                bar.update()
+
+    def _array(self, name: str, dtype: str) -> np.ndarray:
+        """A weight as float32, or of BF16 the bits, or as float16."""
+        arrays = [file.read_float(part, widen=dtype == "F32") for file, part in self.sources[name]]
         array = arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
+        array = array.astype(np.float32, copy=False) if dtype == "F32" else array
         return array.T if self._is_transposed(name, array.shape) else array
 
     def _is_transposed(self, name: str, shape: tuple[int, ...]) -> bool:
@@ -250,7 +276,7 @@ def _names(architecture: Architecture, config: dict) -> Iterator[tuple[str, tupl
     """Yields our name and theirs of every tensor; lazily, as config may claim any number of
     layers."""
     for ours, theirs in architecture.tensors.items():
-        if ours.endswith(".bias") and not config["bias"]:
+        if ours.endswith(".bias") and not has_bias(ours, config):
             continue
         for i in range(config["n_layer"]) if "{}" in ours else (0,):
             yield ours.format(i), tuple(name.format(i) for name in theirs)
@@ -263,17 +289,15 @@ def _is_linear(name: str) -> bool:
 
 
 def _tokenizer(folder: Path, kind: str, vocab_size: int) -> Tokenizer | None:
-    """The tokenizer of a folder; a GPT-2 without tokenizer.json has GPT-2's. Warns if it cannot be
+    """The tokenizer of a folder; a GPT-2 without any file of one has GPT-2's. Warns if it cannot be
     used."""
-    path, tokenizer = folder / "tokenizer.json", None
     try:
-        if path.exists():
-            tokenizer = tokenizer_json.read(path)
-        elif kind == "gpt2" and vocab_size == 50257:
+        tokenizer = tokenizer_json.read(folder)
+        if tokenizer is None and kind == "gpt2" and vocab_size == 50257:
             tokenizer = BPETokenizer()
         if tokenizer is not None and tokenizer.vocab_size > vocab_size:
-            raise ValueError(f"{path} has {tokenizer.vocab_size} ids, but the model has vocab_size="
-                             f"{vocab_size}")
+            raise ValueError(f"{folder / 'tokenizer.json'} has {tokenizer.vocab_size} ids, "
+                             f"but the model has vocab_size={vocab_size}")
     except ValueError as error:
         warnings.warn(f"{folder} is read without its tokenizer: {error}", TokenizerWarning,
                       stacklevel=4)
@@ -311,14 +335,16 @@ def export(config: dict, weights: dict, tokenizer: Tokenizer | None, folder: str
     """Writes a folder that transformers opens: config.json, model.safetensors, the tokenizer.
 
     config: the fields of GPTConfig. weights: Tensors by our names. The folder appears when it is
-    complete. Raises PretrainedError if neither GPT2LMHeadModel nor LlamaForCausalLM has the
-    options of config, if the folder is not empty, or if it cannot be written.
+    complete. Raises PretrainedError if no architecture has the options of config, if the folder is
+    not empty, or if it cannot be written.
     """
     folder = Path(folder)
     architecture = ARCHITECTURES[architecture_of(config)]
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise PretrainedError(f"{folder} already exists: name a new folder")
-    files = {"config.json": architecture.write(config, tokenizer)} | tokenizer_json.dump(
+    settings = architecture.write(config, tokenizer)
+    settings["dtype"] = TORCH_DTYPES[DTYPES[weights["wte.weight"].dtype]]
+    files = {"config.json": settings} | tokenizer_json.dump(
         tokenizer, config["block_size"])
     files["generation_config.json"] = {k: v for k, v in files["config.json"].items()
                                        if k in ("bos_token_id", "eos_token_id")}
@@ -332,7 +358,8 @@ def export(config: dict, weights: dict, tokenizer: Tokenizer | None, folder: str
         for name, data in files.items():
             (part / name).write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
         arrays = (_rows(config, weights, architecture, *source) for source in sources)
-        layout = {name: (shape, "F32") for name, shape in shapes.items()}
+        layout = {name: (shape, DTYPES[weights[ours].dtype] if ours in weights else "F32")
+                  for (name, shape), (ours, _, _) in zip(shapes.items(), sources, strict=True)}
         write(part / "model.safetensors", layout, arrays, {"format": "pt"})
         part.replace(folder)
     except (OSError, TensorFileError) as error:
@@ -356,29 +383,22 @@ def hub_tensors(config: dict, weights: dict) -> Iterator[tuple[str, np.ndarray]]
 
 
 def architecture_of(config: dict) -> str:
-    """The architecture with these options. Raises PretrainedError that names the options of which
-    none has all."""
-    defaults = {"parallel": False, "qk_norm": False, "sliding_window": None}
-    supported = {"gpt2": defaults | {"norm": "layernorm", "position": "learned",
-                                     "activation": tuple(ACTIVATIONS.values()),
-                                     "n_kv_head": (None, config["n_head"])},
-                 "llama": defaults | {"norm": "rmsnorm", "position": "rope",
-                                      "activation": "swiglu"}}
-    lacks = {kind: [f"{k}={config[k]}" for k, v in options.items()
-                    if config[k] not in (v if isinstance(v, tuple) else (v,))]
-             for kind, options in supported.items()}
-    for kind, options in lacks.items():
-        if not options:
-            return kind
-    raise PretrainedError("transformers has no architecture for this model: GPT2LMHeadModel lacks "
-                          f"{', '.join(lacks['gpt2'])}; LlamaForCausalLM lacks "
-                          f"{', '.join(lacks['llama'])}: train a model with the options of one")
+    """The architecture with these options. Raises PretrainedError that names the options which the
+    nearest one lacks."""
+    lacks = {kind: architecture.lacks(config) for kind, architecture in ARCHITECTURES.items()}
+    nearest = min(lacks, key=lambda kind: len(lacks[kind]))
+    if lacks[nearest]:
+        raise PretrainedError("transformers has no architecture for this model: the nearest, "
+                              f"{ARCHITECTURES[nearest].name}, lacks {', '.join(lacks[nearest])}: "
+                              "train a model without")
+    return nearest
 
 
 def _layout(architecture: Architecture, config: dict, weights: dict) -> tuple[dict, list]:
     """The shapes of their tensors by name, and for each (our name, part, number of parts)."""
     # GPT-2 has biases everywhere: they are zeros if ours has none
-    names = _names(architecture, config | {"bias": config["bias"] or architecture.transposed})
+    filled = {"bias": True, "qkv_bias": None} if architecture.transposed else {}
+    names = _names(architecture, config | filled)
     shapes, sources = {}, []
     for ours, theirs in names:
         for i, name in enumerate(theirs):
@@ -393,10 +413,10 @@ def _span(config: dict, part: int, parts: int) -> slice:
     """The rows of our matrix in one of their parts: all, or those of q, k or v."""
     if parts == 1:
         return slice(None)
-    size = config["n_embd"] // config["n_head"]
-    kv = (config["n_kv_head"] or config["n_head"]) * size
-    begin = (0, config["n_embd"], config["n_embd"] + kv)[part]
-    return slice(begin, begin + (config["n_embd"] if part == 0 else kv))
+    size = config["head_dim"] or config["n_embd"] // config["n_head"]
+    q, kv = (n * size for n in (config["n_head"], config["n_kv_head"] or config["n_head"]))
+    begin = (0, q, q + kv)[part]
+    return slice(begin, begin + (q if part == 0 else kv))
 
 
 def _rows_shape(config: dict, weights: dict, architecture: Architecture, name: str, part: int,

@@ -1,22 +1,49 @@
-"""Converts byte-level BPE tokenizers to and from Hugging Face's tokenizer.json.
-
-That file writes a byte as a printable character and lists merges as pairs of tokens. tiktoken has
-only tokens by rank, so the pair of a token is found by splitting it with the merges before it.
-"""
+"""The tokenizer of a folder in Hugging Face's layout, in and out."""
 
 import json
 from itertools import pairwise
 from pathlib import Path
 
-from tinygpt.data.documents import read_bytes
-from tinygpt.data.tokenizer import END_OF_TEXT, BPETokenizer, ByteTokenizer, Tokenizer
+from tokenizers import AddedToken, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer as Library
 
+from tinygpt.data.documents import read_bytes
+from tinygpt.data.tokenizer import (
+    END_OF_TEXT,
+    BPETokenizer,
+    ByteTokenizer,
+    HFTokenizer,
+    Tokenizer,
+    end_of_text,
+)
+
+# what tokenizers are stored in that only `transformers` can convert
+OTHERS = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.txt", "vocab.json",
+          "merges.txt")
+# the printable character of each byte in the files of byte-level BPE
 _VISIBLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
 _HIDDEN = [b for b in range(256) if b not in _VISIBLE]
 CHAR_OF_BYTE = {b: chr(b) for b in _VISIBLE} | {b: chr(256 + i) for i, b in enumerate(_HIDDEN)}
 BYTE_OF_CHAR = {c: b for b, c in CHAR_OF_BYTE.items()}
-BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True,
-              "use_regex": True}
+
+
+def read(folder: Path) -> Tokenizer | None:
+    """The tokenizer in a folder, None if it has no file of one. Raises ValueError that names a file
+    which cannot be read."""
+    path = folder / "tokenizer.json"
+    if not path.exists():
+        if found := [name for name in OTHERS if (folder / name).exists()]:
+            raise ValueError(f"{folder / found[0]} can be read only as a tokenizer.json: convert "
+                             "it with transformers: AutoTokenizer.from_pretrained(folder)"
+                             ".save_pretrained(folder)")
+        return None
+    data = _read_json(path)
+    try:
+        tokenizer = HFTokenizer(data)
+        tokenizer = HFTokenizer(data, _end_of_text(folder, tokenizer))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged, or not supported: {error}") from error
+    return _as_ours(tokenizer) or tokenizer
 
 
 def dump(tokenizer: Tokenizer | None, block_size: int) -> dict[str, dict]:
@@ -24,76 +51,85 @@ def dump(tokenizer: Tokenizer | None, block_size: int) -> dict[str, dict]:
 
     Raises ValueError if a BPE token is not the merge of two others.
     """
-    if isinstance(tokenizer, BPETokenizer):
-        tokens, special = tokenizer.tokens(), END_OF_TEXT
+    if isinstance(tokenizer, HFTokenizer):
+        data = tokenizer.data
+    elif isinstance(tokenizer, BPETokenizer):
+        data = _written(tokenizer.tokens(), END_OF_TEXT)
     elif isinstance(tokenizer, ByteTokenizer):
-        tokens, special = [bytes([b]) for b in range(256)], None
+        data = _written([bytes([b]) for b in range(256)], None)
     else:
         return {}
-    ranks = {token: i for i, token in enumerate(tokens)}
-    merges = [_split(token, ranks) for token in tokens if len(token) > 1]
-    vocab = {_text(token): i for token, i in ranks.items()}
-    added = []
-    if special:
-        vocab[special] = len(tokens)
-        added = [{"id": len(tokens), "content": special, "single_word": False, "lstrip": False,
-                  "rstrip": False, "normalized": False, "special": True}]
-    whole = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added,
-             "normalizer": None, "pre_tokenizer": BYTE_LEVEL, "post_processor": None,
-             "decoder": BYTE_LEVEL,
-             "model": {"type": "BPE", "dropout": None, "unk_token": None,
-                       "continuing_subword_prefix": None, "end_of_word_suffix": None,
-                       "fuse_unk": False, "byte_fallback": False, "ignore_merges": False,
-                       "vocab": vocab, "merges": [[_text(a), _text(b)] for a, b in merges]}}
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": block_size,
                 "clean_up_tokenization_spaces": False}
-    if special:
-        settings |= {"bos_token": special, "eos_token": special}
-    return {"tokenizer.json": whole, "tokenizer_config.json": settings}
+    if (end := end_of_text(tokenizer)) is not None:
+        token = Library.from_str(json.dumps(data)).id_to_token(end)
+        settings |= {"bos_token": token, "eos_token": token}
+    return {"tokenizer.json": data, "tokenizer_config.json": settings}
 
 
-def read(path: Path) -> Tokenizer:
-    """The tokenizer in a tokenizer.json. Raises ValueError that names the file unless it is a
-    byte-level BPE with GPT-2's pattern, tokens in the order of merges, end-of-text last."""
+def _read_json(path: Path) -> dict:
     raw = read_bytes(path)
     try:
-        return _tokenizer(json.loads(raw))
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged, or not a byte-level BPE with GPT-2's pattern and its "
-                         "tokens in the order of their merges: only these can be read") from error
+        data = json.loads(raw)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged: it is not JSON") from error
+    if not isinstance(data, dict):
+        raise ValueError(f"{path} is damaged: it is not a JSON object")
+    return data
 
 
-def _tokenizer(data: dict) -> Tokenizer:
-    tokens = _tokens(data)
-    added = [(entry["id"], entry["content"]) for entry in data["added_tokens"]]
-    if tokens == [bytes([b]) for b in range(256)] and not added:
-        return ByteTokenizer()
-    if added != [(len(tokens), END_OF_TEXT)]:
-        raise ValueError("the added tokens are not end-of-text alone")
-    return BPETokenizer.from_tokens(tokens)
+def _end_of_text(folder: Path, tokenizer: HFTokenizer) -> int | None:
+    """The id that ends a document, from the settings beside a tokenizer.json."""
+    if (path := folder / "tokenizer_config.json").exists():
+        token = _read_json(path).get("eos_token")
+        token = token.get("content") if isinstance(token, dict) else token
+        if isinstance(token, str):
+            return Library.from_str(json.dumps(tokenizer.data)).token_to_id(token)
+    for name in ("generation_config.json", "config.json"):
+        if (path := folder / name).exists():
+            end = _read_json(path).get("eos_token_id")
+            end = end[0] if isinstance(end, list) and end else end
+            if type(end) is int and 0 <= end < tokenizer.vocab_size:
+                return end
+    return None
 
 
-def _tokens(data: dict) -> list[bytes]:
-    """The bytes of each id except the added ones. Raises ValueError, KeyError, ... if anything that
-    affects ids is not as `dump` writes it."""
-    model, before = data["model"], data["pre_tokenizer"]
-    plain = (model["type"] == "BPE" and not data.get("normalizer") and before["type"] == "ByteLevel"
-             and not before["add_prefix_space"] and before.get("use_regex", True)
-             and (data.get("post_processor") or BYTE_LEVEL)["type"] == "ByteLevel"
-             and not any(model.get(k) for k in ("dropout", "unk_token", "byte_fallback",
-                                                "continuing_subword_prefix",
-                                                "end_of_word_suffix", "ignore_merges")))
-    added = {entry["content"] for entry in data["added_tokens"]}
-    ids = {i: text for text, i in model["vocab"].items() if text not in added}
-    tokens = [_bytes(ids[i]) for i in range(len(ids))]
+def _written(tokens: list[bytes], special: str | None) -> dict:
+    """A byte-level BPE tokenizer with GPT-2's pattern as a tokenizer.json."""
     ranks = {token: i for i, token in enumerate(tokens)}
-    pairs = [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]
-    merges = [(_bytes(a), _bytes(b)) for a, b in pairs]
-    if not plain or len(ranks) != len(tokens) or any(len(token) != 1 for token in tokens[:256]):
-        raise ValueError("unsupported options or tokens")
-    if merges != [_split(token, ranks) for token in tokens[256:]]:
-        raise ValueError("the merges are not in the order of the tokens")
-    return tokens
+    merges = [_split(token, ranks) for token in tokens if len(token) > 1]
+    made = Library(models.BPE({_text(token): i for token, i in ranks.items()},
+                              [(_text(a), _text(b)) for a, b in merges]))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    if special:
+        made.add_special_tokens([AddedToken(special, special=True, normalized=False)])
+    return json.loads(made.to_str())
+
+
+def _as_ours(tokenizer: HFTokenizer) -> Tokenizer | None:
+    """The same tokenizer for tiktoken, which is several times as fast, where GPT-2's pattern and
+    merges are all that it has."""
+    data = json.loads(Library.from_str(json.dumps(tokenizer.data)).to_str())
+    added = [token["content"] for token in data["added_tokens"]]
+    vocab = data["model"].get("vocab")
+    try:
+        tokens = [bytes(BYTE_OF_CHAR[c] for c in token)
+                  for token in sorted(vocab, key=vocab.get) if token not in added]
+        ours = BPETokenizer.from_tokens(tokens) if added else ByteTokenizer()
+        written = _written(tokens, *added or [None])
+    except (AttributeError, KeyError, TypeError, ValueError):  # of another model than BPE
+        return None
+    return ours if _meaning(data) == _meaning(written) else None
+
+
+def _meaning(data: dict) -> list:
+    """What the ids of a byte-level BPE follow from."""
+    added = [(token["id"], token["content"]) for token in data["added_tokens"]]
+    vocab = {k: i for k, i in data["model"]["vocab"].items() if (i, k) not in added}
+    before = {k: v for k, v in (data["pre_tokenizer"] or {}).items() if k != "trim_offsets"}
+    after = (data["post_processor"] or {"type": "ByteLevel"})["type"]  # which changes offsets alone
+    return [data["model"] | {"vocab": vocab}, added, data["normalizer"], before, after]
 
 
 def _split(token: bytes, ranks: dict[bytes, int]) -> tuple[bytes, bytes]:
@@ -113,7 +149,3 @@ def _split(token: bytes, ranks: dict[bytes, int]) -> tuple[bytes, bytes]:
 
 def _text(token: bytes) -> str:
     return "".join(CHAR_OF_BYTE[b] for b in token)
-
-
-def _bytes(text: str) -> bytes:
-    return bytes(BYTE_OF_CHAR[c] for c in text)

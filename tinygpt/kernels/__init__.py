@@ -8,7 +8,7 @@
 `implementation="auto"` takes the first in AUTO that can run, and `use()` changes that for the whole
 process. An implementation asked for by name runs or raises ValueError, and so do shapes that do not
 fit one another. Activations are float32, bfloat16 or float16, and arithmetic inside is float32;
-weights are float32.
+weights are float32, matrices bfloat16 or float16 too where no gradient is asked for.
 """
 
 import functools
@@ -58,8 +58,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tens
 
 
 def embedding(idx: Tensor, weight: Tensor, implementation: str = "auto") -> Tensor:
-    """Rows of weight (V, C) at idx (...,) int32 -> (..., C). The rows of ids outside 0..V-1 are
-    undefined."""
+    """Rows of weight (V, C) at idx (...,) int32 -> (..., C) float32. The rows of ids outside 0..V-1
+    are undefined."""
     return _run("embedding", implementation, (idx, weight))
 
 

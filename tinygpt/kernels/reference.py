@@ -32,7 +32,7 @@ def linear(x, weight, bias=None, residual=None):
 
 
 def embedding(idx, weight):
-    return weight[idx]
+    return _wide(weight[idx])
 
 
 def quantized_linear(x, scale, bias, residual, weight):

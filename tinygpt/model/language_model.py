@@ -9,7 +9,7 @@ import numpy as np
 from tinygrad import Tensor, UOp
 
 from tinygpt import checkpoint, device
-from tinygpt.config import SampleConfig
+from tinygpt.config import SampleConfig, kind_of
 from tinygpt.data.tokenizer import Tokenizer
 from tinygpt.inference.decoder import Decoders, Drawn
 from tinygpt.kernels.jit import is_capturing
@@ -256,14 +256,15 @@ class LanguageModel:
     def _config_of(cls, header: dict, path: str | Path):
         """The configuration in a checkpoint's metadata. Raises CheckpointError."""
         checkpoint.check_kind(path, header, cls.kind)
-        types = {f.name: f.type | int if f.type is float else f.type
-                 for f in fields(cls.config_class)}
+        kinds = {f.name: kind_of(f) for f in fields(cls.config_class)}
         settings = header["model_config"]
         try:
             for name, value in settings.items():
-                if (not isinstance(value, types[name])
-                        or isinstance(value, bool) != (types[name] is bool)
-                        or (isinstance(value, int) and abs(value) >= 2**53)):
+                kind, optional = kinds[name]
+                fits = (isinstance(value, int | float if kind is float else kind)
+                        and isinstance(value, bool) == (kind is bool)
+                        and not (isinstance(value, int) and abs(value) >= 2**53))
+                if not fits and not (optional and value is None):
                     raise TypeError(f"{name}={value!r}")
             return cls.config_class(**settings)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -272,16 +273,19 @@ class LanguageModel:
                 "use another one") from error
 
     @classmethod
-    def fitting(cls, config, shapes: dict[str, tuple], path: str | Path) -> "LanguageModel":
-        """A model of that configuration, to load weights of those shapes into.
-
-        Raises CheckpointError, before anything is allocated, where the shapes are not those of the
-        configuration: a file can claim any size.
-        """
+    def check_fit(cls, config, shapes: dict[str, tuple], path: str | Path) -> None:
+        """Raises CheckpointError, before anything is allocated, where the shapes of weights are not
+        those of the configuration: a file can claim any size."""
         if (layers := getattr(config, "n_layer", 0)) > len(shapes):
             raise checkpoint.CheckpointError(f"{path} has n_layer={layers}, but only {len(shapes)} "
                                              "tensors: use another one")
         checkpoint.check_shapes(shapes, cls.shapes(config), path)
+
+    @classmethod
+    def fitting(cls, config, shapes: dict[str, tuple], path: str | Path) -> "LanguageModel":
+        """A model of that configuration, to load weights of those shapes into. Raises
+        CheckpointError as check_fit does."""
+        cls.check_fit(config, shapes, path)
         return cls(config, seed=None)
 
     @classmethod

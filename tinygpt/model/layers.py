@@ -2,12 +2,11 @@
 
 from collections.abc import Callable, Iterator
 
-from tinygrad import Tensor, dtypes
+from tinygrad import Tensor
 
 
 def linear_layers(model) -> dict[str, object]:
-    """The linear layers with float32 weights in a GPT's blocks, by name; a bigram model has none.
-    """
+    """The linear layers in a GPT's blocks, by name; a bigram model has none."""
     return {name: getattr(owner, attribute) for name, owner, attribute in _places(model)}
 
 
@@ -23,5 +22,5 @@ def _places(model) -> Iterator[tuple[str, object, str]]:
             owner = getattr(block, part)
             for attribute in list(vars(owner)):
                 w = getattr(getattr(owner, attribute), "weight", None)
-                if isinstance(w, Tensor) and w.ndim == 2 and w.dtype == dtypes.float32:
+                if isinstance(w, Tensor) and w.ndim == 2:
                     yield f"h.{i}.{part}.{attribute}", owner, attribute

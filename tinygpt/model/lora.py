@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 import numpy as np
-from tinygrad import Tensor
+from tinygrad import Tensor, dtypes
 
 from tinygpt import checkpoint, device, kernels
 from tinygpt.data.tokenizer import Tokenizer, fingerprint
@@ -61,6 +61,16 @@ def adapters(model) -> tuple[LoRA, ...]:
                  if isinstance(layer, LoRALinear))
 
 
+def _layers(model) -> dict[str, object]:
+    """The linear layers of a GPT. Raises ValueError where one is not float32."""
+    layers = linear_layers(model)
+    for name, layer in layers.items():
+        if layer.weight.dtype != dtypes.float32:
+            raise ValueError(f"{name} is {layer.weight.dtype.name}, but adapters need float32: "
+                             "load the model without as_stored, and quantize it afterwards")
+    return layers
+
+
 def _put(model, found: dict[str, LoRA]) -> None:
     """Merges the adapters that a GPT has, and gives it others, by the names of their layers."""
     merge(model)
@@ -73,7 +83,7 @@ def attach(model, rank: int, alpha: float, targets: str, seed: int) -> None:
 
     Those that are there are merged first. Raises ValueError where a pattern matches none.
     """
-    layers, rng, found = linear_layers(model), np.random.default_rng([seed, rank]), {}
+    layers, rng, found = _layers(model), np.random.default_rng([seed, rank]), {}
     for name in _matching(targets, layers, "lora_targets"):
         N, C = layers[name].weight.shape
         if rank > min(N, C):
@@ -100,7 +110,7 @@ def adopt(model, arrays: dict[str, np.ndarray], alpha: float | None, path: str |
 
     Raises CheckpointError where they do not fit its layers, or have no alpha.
     """
-    layers, found = linear_layers(model), {}
+    layers, found = _layers(model), {}
     if arrays and alpha is None:
         raise checkpoint.CheckpointError(f"{path} has LoRA adapters, but no lora_alpha in its "
                                          "metadata: use another one")

@@ -1,12 +1,14 @@
 """Matrices of 8 or 16 bits, to generate text with: a token reads less memory."""
 
 import numpy as np
-from tinygrad import Tensor
+from tinygrad import Tensor, dtypes
 
 from tinygpt import device, kernels
 from tinygpt.model.layers import replace_linear_layers
+from tinygpt.safetensors_file import widened
 
 KINDS = ("int8", "fp16")
+ROWS = 4096  # of a matrix that are converted at once
 
 
 def quantize(model, kind: str) -> None:
@@ -19,12 +21,17 @@ def quantize(model, kind: str) -> None:
     if kind not in KINDS:
         raise ValueError(f"quantize={kind!r} is unknown: choose one of {', '.join(KINDS)}")
     refuse_quantized(model, "quantized again")
-    replace_linear_layers(model, lambda _, layer: QuantizedLinear(layer, kind))
+    replace_linear_layers(model, lambda _, layer: _replacement(layer, kind))
     if model.lm_head is None:
         model.wte = QuantizedEmbedding(model.wte, kind)
     else:
         model.lm_head = QuantizedLinear(model.lm_head, kind)
     device.free_memory()
+
+
+def _replacement(layer, kind: str) -> "QuantizedLinear":
+    device.free_cached()  # the matrix that was replaced before
+    return QuantizedLinear(layer, kind)
 
 
 def refuse_quantized(model, what: str) -> None:
@@ -40,16 +47,22 @@ class QuantizedMatrix:
     """
 
     def __init__(self, matrix: Tensor, kind: str):
-        array = matrix.numpy()
-        if kind == "fp16":
-            limit = np.finfo(np.float16).max
-            self.weight = Tensor(array.clip(-limit, limit).astype(np.float16)).realize()
-            self.scale = None
-            return
-        scale = np.abs(array).max(axis=1) / 127
-        scale[scale == 0] = 1  # a row of zeros
-        steps = np.rint(array / scale[:, None]).astype(np.int8)
-        self.weight, self.scale = Tensor(steps).realize(), Tensor(scale).realize()
+        N, C = matrix.shape
+        weight = np.empty((N, C), np.int8 if kind == "int8" else np.float16)
+        scale = np.ones(N, np.float32)
+        for begin in range(0, N, ROWS):
+            rows = slice(begin, begin + ROWS)
+            array = device.read(matrix, rows)
+            array = widened(array) if matrix.dtype == dtypes.bfloat16 else array
+            if kind == "int8":
+                scale[rows] = np.abs(array).max(axis=1) / 127
+                scale[rows][scale[rows] == 0] = 1  # a row of zeros
+                weight[rows] = np.rint(array / scale[rows, None])
+            else:
+                limit = np.finfo(np.float16).max
+                weight[rows] = array.clip(-limit, limit)
+        self.weight = device.tensor_of(weight)
+        self.scale = device.tensor_of(scale) if kind == "int8" else None
 
 
 class QuantizedLinear(QuantizedMatrix):

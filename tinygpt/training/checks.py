@@ -4,6 +4,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
+from tinygrad import dtypes
 
 from tinygpt import checkpoint, device
 from tinygpt.data.load import TokenData
@@ -53,9 +54,13 @@ def check_memory(model: LanguageModel, config: TrainConfig) -> None:
                         "batches", "choose a smaller --eval_iters")
 
 
-def check_finite(model: LanguageModel) -> None:
-    """Raises ValueError that names a weight with NaN or infinite values."""
+def check_weights(model: LanguageModel) -> None:
+    """Raises ValueError that names a weight which is not float32, or with NaN or infinite values.
+    """
     for name, weight in model.state_dict().items():
+        if weight.dtype != dtypes.float32:
+            raise ValueError(f"the model's {name} is {weight.dtype.name}, which is not trained: "
+                             "load it without as_stored")
         if not np.isfinite(weight.numpy()).all():
             raise ValueError(f"the model's {name} {BAD_VALUES} before the first step: start from "
                              "other weights; a run that made these needs a lower --learning_rate")

@@ -18,11 +18,11 @@ from tinygpt.machine import cpu_count
 from tinygpt.model import lora
 from tinygpt.model.language_model import LanguageModel
 from tinygpt.training.checks import (
-    check_finite,
     check_memory,
     check_ranks,
     check_resumable,
     check_vocabulary,
+    check_weights,
 )
 from tinygpt.training.config import TrainConfig
 from tinygpt.training.devices import Devices
@@ -126,7 +126,7 @@ class Run:
     def _try_out(self) -> None:
         """Raises errors of the first evaluation before any file is written."""
         if not np.isfinite(self.steps.evaluate(partial(self.val_batches.spread, count=1), 1)):
-            check_finite(self.model)
+            check_weights(self.model)
 
     def evaluate_only(self) -> TrainResult:
         """Logs the losses of the resumed checkpoint; writes nothing."""

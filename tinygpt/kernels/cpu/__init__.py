@@ -20,7 +20,7 @@ GEMM_STRIP, GEMM_SLICE = 1536, 512  # the greatest NC and the least KC of gemm.h
 WIDEST_HEAD = 2048  # whose tiles fit on the stack of a thread
 WITH_INTEGERS = ("embedding", "quantized_embedding", "cross_entropy", "adamw8bit", "draw")
 IN_16_BITS = ("linear", "quantized_linear", "layer_norm", "rms_norm", "gelu", "swiglu", "rope",
-              "attention", "cached_attention", "cross_entropy", "draw")
+              "attention", "cached_attention", "cross_entropy", "draw", "embedding")
 ACTIVATIONS = (dtypes.float32, dtypes.bfloat16, dtypes.float16)
 
 
@@ -51,16 +51,17 @@ def _float(x: Tensor | None) -> Tensor | None:
 def linear(x, weight, bias=None, residual=None):
     N, K = weight.shape
     M = x.numel() // K
-    weight, bias = weight.float(), _float(bias)
-    residual = residual if residual is None else residual.cast(x.dtype)
     few = M <= GEMV_ROWS
+    weight, bias = weight if few else weight.float(), _float(bias)
+    residual = residual if residual is None else residual.cast(x.dtype)
 
     def gradient(dy: Tensor, _) -> dict[str, Tensor]:
-        dx = _gemm(_empty_like(x), dict(a=dy, b=weight), dict(M=M, N=K, K=N, ta=0, tb=0))["c"]
-        made = _gemm(_empty_like(weight), dict(a=dy, b=x), dict(M=N, N=K, K=M, ta=1, tb=0),
+        matrix = weight.float()
+        dx = _gemm(_empty_like(x), dict(a=dy, b=matrix), dict(M=M, N=K, K=N, ta=0, tb=0))["c"]
+        made = _gemm(_empty_like(matrix), dict(a=dy, b=x), dict(M=N, N=K, K=M, ta=1, tb=0),
                      sums=_empty_like(bias))
         names = ("x", "weight") if few else ("a", "b")
-        grads = dict(zip(names, (dx, made["c"]), strict=True))
+        grads = dict(zip(names, (dx, made["c"].cast(weight.dtype)), strict=True))
         return grads | dict(bias=made.get("sums"), residual=dy)
 
     if few:
@@ -104,7 +105,7 @@ def embedding(idx, weight):
         made = Kernel("embedding_backward.c")(
             outputs=dict(dweight=_empty(V, C)), inputs=dict(dy=dy, idx=idx),
             sizes=dict(N=N, V=V, C=C))
-        return dict(weight=made["dweight"])
+        return dict(weight=made["dweight"].cast(weight.dtype))
 
     return _rows(idx, weight, None, gradient)
 
