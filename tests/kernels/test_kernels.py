@@ -248,6 +248,9 @@ def c_sources():
         for operation, cases in WITHOUT_GRADIENT.items():
             for shapes, options in cases:
                 run(operation, "cpu", draw(shapes), options)
+    for amx in (0, 1):
+        defines = (("AMX", amx), ("ROUNDS", 1), ("BURSTS", 1))
+        sources |= [kernel.source("peak.c", f"peak_amx{amx}", defines)]
     return sources
 
 
