@@ -42,7 +42,8 @@ def test_the_covering_set_covers_every_pair():
 def test_every_combination_decodes_as_the_full_forward_saves_and_loads(options, rng, tmp_path):
     model = make(**options)
     prompt = ids(rng, 2, 3)
-    text = model.generate(prompt, 13, temperature=0).numpy()  # past block_size: the window slides
+    # past block_size, where the window slides
+    text = model.generate(prompt, 13, temperature=0, window_hop=1).numpy()
     assert text.shape == (2, 16)
     assert (text[:, :3] == prompt).all()
     for end in range(8, 16):  # windows of block_size
@@ -110,15 +111,16 @@ def test_stream_yields_what_generate_returns(rng):
     assert list(model.stream(prompt, max_tokens=6, **options)) == whole[0, 4:].tolist()
 
 
-def test_a_jump_of_the_window_keeps_decoding_right(rng):
+@pytest.mark.parametrize(("window_hop", "hop"), [(None, 4), (3, 3)])  # of 8
+def test_a_jump_of_the_window_keeps_decoding_right(window_hop, hop, rng):
     model = make()
     prompt = ids(rng, 1, 7)
     text = prompt[0].tolist() + list(model.stream(prompt, max_tokens=12, temperature=0,
-                                                  window_hop=4))
+                                                  window_hop=window_hop))
     start = 0
     for n in range(7, 19):
         if n - start > 8:
-            start = n - 8 + 3
+            start = n - 8 + hop - 1
         window = np.zeros((1, 8), np.int32)
         window[0, :n - start] = text[start:n]
         assert model(Tensor(window)).numpy()[0, n - start - 1].argmax() == text[n]

@@ -273,7 +273,7 @@ def check_ragged(model, **options) -> None:
 @pytest.mark.parametrize("options", COMBINATIONS[::3], ids=lambda o: "-".join(map(str, o.values())))
 def test_rows_of_several_lengths_are_what_they_are_alone(options):
     model = make(**options)
-    for hop in (1, 4):
+    for hop in (1, None):
         check_ragged(model, window_hop=hop)
 
 

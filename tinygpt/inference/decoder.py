@@ -113,11 +113,11 @@ class Decoder:
         if not self.needs.ragged:
             lengths = lengths[:1]  # one key for all rows
         window, start = aligned(prompts, self.block_size)
+        hop = min(config.window_hop or (self.block_size + 1) // 2, self.block_size)
         cached = 0  # number of tokens of the window that are in the cache
         for new in range(config.max_new_tokens):
             if window.shape[1] > self.block_size:  # the window moves, and with it all positions
                 full = window.shape[1] - start > self.block_size
-                hop = min(config.window_hop, self.block_size)
                 start[full] = window.shape[1] - self.block_size + hop - 1
                 window, start, cached = window[:, start.min():], start - start.min(), 0
             if self.start is not None and not cached:
