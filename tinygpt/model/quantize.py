@@ -1,4 +1,4 @@
-"""Matrices of 8 or 16 bits, to generate text with: a token reads less memory."""
+"""Matrices of 4, 8 or 16 bits, to generate text with: a token reads less memory."""
 
 import numpy as np
 from tinygrad import Tensor
@@ -6,7 +6,8 @@ from tinygrad import Tensor
 from tinygpt import device, kernels
 from tinygpt.model.layers import replace_linear_layers
 
-KINDS = ("int8", "fp16")
+KINDS = ("int8", "int4", "fp16")
+GROUP = 32  # int4's weights that share a scale
 
 
 def quantize(model, kind: str) -> None:
@@ -34,22 +35,38 @@ def refuse_quantized(model, what: str) -> None:
 
 
 class QuantizedMatrix:
-    """A matrix (N, C): `weight` int8 with a float32 `scale` (N,) for its rows, or float16.
-
-    int8 rounds to the nearest multiple of scale, the largest magnitude of the row / 127.
-    """
+    """A matrix (N, C): `weight` and `scale` as `kernels.quantized_linear` takes them."""
 
     def __init__(self, matrix: Tensor, kind: str):
-        array = matrix.numpy()
-        if kind == "fp16":
-            limit = np.finfo(np.float16).max
-            self.weight = Tensor(array.clip(-limit, limit).astype(np.float16)).realize()
-            self.scale = None
-            return
-        scale = np.abs(array).max(axis=1) / 127
-        scale[scale == 0] = 1  # a row of zeros
-        steps = np.rint(array / scale[:, None]).astype(np.int8)
-        self.weight, self.scale = Tensor(steps).realize(), Tensor(scale).realize()
+        rounded = {"int8": round_to_int8, "int4": round_to_int4, "fp16": round_to_fp16}[kind]
+        weight, scale = rounded(matrix.numpy())
+        self.weight = Tensor(weight).realize()
+        self.scale = None if scale is None else Tensor(scale).realize()
+
+
+def round_to_fp16(matrix: np.ndarray) -> tuple[np.ndarray, None]:
+    """float16, at most the largest that is finite."""
+    limit = np.finfo(np.float16).max
+    return matrix.clip(-limit, limit).astype(np.float16), None
+
+
+def round_to_int8(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Multiples -127 .. 127 of a scale (N,): the largest magnitude of the row / 127."""
+    scale = np.abs(matrix).max(axis=1) / 127
+    scale[scale == 0] = 1  # a row of zeros
+    return np.rint(matrix / scale[:, None]).astype(np.int8), scale
+
+
+def round_to_int4(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Multiples -8 .. 7 of a scale (N, G) for each group of a row, as in llama.cpp's Q4_0: the
+    number of the largest magnitude is -8 times its group's scale. Rows are filled up with zeros."""
+    N, C = matrix.shape
+    groups = np.pad(matrix, ((0, 0), (0, -C % GROUP))).reshape(N, -1, GROUP)
+    largest = np.take_along_axis(groups, np.abs(groups).argmax(-1, keepdims=True), -1)
+    scale = np.where(largest == 0, 1, largest / -8)  # 1: a group of zeros
+    steps = np.floor(groups / scale + 8.5).clip(0, 15).astype(np.uint8)
+    packed = steps[..., :GROUP // 2] | steps[..., GROUP // 2:] << 4
+    return packed.reshape(N, -1), scale[..., 0].astype(np.float16)
 
 
 class QuantizedLinear(QuantizedMatrix):
@@ -68,9 +85,10 @@ class QuantizedEmbedding(QuantizedMatrix):
 
     def __init__(self, embedding, kind: str):
         super().__init__(embedding.weight, kind)
+        self.size = embedding.weight.shape[1]
 
     def __call__(self, idx: Tensor) -> Tensor:
-        return kernels.quantized_embedding(idx, self.weight, self.scale)
+        return kernels.quantized_embedding(idx, self.weight, self.scale)[..., :self.size]
 
     def unembed(self, x: Tensor) -> Tensor:
         return kernels.quantized_linear(x, self.weight, self.scale)

@@ -1,5 +1,5 @@
-/* Fused multiply-adds and nothing else on every thread of the pool: in float32, or with AMX tile
- * products of bfloat16. seconds (threads, BURSTS, 2) is when each burst of ROUNDS rounds began and
+/* Multiply-adds and nothing else on every thread of the pool: in float32, or with AMX or DOT those
+ * of bfloat16 (gemm.h). seconds (threads, BURSTS, 2) is when each burst of ROUNDS rounds began and
  * ended, by libc's clock_gettime. Returns the floating-point operations of a burst. */
 #include "pool.h"
 #include "vector.h"
@@ -8,6 +8,9 @@
 #if AMX
 #include "amx.h"
 #define FLOPS_A_ROUND (4 * 2 * 16 * 16 * 32)
+#elif DOT
+#include "dot_pairs.h"
+#define FLOPS_A_ROUND (SUMS * 4 * LANES)
 #else
 #define FLOPS_A_ROUND (SUMS * 2 * LANES)
 #endif
@@ -52,7 +55,12 @@ HOT void burst(void) {
   vfloat sum[SUMS], total = (vfloat)0.f;
   UNROLL for (int i = 0; i < SUMS; i++) sum[i] = (vfloat)(float)i;
   for (long r = 0; r < ROUNDS; r++)
-    UNROLL for (int i = 0; i < SUMS; i++) sum[i] = sum[i] * half + half;
+    UNROLL for (int i = 0; i < SUMS; i++)
+#if DOT
+      sum[i] = dot_pairs(sum[i], (vint)half, (vint)half);
+#else
+      sum[i] = sum[i] * half + half;
+#endif
   UNROLL for (int i = 0; i < SUMS; i++) total += sum[i];
   number = vsum(total);
 #endif

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from tinygpt.kernels.cpu.compile import amx, compilations, function, source
+from tinygpt.kernels.cpu.compile import bfloat16_defines, compilations, function, source
 from tinygpt.kernels.cpu.threads import pool
 from tinygpt.machine import cpu_quota
 
@@ -21,9 +21,9 @@ def peak_flops(dtype: str) -> Callable[[], float]:
     Its first call measures for a few milliseconds; what it runs is compiled in the background from
     now on.
     """
-    tiles = int(dtype == "bfloat16" and bool(amx()))
-    name, code = source("peak.c", f"peak_amx{tiles}", (
-        ("AMX", tiles), ("ROUNDS", ROUNDS), ("BURSTS", BURSTS)))
+    defines = bfloat16_defines() if dtype == "bfloat16" else {}
+    name, code = source("peak.c", "_".join(["peak", *defines]).lower(), (
+        *defines.items(), ("ROUNDS", ROUNDS), ("BURSTS", BURSTS)))
     compilations().begin(code)
     return functools.partial(_measure, name, code)
 
