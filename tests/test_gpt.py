@@ -12,6 +12,7 @@ from tinygrad.nn.state import get_state_dict
 
 from gpt import GPT, GPTConfig, KVCache
 from tinygpt import kernels
+from tinygpt.inference import decoder
 from tinygpt.training.optim import AdamW
 
 SMALL = dict(block_size=8, vocab_size=61, n_layer=2, n_head=4, n_embd=24)
@@ -91,8 +92,9 @@ def test_one_new_token_depends_only_on_what_comes_before(rng):
     assert np.abs(a[:, 5:] - b[:, 5:]).max() > 1e-3
 
 
-def test_long_prompts_are_read_in_chunks_and_in_the_last_window(rng):
-    model = GPT(GPTConfig(**SMALL | dict(block_size=100)), 3)  # chunks of 64
+def test_long_prompts_are_read_in_chunks_and_in_the_last_window(rng, monkeypatch):
+    monkeypatch.setattr(decoder, "CHUNKS", (16, 64))
+    model = GPT(GPTConfig(**SMALL | dict(block_size=100)), 3)
     prompt = ids(rng, 1, 130)
     logits = model(Tensor(np.ascontiguousarray(prompt[:, -100:]))).numpy()
     assert model.generate(prompt, 1, temperature=0).numpy()[0, -1] == logits[0, -1].argmax()

@@ -14,7 +14,7 @@ from tinygpt.kernels.cpu import kernel
 from tinygpt.model.quantize import KINDS, QuantizedMatrix
 from train import train
 
-SHAPES = [(1, 13, 80), (3, 5, 7), (7, 1, 1), (9, 64, 100), (30, 70, 1100)]  # M, N, K
+SHAPES = [(1, 13, 80), (3, 5, 7), (7, 1, 1), (9, 64, 100), (40, 70, 1100)]  # M, N, K
 for_each = pytest.mark.parametrize("implementation", ["reference", "portable", "cpu"])
 for_each_kind = pytest.mark.parametrize("kind", KINDS)
 

@@ -103,7 +103,7 @@ WITHOUT_GRADIENT = {
         (dict(x=(7, 5)), dict(weight=ids((3, 5), 9, -9).astype(np.float16))),
         (dict(x=(5, 80), bias=(13,)), dict(weight=ids((13, 48), 256).astype(np.uint8),
                                            scale=positive(13, 3).astype(np.float16))),
-        (dict(x=(19, 100)), dict(weight=ids((5, 100), 128, -127).astype(np.int8),
+        (dict(x=(37, 100)), dict(weight=ids((5, 100), 128, -127).astype(np.int8),
                                  scale=positive(5))),
     ],
     "quantized_embedding": [
