@@ -79,8 +79,8 @@ def llamas(case: str, kind: str):
     context = api.llama_init_from_model(model, options)
 
     def read(ids: list[int]) -> None:
-        batch = api.llama_batch_get_one((api.llama_token * len(ids))(*ids), len(ids))
-        if api.llama_decode(context, batch):
+        tokens = (api.llama_token * len(ids))(*ids)  # which the batch only points to
+        if api.llama_decode(context, api.llama_batch_get_one(tokens, len(ids))):
             raise RuntimeError("llama.cpp cannot decode")
         api.llama_get_logits_ith(context, -1)  # which waits for them
 
