@@ -62,8 +62,8 @@ class GenerateConfig(LoadConfig):
     lora: str | None = setting(None,
         "a lora.safetensors of a run with --lora_rank, to put on top of --checkpoint")
     quantize: str | None = setting(None,
-        "keep the matrices in memory as int8 or fp16 instead of float32; unset: none, but int8 in "
-        "an exported file other than .gguf", choices=("none", *KINDS))
+        "keep the matrices in memory as int8, int4 or fp16 instead of float32; unset: none, but "
+        "int8 in an exported file other than .gguf", choices=("none", *KINDS))
 
     interactive: bool = setting(False,
         "read lines from the keyboard and continue each; Ctrl-C ends a text, Ctrl-D the command",

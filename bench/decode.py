@@ -1,10 +1,15 @@
-"""Time per token of decoding with a KV cache, batch size 1, with float32, fp16 and int8 matrices
-against PyTorch in float32:
+"""Time per token of decoding with a KV cache, and to the first token after a long prompt, batch
+size 1, against PyTorch in float32 and, where `llama-cpp-python` is installed, against llama.cpp
+with the same weights, matrices of the same kind and as many threads:
 
     python bench/decode.py [small] [124M]
+
+Ours and PyTorch's draw the tokens; llama.cpp's time has no drawing.
 """
 
 import sys
+import tempfile
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -18,45 +23,89 @@ from tinygpt.machine import cpu_count
 
 CASES = {"small": (6, 6, 384, 256, 512), "124M": (12, 12, 768, 1024, 50257)}  # L, H, C, T, V
 PROMPT, TOKENS = 16, 128
-KINDS = ("float32", "fp16", "int8")
+KINDS = ("float32", "fp16", "int8", "int4")
+
+
+def works(case: str) -> dict[str, tuple[np.ndarray, int]]:
+    """What is measured: the prompt, and how many tokens follow it."""
+    *_, T, V = CASES[case]
+    ids = np.random.default_rng(0).integers(0, V, T * 3 // 4)
+    return {"per token": (ids[:PROMPT], TOKENS), f"a prompt of {len(ids)}": (ids, 1)}
+
+
+def model_of(case: str) -> GPT:
+    L, H, C, T, V = CASES[case]
+    return GPT(GPTConfig(n_layer=L, n_head=H, n_embd=C, block_size=T, vocab_size=V))
 
 
 def ours(case: str, kind: str):
-    L, H, C, T, V = CASES[case]
-    model = GPT(GPTConfig(n_layer=L, n_head=H, n_embd=C, block_size=T, vocab_size=V))
+    model = model_of(case)
     if kind != "float32":
         model.quantize(kind)
-    prompt = np.random.default_rng(0).integers(0, V, (1, PROMPT))
-    return lambda: list(model.stream(prompt, max_new_tokens=TOKENS, temperature=1.0))
+    return lambda prompt, tokens: list(model.stream(prompt, max_new_tokens=tokens, temperature=1.0))
 
 
 def theirs(case: str):
     L, H, C, T, V = CASES[case]
     enter_torch()
     model = PeerGPT(L, H, C, T, V).eval().to(torch_device())
-    prompt = torch.from_numpy(np.random.default_rng(0).integers(0, V, (1, PROMPT)))
-    prompt = prompt.to(torch_device())
 
     @torch.inference_mode()
-    def write():
+    def write(prompt: np.ndarray, tokens: int) -> None:
         enter_torch()
         caches = [Cache(H, T, C // H, torch.float32) for _ in range(L)]
-        token = prompt
-        for _ in range(TOKENS):
+        token = torch.from_numpy(prompt[None]).to(torch_device())
+        for _ in range(tokens):
             logits = model(token, caches=caches)[:, -1]
             token = torch.multinomial(torch.softmax(logits, -1), 1)
             token.item()
     return write
 
 
+def llamas(case: str, kind: str):
+    import llama_cpp as api
+    from tinygpt.export import gguf
+
+    api.llama_backend_init()
+    with tempfile.TemporaryDirectory() as folder:
+        path = gguf.write(model_of(case), Path(folder) / "model.gguf",
+                          "none" if kind == "float32" else kind)
+        options = api.llama_model_default_params()
+        options.n_gpu_layers, options.use_mmap = 0, False
+        model = api.llama_model_load_from_file(str(path).encode(), options)
+    options = api.llama_context_default_params()
+    options.n_ctx = options.n_batch = CASES[case][3]
+    options.n_threads = options.n_threads_batch = cpu_count()
+    context = api.llama_init_from_model(model, options)
+
+    def read(ids: list[int]) -> None:
+        tokens = (api.llama_token * len(ids))(*ids)  # which the batch only points to
+        if api.llama_decode(context, api.llama_batch_get_one(tokens, len(ids))):
+            raise RuntimeError("llama.cpp cannot decode")
+        api.llama_get_logits_ith(context, -1)  # which waits for them
+
+    def write(prompt: np.ndarray, tokens: int) -> None:
+        api.llama_memory_clear(api.llama_get_memory(context), True)
+        read(prompt.tolist())
+        for _ in range(tokens - 1):
+            read([0])
+    return write
+
+
 def main() -> None:
     torch.set_num_threads(cpu_count())
     for case in sys.argv[1:] or CASES:
-        peers = {kind: ours(case, kind) for kind in KINDS} | {"torch": theirs(case)}
-        times = in_turn(peers, seconds=15)
-        for kind in KINDS:
-            record("decode.py", f"{case} {kind}, per token", times[kind] / TOKENS, "torch",
-                   times["torch"] / TOKENS)
+        writers = {kind: ours(case, kind) for kind in KINDS} | {"torch": theirs(case)}
+        if find_spec("llama_cpp"):
+            writers |= {f"llama.cpp {kind}": llamas(case, kind) for kind in KINDS}
+        for name, work in works(case).items():
+            times = in_turn({peer: lambda write=write, work=work: write(*work)
+                             for peer, write in writers.items()}, seconds=15)
+            for kind in KINDS:
+                for peer in ("torch", f"llama.cpp {kind}"):
+                    if peer in times:
+                        record("decode.py", f"{case} {kind}, {name}", times[kind] / work[1],
+                               peer.partition(" ")[0], times[peer] / work[1])
 
 
 if __name__ == "__main__":

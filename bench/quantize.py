@@ -1,5 +1,5 @@
-"""Perplexity and size of a model with fp16 and int8 matrices against float32, over the last tenth
-of a text; appends to quantize.csv:
+"""Perplexity and size of a model with fp16, int8 and int4 matrices against float32, over the last
+tenth of a text; appends to quantize.csv:
 
     python bench/quantize.py CHECKPOINT TEXT
 """
@@ -37,7 +37,7 @@ def loss_over(model: GPT, ids: np.ndarray) -> tuple[float, int]:
 def main() -> None:
     path, text = sys.argv[1], Path(sys.argv[2]).read_text(encoding="utf-8")
     held_out = text[int(len(text) * 0.9):]  # the validation split of train.py
-    for kind in ("float32", "fp16", "int8"):
+    for kind in ("float32", "fp16", "int8", "int4"):
         model = GPT.from_checkpoint(path)
         ids = np.array(model.tokenizer.encode(held_out))
         size = f"{model.num_params() / 1e6:.1f}M parameters"

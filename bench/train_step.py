@@ -1,6 +1,8 @@
-"""A whole train step (forward, backward, clipping, AdamW), ours and PyTorch's in turn.
+"""A whole train step (forward, backward, clipping, AdamW), ours and PyTorch's in turn, eager and
+with --compile also through torch.compile, which takes a minute or two and a C++ compiler.
 
-    python bench/train_step.py [A] [B] [124M] [--bfloat16 | --float16] [--kernels portable]
+    python bench/train_step.py [A] [B] [124M] [--bfloat16 | --float16] [--compile]
+        [--kernels portable]
 """
 
 import argparse
@@ -72,7 +74,8 @@ def main() -> None:
     parser.add_argument("--bfloat16", action="store_true")
     parser.add_argument("--float16", action="store_true")
     parser.add_argument("--kernels", default="auto", help="which of ours")
-    parser.add_argument("--seconds", type=float, default=20, help="for each of the two")
+    parser.add_argument("--compile", action="store_true", help="torch.compile as a peer too")
+    parser.add_argument("--seconds", type=float, default=20, help="for each of them")
     args = parser.parse_args()
     torch.set_num_threads(cpu_count())
     dtype = "bfloat16" if args.bfloat16 else "float16" if args.float16 else "float32"
@@ -80,9 +83,12 @@ def main() -> None:
         data = np.random.default_rng(0).integers(0, CASES[case][-1], 100_000).astype(np.uint16)
         peers = {"ours": ours(case, dtype, args.kernels, data),
                  "torch": theirs(case, dtype, data)}
+        if args.compile:
+            peers["torch.compile"] = theirs(case, dtype, data, compile=True)
         times = in_turn(peers, args.seconds)
-        record("train_step.py", f"{case} {dtype}, kernels {args.kernels}", times["ours"], "torch",
-               times["torch"])
+        for peer in list(peers)[1:]:
+            record("train_step.py", f"{case} {dtype}, kernels {args.kernels}", times["ours"], peer,
+                   times[peer])
 
 
 if __name__ == "__main__":

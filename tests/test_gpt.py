@@ -12,6 +12,7 @@ from tinygrad.nn.state import get_state_dict
 
 from gpt import GPT, GPTConfig, KVCache
 from tinygpt import kernels
+from tinygpt.inference import decoder
 from tinygpt.training.optim import AdamW
 
 SMALL = dict(block_size=8, vocab_size=61, n_layer=2, n_head=4, n_embd=24)
@@ -42,7 +43,8 @@ def test_the_covering_set_covers_every_pair():
 def test_every_combination_decodes_as_the_full_forward_saves_and_loads(options, rng, tmp_path):
     model = make(**options)
     prompt = ids(rng, 2, 3)
-    text = model.generate(prompt, 13, temperature=0).numpy()  # past block_size: the window slides
+    # past block_size, where the window slides
+    text = model.generate(prompt, 13, temperature=0, window_hop=1).numpy()
     assert text.shape == (2, 16)
     assert (text[:, :3] == prompt).all()
     for end in range(8, 16):  # windows of block_size
@@ -90,8 +92,9 @@ def test_one_new_token_depends_only_on_what_comes_before(rng):
     assert np.abs(a[:, 5:] - b[:, 5:]).max() > 1e-3
 
 
-def test_long_prompts_are_read_in_chunks_and_in_the_last_window(rng):
-    model = GPT(GPTConfig(**SMALL | dict(block_size=100)), 3)  # chunks of 64
+def test_long_prompts_are_read_in_chunks_and_in_the_last_window(rng, monkeypatch):
+    monkeypatch.setattr(decoder, "CHUNKS", (16, 64))
+    model = GPT(GPTConfig(**SMALL | dict(block_size=100)), 3)
     prompt = ids(rng, 1, 130)
     logits = model(Tensor(np.ascontiguousarray(prompt[:, -100:]))).numpy()
     assert model.generate(prompt, 1, temperature=0).numpy()[0, -1] == logits[0, -1].argmax()
@@ -110,15 +113,16 @@ def test_stream_yields_what_generate_returns(rng):
     assert list(model.stream(prompt, max_tokens=6, **options)) == whole[0, 4:].tolist()
 
 
-def test_a_jump_of_the_window_keeps_decoding_right(rng):
+@pytest.mark.parametrize(("window_hop", "hop"), [(None, 4), (3, 3)])  # of 8
+def test_a_jump_of_the_window_keeps_decoding_right(window_hop, hop, rng):
     model = make()
     prompt = ids(rng, 1, 7)
     text = prompt[0].tolist() + list(model.stream(prompt, max_tokens=12, temperature=0,
-                                                  window_hop=4))
+                                                  window_hop=window_hop))
     start = 0
     for n in range(7, 19):
         if n - start > 8:
-            start = n - 8 + 3
+            start = n - 8 + hop - 1
         window = np.zeros((1, 8), np.int32)
         window[0, :n - start] = text[start:n]
         assert model(Tensor(window)).numpy()[0, n - start - 1].argmax() == text[n]

@@ -170,9 +170,9 @@ class SampleConfig:
         "draw among those at least p times as likely as the likeliest", low=0, high=1)
     repetition_penalty: float = setting(1.0,
         "above 1: makes tokens less likely that were used before", above=0)
-    window_hop: int = setting(1,
-        "tokens by which the window moves when the text outgrows it; more is faster and forgets "
-        "sooner", low=1)
+    window_hop: int | None = setting(None,
+        "tokens by which the window moves when the text outgrows block_size; unset: half of it; "
+        "fewer are slower", low=1)
     seed: int = setting(1337, "same seed, same text", low=0)
 
     def __post_init__(self):

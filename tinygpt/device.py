@@ -19,6 +19,7 @@ import sqlite3
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,7 @@ from tinygrad.dtype import _from_np_dtype, _to_np_dtype
 from tinygrad.helpers import CACHEDB, CACHELEVEL, DEV
 
 from tinygpt import machine
+from tinygpt.kernels.cpu import peak as cpu_peak
 from tinygpt.kernels.cpu.compile import compilations
 
 NO_COMPILER = ("tinygrad's CPU device needs clang, and none was found: "
@@ -302,14 +304,13 @@ def gpu_name() -> str:
     return getattr(opened, "device_name", "")  # OpenCL's
 
 
-def peak_flops(dtype: str = "float32") -> float | None:
-    """FLOP/s of the default device, which model FLOPs utilization is measured against.
-
-    A GPU's are those of its datasheet, None where it is unknown; a CPU's an estimate in float32.
-    """
+def peak_flops(dtype: str = "float32") -> Callable[[], float | None]:
+    """A function that returns the FLOP/s of the default device, which model FLOPs utilization is
+    measured against: those of a GPU's datasheet, None where the device is unknown, or on a CPU what
+    it reached in a few milliseconds (see kernels/cpu/peak.py)."""
     if default().startswith("CPU"):
-        return machine.cpu_peak_flops()
-    return machine.gpu_peak_flops(gpu_name(), dtype)
+        return cpu_peak.peak_flops(dtype)
+    return functools.partial(machine.gpu_peak_flops, gpu_name(), dtype)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

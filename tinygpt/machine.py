@@ -1,4 +1,4 @@
-"""What this machine has: CPUs, memory and floating-point operations a second."""
+"""What this machine has: CPUs, memory, and what a GPU's datasheet says."""
 
 import functools
 import math
@@ -25,11 +25,15 @@ def cpus() -> frozenset[int]:
 @functools.cache
 def cpu_count() -> int:
     """How many CPUs this process may use: those it may run on, or fewer by a container's quota."""
-    allowed = len(cpus())
+    return max(1, math.ceil(min(len(cpus()), cpu_quota())))
+
+
+def cpu_quota() -> float:
+    """As many CPUs' time a container's quota allows; infinite without one."""
     with suppress(OSError, ValueError):  # no such control group, or "max"
         quota, period = map(int, Path("/sys/fs/cgroup/cpu.max").read_text().split())
-        allowed = min(allowed, max(1, math.ceil(quota / period)))
-    return allowed
+        return quota / period
+    return math.inf
 
 
 def cpu_info() -> str:
@@ -47,15 +51,6 @@ def memory() -> int:
         return min(there, int(Path("/sys/fs/cgroup/memory.max").read_text()))
     except (OSError, ValueError):  # another system, or no limit
         return there
-
-
-def cpu_peak_flops() -> float:
-    """Estimated FLOP/s in float32: cores x clock x 2 x lanes x fused multiply-add units."""
-    info = cpu_info()
-    lanes = 16 if "avx512f" in info else 8 if "avx2" in info else 4  # 4: NEON
-    speeds = [float(line.split(":")[1]) for line in info.splitlines() if line.startswith("cpu MHz")]
-    clock = max(speeds) * 1e6 if speeds else 3e9  # which modern cores reach
-    return cpu_count() * clock * 2 * lanes * 2
 
 
 def gpu_peak_flops(name: str, dtype: str) -> float | None:

@@ -273,7 +273,7 @@ def check_ragged(model, **options) -> None:
 @pytest.mark.parametrize("options", COMBINATIONS[::3], ids=lambda o: "-".join(map(str, o.values())))
 def test_rows_of_several_lengths_are_what_they_are_alone(options):
     model = make(**options)
-    for hop in (1, 4):
+    for hop in (1, None):
         check_ragged(model, window_hop=hop)
 
 
@@ -291,7 +291,8 @@ def test_so_are_they_with_portable_kernels_quantized_penalized_or_on_two_devices
     assert model.generate(RAGGED, 5, temperature=0) == expected
 
 
-def test_long_prompts_of_several_lengths_are_read_in_chunks(rng):
+def test_long_prompts_of_several_lengths_are_read_in_chunks(rng, monkeypatch):
+    monkeypatch.setattr(decoder, "CHUNKS", (16, 64))
     model = GPT(GPTConfig(block_size=150, vocab_size=61, n_layer=2, n_head=4, n_kv_head=2,
                           n_embd=24), 3)
     prompts = [rng.integers(0, 61, n).tolist() for n in (140, 3, 70, 200)]

@@ -1,13 +1,17 @@
 """How C kernels are compiled."""
 
 import ctypes
+import functools
 import signal
 import subprocess
+import sys
+import warnings
 
 import numpy as np
 import pytest
 from tinygrad import Device
 
+from tinygpt.kernels.cpu import compile as compiling
 from tinygpt.kernels.cpu.compile import Compilations, compilations, function
 
 
@@ -64,3 +68,20 @@ def test_rounding_to_bfloat16_needs_no_instruction_of_the_processor(rng):
     nan = np.isnan(x)
     assert np.array_equal(buffer[~nan], expected[~nan])
     assert np.isnan((buffer[nan] << 16).view(np.float32)).all() and nan.any()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc/cpuinfo is Linux's")
+@pytest.mark.parametrize(("info", "defines"), [
+    ("flags\t\t: fpu avx512f avx512_bf16 clflush", {"DOT": 1}), ("flags\t\t: fpu avx2 f16c", {}),
+    ("Features\t: fp asimd bf16 i8mm", {"DOT": 1}), ("Features\t: fp asimd ebf16", {}), ("", {})])
+def test_bfloat16_is_multiplied_as_the_processor_can_and_what_it_lacks_is_said_once(
+        info, defines, monkeypatch):
+    monkeypatch.setattr(compiling, "cpu_info", lambda: info)
+    for cached in (compiling.bfloat16_products, compiling.bfloat16_defines):
+        monkeypatch.setattr(compiling, cached.__name__, functools.cache(cached.__wrapped__))
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            assert compiling.bfloat16_defines() == defines
+    assert [str(w.message)[:38] for w in said] == ["this processor has no AMX, AVX512_BF16"] * (
+        not defines)

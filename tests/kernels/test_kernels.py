@@ -219,13 +219,15 @@ def test_nan_is_not_swallowed(implementation):
 # ---- matrix products deeper than a slice and wider than a strip, with edges on every side
 
 
+# what multiplies bfloat16; what the processor lacks is emulated
+BFLOAT16 = [{}, {"AMX": 1, "AMX_EMULATED": 1}, {"DOT": 1}]
 DEEP = dict(x=(67, 1100), weight=(1553, 1100), bias=(1553,), residual=(67, 1553))
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("kind", ["", "emulated"])
-def test_c_products_of_several_strips_and_slices(kind, dtype, monkeypatch):
-    monkeypatch.setattr(kernels.cpu, "amx", lambda: kind)
+@pytest.mark.parametrize("instructions", BFLOAT16, ids=lambda d: "_".join(d) or "float32")
+def test_c_products_of_several_strips_and_slices(instructions, dtype, monkeypatch):
+    monkeypatch.setattr(kernels.cpu, "bfloat16_defines", lambda: instructions)
     arrays = draw(DEEP)
     right = run("linear", "reference", arrays, {})
     check(run("linear", "cpu", arrays, {}, dtype), right, dtype)
@@ -239,12 +241,12 @@ def test_c_products_of_several_strips_and_slices(kind, dtype, monkeypatch):
 
 
 PROCESSORS = {"avx512": ["x86_64", "-march=sapphirerapids"], "sse": ["x86_64", "-march=x86-64"],
-              "neon": ["aarch64", "-mcpu=apple-m1"]}
+              "neon": ["aarch64", "-mcpu=apple-m1"], "bfdot": ["aarch64", "-mcpu=apple-m2"]}
 
 
 @pytest.fixture(scope="module")
 def c_sources():
-    """The source of every C kernel that the cases use, with and without AMX."""
+    """The source of every C kernel that the cases use, with each way to multiply bfloat16."""
     sources, build = {}, kernel.program
 
     def program(name, code, *rest):
@@ -253,8 +255,8 @@ def c_sources():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kernel, "program", program)
-        for amx in ("", "real"):
-            patch.setattr(kernels.cpu, "amx", lambda amx=amx: amx)
+        for defines in ({}, {"AMX": 1}, {"DOT": 1}):
+            patch.setattr(kernels.cpu, "bfloat16_defines", lambda defines=defines: defines)
             for operation, dtype in itertools.product(CASES, TOLERANCE):
                 if "cpu" in implementations(operation):
                     shapes, options = CASES[operation][0]
@@ -263,6 +265,9 @@ def c_sources():
         for operation, cases in WITHOUT_GRADIENT.items():
             for shapes, options in cases:
                 run(operation, "cpu", draw(shapes), options)
+    for kind in ("FLOAT", "AMX", "DOT"):
+        defines = ((kind, 1), ("ROUNDS", 1), ("BURSTS", 1))
+        sources |= [kernel.source("peak.c", f"peak_{kind}1".lower(), defines)]
     return sources
 
 

@@ -14,7 +14,7 @@ from tinygpt.kernels.cpu import kernel
 from tinygpt.model.quantize import KINDS, QuantizedMatrix
 from train import train
 
-SHAPES = [(1, 13, 80), (3, 5, 7), (7, 1, 1), (9, 64, 100)]  # M, N, K
+SHAPES = [(1, 13, 80), (3, 5, 7), (7, 1, 1), (9, 64, 100), (40, 70, 1100)]  # M, N, K
 for_each = pytest.mark.parametrize("implementation", ["reference", "portable", "cpu"])
 for_each_kind = pytest.mark.parametrize("kind", KINDS)
 
@@ -26,6 +26,13 @@ def draw(M: int, N: int, K: int, kind: str, rng) -> tuple:
     if kind == "fp16":
         weight = rng.standard_normal((N, K)).astype(np.float16)
         return (x, weight, None, bias, residual), weight.astype(np.float64)
+    if kind == "int4":
+        groups = -(-K // 32)
+        halves = rng.integers(0, 16, (2, N, groups, 16))
+        scale = rng.random((N, groups)).astype(np.float16)
+        weight = (halves[0] + 16 * halves[1]).astype(np.uint8).reshape(N, -1)
+        matrix = (np.concatenate(halves, axis=-1) - 8.0) * scale[..., None]
+        return (x, weight, scale, bias, residual), matrix.reshape(N, -1)[:, :K]
     weight = rng.integers(-127, 128, (N, K)).astype(np.int8)
     scale = rng.random(N, dtype=np.float32)
     return (x, weight, scale, bias, residual), weight * scale[:, None].astype(np.float64)
@@ -49,8 +56,8 @@ def test_products_and_rows_equal_numpy(shape, kind, implementation, rng):
         assert ours.dtype == dtypes.float32
         assert np.abs(ours.numpy() - wanted).max() <= 2e-6 * max(np.abs(wanted).max(), 1)
     idx = ids(rng, 3, 2, vocab=shape[1])
-    rows = kernels.quantized_embedding(Tensor(idx), weight, scale, implementation)
-    np.testing.assert_allclose(rows.numpy(), matrix[idx], rtol=1e-6)
+    rows = kernels.quantized_embedding(Tensor(idx), weight, scale, implementation).numpy()
+    np.testing.assert_allclose(rows[..., :shape[2]], matrix[idx], rtol=1e-6)
 
 
 @pytest.mark.parametrize("instructions", [True, False])
@@ -85,6 +92,27 @@ def test_rounding_is_to_the_nearest_step_of_each_row(rng):
     assert huge.tolist() == [[65504, -65504]]
 
 
+def test_four_bits_round_each_group_to_the_steps_that_it_reaches(rng):
+    """As llama.cpp's Q4_0: of 16 steps the largest magnitude is the one that has no opposite."""
+    matrix = rng.standard_normal((5, 70)).astype(np.float32) * 10.0 ** np.arange(-2, 3)[:, None]
+    matrix[2, 32:64] = 0
+    with np.errstate(all="raise"):
+        q = QuantizedMatrix(Tensor(matrix.astype(np.float32)), "int4")
+    weight, scale = q.weight.numpy(), q.scale.numpy().astype(np.float64)
+    assert weight.shape == (5, 48) and scale.shape == (5, 3) and q.scale.dtype == dtypes.float16
+    for row, group in np.ndindex(scale.shape):
+        numbers = matrix[row, 32 * group:32 * group + 32]
+        packed = weight[row, 16 * group:16 * group + 16]
+        steps = np.concatenate([packed & 15, packed >> 4]).astype(int)[:len(numbers)] - 8
+        d = scale[row, group]
+        if numbers.any():
+            assert steps[np.abs(numbers).argmax()] == -8
+            assert np.abs(steps * d - numbers).max() <= abs(d) * 1.01  # 8 steps are cut to 7
+            assert (np.abs(steps * d - numbers) <= abs(d) * 0.51)[steps < 7].all()
+        else:
+            assert not (steps * d).any()
+
+
 # ---- a model
 
 
@@ -92,7 +120,7 @@ def test_rounding_is_to_the_nearest_step_of_each_row(rng):
 @pytest.mark.parametrize("options", COMBINATIONS[:4], ids=lambda o: "-".join(map(str, o.values())))
 def test_a_quantized_model_decodes_as_its_full_forward(options, kind, rng):
     model = make(**options).quantize(kind)
-    text = model.generate(ids(rng, 2, 3), 9, temperature=0).numpy()
+    text = model.generate(ids(rng, 2, 3), 9, temperature=0, window_hop=1).numpy()
     for end in range(8, 12):
         window = np.ascontiguousarray(text[:, end - 8:end])
         logits = model(Tensor(window)).numpy()
@@ -122,7 +150,7 @@ def test_what_was_compiled_before_is_compiled_again(rng):
     assert (model.generate(prompt, 4, temperature=0).numpy()[0, 3:] == 0).all()
 
 
-@pytest.mark.parametrize(("kind", "share"), [("int8", 0.27), ("fp16", 0.51)])
+@pytest.mark.parametrize(("kind", "share"), [("int8", 0.27), ("int4", 0.16), ("fp16", 0.51)])
 def test_the_float32_matrices_are_gone(kind, share):
     config = GPTConfig(block_size=8, vocab_size=2000, n_layer=2, n_head=2, n_embd=128, bias=False)
     before = GlobalCounters.mem_used
@@ -145,8 +173,8 @@ def test_a_quantized_model_is_not_trained_saved_or_quantized_again(tmp_path):
         with pytest.raises(ValueError, match="a quantized model cannot be"):
             use()
     assert path.read_bytes() == before
-    with pytest.raises(ValueError, match=r"quantize='int4'.*int8, fp16"):
-        make().quantize("int4")
+    with pytest.raises(ValueError, match=r"quantize='int2'.*int8, int4, fp16"):
+        make().quantize("int2")
 
 
 def test_a_trained_model_loses_next_to_nothing(tmp_path, text):
@@ -166,7 +194,8 @@ def test_a_trained_model_loses_next_to_nothing(tmp_path, text):
         return logits.numpy().argmax(-1), loss.item()
     likeliest, loss = look()
     assert loss < 2  # it learned, so that its guesses mean something
-    for kind, same, cost in (("fp16", 0.99, 0.001), ("int8", 0.95, 0.02)):
+    for kind, same, cost in (("fp16", 0.99, 0.001), ("int8", 0.95, 0.02),
+                             ("int4", 0.8, 0.1)):
         theirs, their_loss = look(kind)
         assert (theirs == likeliest).mean() >= same
         assert abs(their_loss - loss) <= cost

@@ -25,7 +25,8 @@ def make(tmp_path):
 
     def report(start=0, max_iters=1000, log_interval=1, peak_flops=1e11, loggers=()) -> Report:
         config = TrainConfig(max_iters=max_iters, log_interval=log_interval)
-        made.append(Report(tmp_path, start, config, Work(100, 1e9, peak_flops), loggers))
+        made.append(Report(tmp_path, start, config, Work(100, 1e9, lambda: peak_flops),
+                           loggers))
         return made[-1]
 
     yield report
@@ -55,6 +56,17 @@ def test_a_device_of_unknown_peak_has_no_mfu(make, capsys, tmp_path):
     make(peak_flops=None, log_interval=1).step(1, 2.0, 0.5, 1e-3, 0.1, compiled=False)
     assert lines(capsys)[0] == "iter 1: loss 2.0000, time 100.00ms, 1,000 tok/s, ETA 1:40"
     assert records(tmp_path)[0]["mfu"] is None
+
+
+def test_the_peak_is_measured_for_a_logged_step_only(make, capsys):
+    report = make(log_interval=2)
+    asked = []
+    report.work = Work(100, 1e9, lambda: asked.append(1))
+    report.evaluation(0, 4.0, 4.5, 1e-3, None)
+    report.step(1, 2.0, 0.5, 1e-3, 0.1, compiled=False)
+    assert not asked
+    report.step(2, 2.0, 0.5, 1e-3, 0.1, compiled=False)
+    assert asked
 
 
 def test_an_evaluation_logs_bits_per_byte(make, capsys):

@@ -15,7 +15,7 @@ from tinygpt.inference.sampling import SamplingParameters, enabled_options, samp
 from tinygpt.kernels.jit import compiled
 from tinygpt.kernels.random import make_key
 
-CHUNK = 64  # tokens of a prompt that are read at once
+CHUNKS = 64, 256  # tokens of a short and of a long prompt that are read at once
 MOST_IDLE = 8  # decoders that are kept for a model, each with a cache
 
 
@@ -88,8 +88,8 @@ class Needs(NamedTuple):
 class Decoder:
     """Writes texts with a model, over a key-value cache.
 
-    Prompts are read in chunks of a fixed length, new tokens one at a time; start_pos and row are
-    symbolic, so that neither step is compiled again as the text grows. Steps read the memory of the
+    Prompts are read in chunks of two lengths, new tokens one at a time; start_pos and row are
+    symbolic, so that no step is compiled again as the text grows. Steps read the memory of the
     weights: they are compiled again after weights or layers of the model were replaced.
 
     Prompts of several lengths are aligned at their ends. `start` (B,) int32 is the number of
@@ -100,17 +100,17 @@ class Decoder:
         self.model, self.needs = model, needs
         self.block_size = model.config.block_size
         self.parameters = SamplingParameters(needs.enabled)
-        B, chunk = needs.batch_size, min(CHUNK, self.block_size)
+        B, chunks = needs.batch_size, [min(length, self.block_size) for length in CHUNKS]
 
         def buffer(*shape: int, dtype, device=None) -> Tensor:
             return Tensor.zeros(*shape, dtype=dtype).to(device).contiguous().realize()
         self.seen = buffer(B, needs.vocab_size, dtype=dtypes.bool)
         self.key = buffer(B if needs.ragged else 1, dtype=dtypes.uint32)
         self.tokens = {T: buffer(B, T, dtype=dtypes.int32, device=needs.device)
-                       for T in {1, chunk}}
+                       for T in {1, *chunks}}
         self.start = buffer(B, dtype=dtypes.int32, device=needs.device) if needs.ragged else None
         self.cache = model._new_cache(B, self.start)
-        self.chunk, self.parts, self.steps = chunk, [], {}
+        self.chunks, self.parts, self.steps = chunks, [], {}
 
     def run(self, prompts: list[np.ndarray], config: SampleConfig) -> Iterator[Drawn]:
         """Yields the tokens that follow the prompts, max_new_tokens times."""
@@ -121,11 +121,11 @@ class Decoder:
         if not self.needs.ragged:
             lengths = lengths[:1]  # one key for all rows
         window, start = aligned(prompts, self.block_size)
+        hop = min(config.window_hop or (self.block_size + 1) // 2, self.block_size)
         cached = 0  # number of tokens of the window that are in the cache
         for new in range(config.max_new_tokens):
             if window.shape[1] > self.block_size:  # the window moves, and with it all positions
                 full = window.shape[1] - start > self.block_size
-                hop = min(config.window_hop, self.block_size)
                 start[full] = window.shape[1] - self.block_size + hop - 1
                 window, start, cached = window[:, start.min():], start - start.min(), 0
             if self.start is not None and not cached:
@@ -157,7 +157,8 @@ class Decoder:
         n = window.shape[1]
         if n - cached == 1 and n > 1:
             return self._call(window[:, -1:], n - 1, row=0)
-        T = self.chunk
+        short, long = self.chunks
+        T = short if n - cached <= short else long
         for begin in range(cached, n - T, T):
             self._call(window[:, begin:begin + T], begin, row=T - 1)
         begin = max(0, n - T)  # the last chunk may overlap what is cached: it writes the same

@@ -14,7 +14,7 @@ weights are float32, matrices bfloat16 or float16 too where no gradient is asked
 import functools
 import warnings
 
-from tinygrad import Tensor, UOp
+from tinygrad import Tensor, UOp, dtypes
 
 from tinygpt.kernels import cpu, flash, portable, reference
 from tinygpt.kernels.cpu.kernel import stored
@@ -68,8 +68,11 @@ def quantized_linear(x: Tensor, weight: Tensor, scale: Tensor | None = None,
                      implementation: str = "auto") -> Tensor:
     """residual + x @ (scale * weight).T + bias with weights of few bits; no gradient.
 
-    x (..., C), weight (N, C) int8 with scale (N,) float32, a row's, or float16 without one,
-    bias (N,), residual (..., N) -> (..., N) in x's dtype.
+    x (..., C), bias (N,), residual (..., N) -> (..., N) in x's dtype. weight is one of
+    (N, C) float16, without a scale
+    (N, C) int8 with scale (N,) float32, a row's
+    (N, 16 G) uint8 with scale (N, G) float16, those of groups of 32 weights, G = ceil(C / 32): four
+    bits each, in llama.cpp's Q4_0 (see cpu/weight.h)
     """
     _check_linear("quantized_linear", x, weight, bias, residual)
     return _run("quantized_linear", implementation, (x, scale, bias, residual), weight)
@@ -79,7 +82,7 @@ def quantized_embedding(idx: Tensor, weight: Tensor, scale: Tensor | None = None
                         implementation: str = "auto") -> Tensor:
     """Rows of scale * weight at idx (...,) int32 -> (..., C) float32; no gradient.
 
-    weight (V, C) int8 with scale (V,) float32, or float16 without one.
+    weight (V, C) and scale are as for `quantized_linear`; of four bits, C is a multiple of 32.
     """
     return _run("quantized_embedding", implementation, (idx, scale), weight)
 
@@ -272,7 +275,8 @@ def _check(operation: str, fits: bool, *tensors: Tensor | None) -> None:
 def _check_linear(operation: str, x: Tensor, weight: Tensor, bias: Tensor | None,
                   residual: Tensor | None) -> None:
     N, C = weight.shape
-    _check(operation, x.shape[-1] == C and (bias is None or bias.shape == (N,))
+    fits = -(-x.shape[-1] // 32) * 16 == C if weight.dtype == dtypes.uint8 else x.shape[-1] == C
+    _check(operation, fits and (bias is None or bias.shape == (N,))
            and (residual is None or residual.shape == (*x.shape[:-1], N)),
            x, weight, bias, residual)
 

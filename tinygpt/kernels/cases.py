@@ -101,11 +101,17 @@ WITHOUT_GRADIENT = {
         (dict(x=(3, 1, 80), bias=(13,), residual=(3, 1, 13)),
          dict(weight=ids((13, 80), 128, -127).astype(np.int8), scale=positive(13))),
         (dict(x=(7, 5)), dict(weight=ids((3, 5), 9, -9).astype(np.float16))),
+        (dict(x=(5, 80), bias=(13,)), dict(weight=ids((13, 48), 256).astype(np.uint8),
+                                           scale=positive(13, 3).astype(np.float16))),
+        (dict(x=(37, 100)), dict(weight=ids((5, 100), 128, -127).astype(np.int8),
+                                 scale=positive(5))),
     ],
     "quantized_embedding": [
         ({}, dict(idx=ids((3, 7), 61), weight=ids((61, 13), 128, -127).astype(np.int8),
                   scale=positive(61))),
         ({}, dict(idx=ids((1, 3), 5), weight=ids((5, 8), 9, -9).astype(np.float16))),
+        ({}, dict(idx=ids((2, 3), 7), weight=ids((7, 32), 256).astype(np.uint8),
+                  scale=positive(7, 2).astype(np.float16))),
     ],
     "cached_attention": [
         (cache(2, 4, 2, 1, 9, 8), dict(offset=8)),

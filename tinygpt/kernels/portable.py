@@ -53,6 +53,8 @@ def embedding(idx, weight):
 
 
 def quantized_linear(x, scale, bias, residual, weight):
+    if weight.dtype == dtypes.uint8:
+        weight, scale = reference.dequantized(weight, scale)[:, :x.shape[-1]], None
     y = _matmul(x, weight.T)
     y = _barrier(y if scale is None else y * scale)
     if bias is not None:
@@ -61,6 +63,10 @@ def quantized_linear(x, scale, bias, residual, weight):
 
 
 def quantized_embedding(idx, scale, weight):
+    if weight.dtype == dtypes.uint8:
+        rows = reference.dequantized(weight[idx].reshape(-1, weight.shape[1]),
+                                     scale[idx].reshape(-1, scale.shape[1]))
+        return _barrier(rows.reshape(*idx.shape, -1))
     rows = weight[idx].cast(dtypes.float32)
     return _barrier(rows if scale is None else rows * scale[idx].unsqueeze(-1))
 

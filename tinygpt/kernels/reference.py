@@ -36,14 +36,19 @@ def embedding(idx, weight):
 
 
 def quantized_linear(x, scale, bias, residual, weight):
-    return linear(x, _dequantized(weight, scale), bias, residual)
+    return linear(x, dequantized(weight, scale)[:, :x.shape[-1]], bias, residual)
 
 
 def quantized_embedding(idx, scale, weight):
-    return _dequantized(weight, scale)[idx]
+    return dequantized(weight, scale)[idx]
 
 
-def _dequantized(weight, scale):
+def dequantized(weight, scale):
+    if weight.dtype == dtypes.uint8:  # (N, 16 G), scale (N, G) -> (N, 32 G)
+        halves = weight.reshape(*scale.shape, 1, 16)
+        halves = (halves & 15).cat(halves >> 4, dim=-2)  # (N, G, 2, 16)
+        scale = scale.cast(dtypes.float32).reshape(*scale.shape, 1, 1)
+        return ((halves.cast(dtypes.float32) - 8) * scale).reshape(weight.shape[0], -1)
     weight = weight.cast(dtypes.float32)
     return weight if scale is None else weight * scale.unsqueeze(-1)
 

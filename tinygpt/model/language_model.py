@@ -176,9 +176,10 @@ class LanguageModel:
                    if not (non_embedding and name == "wpe.weight"))
 
     def quantize(self, kind: str) -> "LanguageModel":
-        """Quantizes the matrices to "int8" or "fp16", to generate text with; returns the model.
+        """Quantizes the matrices to "int8", "int4" or "fp16", to generate text with.
 
-        It can then be neither trained nor saved. Raises ValueError where it is quantized already.
+        Returns the model, which can then be neither trained nor saved. Raises ValueError where it
+        is quantized already.
         """
         self.free_decoders()  # whose compiled steps hold the matrices
         lora.merge(self)

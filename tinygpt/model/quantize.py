@@ -1,4 +1,4 @@
-"""Matrices of 8 or 16 bits, to generate text with: a token reads less memory."""
+"""Matrices of 4, 8 or 16 bits, to generate text with: a token reads less memory."""
 
 import numpy as np
 from tinygrad import Tensor, dtypes
@@ -7,8 +7,9 @@ from tinygpt import device, kernels
 from tinygpt.model.layers import replace_linear_layers
 from tinygpt.safetensors_file import widened
 
-KINDS = ("int8", "fp16")
+KINDS = ("int8", "int4", "fp16")
 ROWS = 4096  # of a matrix that are converted at once
+GROUP = 32  # int4's weights that share a scale
 
 
 def quantize(model, kind: str) -> None:
@@ -41,28 +42,44 @@ def refuse_quantized(model, what: str) -> None:
 
 
 class QuantizedMatrix:
-    """A matrix (N, C): `weight` int8 with a float32 `scale` (N,) for its rows, or float16.
-
-    int8 rounds to the nearest multiple of scale, the largest magnitude of the row / 127.
-    """
+    """A matrix (N, C): `weight` and `scale` as `kernels.quantized_linear` takes them."""
 
     def __init__(self, matrix: Tensor, kind: str):
-        N, C = matrix.shape
-        weight = np.empty((N, C), np.int8 if kind == "int8" else np.float16)
-        scale = np.ones(N, np.float32)
+        N, _ = matrix.shape
+        round_rows = {"int8": round_to_int8, "int4": round_to_int4, "fp16": round_to_fp16}[kind]
+        weight, scale = [], []
         for begin in range(0, N, ROWS):
-            rows = slice(begin, begin + ROWS)
-            array = device.read(matrix, rows)
-            array = widened(array) if matrix.dtype == dtypes.bfloat16 else array
-            if kind == "int8":
-                scale[rows] = np.abs(array).max(axis=1) / 127
-                scale[rows][scale[rows] == 0] = 1  # a row of zeros
-                weight[rows] = np.rint(array / scale[rows, None])
-            else:
-                limit = np.finfo(np.float16).max
-                weight[rows] = array.clip(-limit, limit)
-        self.weight = device.tensor_of(weight)
-        self.scale = device.tensor_of(scale) if kind == "int8" else None
+            rows = device.read(matrix, slice(begin, begin + ROWS))
+            rows = widened(rows) if matrix.dtype == dtypes.bfloat16 else rows.astype(np.float32)
+            for parts, part in zip((weight, scale), round_rows(rows), strict=True):
+                parts.append(part)
+        self.weight = device.tensor_of(np.concatenate(weight))
+        self.scale = None if kind == "fp16" else device.tensor_of(np.concatenate(scale))
+
+
+def round_to_fp16(matrix: np.ndarray) -> tuple[np.ndarray, None]:
+    """float16, at most the largest that is finite."""
+    limit = np.finfo(np.float16).max
+    return matrix.clip(-limit, limit).astype(np.float16), None
+
+
+def round_to_int8(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Multiples -127 .. 127 of a scale (N,): the largest magnitude of the row / 127."""
+    scale = np.abs(matrix).max(axis=1) / 127
+    scale[scale == 0] = 1  # a row of zeros
+    return np.rint(matrix / scale[:, None]).astype(np.int8), scale
+
+
+def round_to_int4(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Multiples -8 .. 7 of a scale (N, G) for each group of a row, as in llama.cpp's Q4_0: the
+    number of the largest magnitude is -8 times its group's scale. Rows are filled up with zeros."""
+    N, C = matrix.shape
+    groups = np.pad(matrix, ((0, 0), (0, -C % GROUP))).reshape(N, -1, GROUP)
+    largest = np.take_along_axis(groups, np.abs(groups).argmax(-1, keepdims=True), -1)
+    scale = np.where(largest == 0, 1, largest / -8)  # 1: a group of zeros
+    steps = np.floor(groups / scale + 8.5).clip(0, 15).astype(np.uint8)
+    packed = steps[..., :GROUP // 2] | steps[..., GROUP // 2:] << 4
+    return packed.reshape(N, -1), scale[..., 0].astype(np.float16)
 
 
 class QuantizedLinear(QuantizedMatrix):
@@ -81,9 +98,10 @@ class QuantizedEmbedding(QuantizedMatrix):
 
     def __init__(self, embedding, kind: str):
         super().__init__(embedding.weight, kind)
+        self.size = embedding.weight.shape[1]
 
     def __call__(self, idx: Tensor) -> Tensor:
-        return kernels.quantized_embedding(idx, self.weight, self.scale)
+        return kernels.quantized_embedding(idx, self.weight, self.scale)[..., :self.size]
 
     def unembed(self, x: Tensor) -> Tensor:
         return kernels.quantized_linear(x, self.weight, self.scale)

@@ -5,6 +5,7 @@ import json
 import math
 import sys
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,8 +24,8 @@ class Work:
     """The work of a training step, and what it is done with."""
 
     tokens: int
-    flops: float
-    peak_flops: float | None  # FLOP/s of the devices; None where that is unknown
+    flops: float  # of each device, or of each process on a CPU
+    peak_flops: Callable[[], float | None]  # FLOP/s of one of them; None where that is unknown
 
 
 class Report:
@@ -100,7 +101,7 @@ class Report:
                                  refresh=False)
         self.bar.update(1)
         if iter_num % self.log_interval == 0:
-            peak = self.work.peak_flops
+            peak = self.work.peak_flops()
             mfu = self.work.flops / mean / peak if peak else None
             if not self.bar_shows_steps:
                 used = "" if mfu is None else f"mfu {mfu:.2%}, "

@@ -14,7 +14,6 @@ from tinygpt import checkpoint, device
 from tinygpt.data.load import Batches, TokenData
 from tinygpt.data.tokenizer import up_to_end
 from tinygpt.flags import to_json
-from tinygpt.machine import cpu_count
 from tinygpt.model import lora
 from tinygpt.model.language_model import LanguageModel
 from tinygpt.training.checks import (
@@ -145,11 +144,10 @@ class Run:
         config = self.config
         tokens = (config.gradient_accumulation_steps * config.batch_size
                   * self.model.config.block_size)
-        on_cpu = device.default().startswith("CPU")  # which the ranks of a machine share
-        each = self.ranks.threads() / cpu_count() if on_cpu else config.devices
-        peak = device.peak_flops(config.dtype)
-        return Work(tokens, self.model.estimate_flops(self.steps.length) * tokens,
-                    peak and peak * each * self.ranks.size)
+        flops = self.model.estimate_flops(self.steps.length) * tokens
+        on_cpu = device.default().startswith("CPU")  # whose devices are one processor
+        share = self.ranks.size * (1 if on_cpu else config.devices)
+        return Work(tokens, flops / share, device.peak_flops(config.dtype))
 
     def _loop(self, pending: list[int]) -> TrainResult:
         config = self.config

@@ -2,25 +2,27 @@
 
 Each C file in this folder begins with what it computes. It is compiled once for a machine and takes
 its sizes when it runs. Arithmetic is float32 whatever the activations are, but for the matrix
-products of bfloat16 activations on a processor with AMX. `fits` decides whether these functions can
-take given tensors.
+products of bfloat16 activations on a processor that multiplies bfloat16 (AMX, AVX512_BF16, Arm's
+BF16). `fits` decides whether these functions can take given tensors.
 """
 
 from tinygrad import Tensor, UOp, dtypes
 
 from tinygpt.kernels import reference
-from tinygpt.kernels.cpu.compile import amx
+from tinygpt.kernels.cpu.compile import bfloat16_defines
 from tinygpt.kernels.cpu.kernel import Kernel, constants, memory, untransposed
 from tinygpt.kernels.cpu.threads import pool
 from tinygpt.kernels.options import AdamWOptions, LionOptions
 
 GEMV_ROWS = 4  # up to so many rows dot products are faster than packing
+QUANTIZED_GEMV_ROWS = 32  # the same where the weights are of few bits
 MOST_INPUTS = 32  # of a kernel; tinygrad 0.14 allows 63 arguments
 GEMM_STRIP, GEMM_SLICE = 1536, 512  # the greatest NC and the least KC of gemm.h
 WIDEST_HEAD = 2048  # whose tiles fit on the stack of a thread
 WITH_INTEGERS = ("embedding", "quantized_embedding", "cross_entropy", "adamw8bit", "draw")
-IN_16_BITS = ("linear", "quantized_linear", "layer_norm", "rms_norm", "gelu", "swiglu", "rope",
-              "attention", "cached_attention", "cross_entropy", "draw", "embedding")
+IN_16_BITS = ("linear", "quantized_linear", "quantized_embedding", "layer_norm", "rms_norm", "gelu",
+              "swiglu", "rope", "attention", "cached_attention", "cross_entropy", "draw",
+              "embedding")
 ACTIVATIONS = (dtypes.float32, dtypes.bfloat16, dtypes.float16)
 
 
@@ -72,28 +74,39 @@ def linear(x, weight, bias=None, residual=None):
 
 
 def quantized_linear(x, scale, bias, residual, weight):
-    residual = residual if residual is None else residual.cast(x.dtype)
-    return _gemv(x, weight, _float(scale), _float(bias), residual)
+    N, K = weight.shape[0], x.shape[-1]
+    M = x.numel() // K
+    bias, residual = _float(bias), residual if residual is None else residual.cast(x.dtype)
+    if M <= QUANTIZED_GEMV_ROWS:
+        return _gemv(x, weight, scale, bias, residual)
+    return _gemm(_empty(*x.shape[:-1], N, dtype=x.dtype),
+                 dict(a=x, b=weight, scale=scale, bias=bias, residual=residual),
+                 dict(M=M, N=N, K=K, ta=0, tb=1), QUANTIZED=1, **_int4(weight))["c"]
+
+
+def _int4(weight: Tensor) -> dict[str, int]:
+    """What tells a C file that two weights are in a byte."""
+    return dict(INT4=1) if weight.dtype == dtypes.uint8 else {}
 
 
 def _gemv(x, weight, scale, bias, residual, gradient=None):
-    N, K = weight.shape
+    N, K = weight.shape[0], x.shape[-1]
     M = x.numel() // K
-    return Kernel("gemv.c")(
+    return Kernel("gemv.c", **_int4(weight))(
         outputs=dict(y=_empty(*x.shape[:-1], N, dtype=x.dtype)),
         inputs=dict(x=x, weight=weight, bias=bias, residual=residual, scale=scale),
         sizes=dict(M=M, N=N, K=K), gradient=gradient, flops=2 * M * N * K)["y"]
 
 
-def _gemm(c, inputs, sizes, sums=None, gradient=None):
+def _gemm(c, inputs, sizes, sums=None, gradient=None, **defines):
     """c = op(a) op(b) + bias + residual, and sums, the column sums of a; by name."""
     M, N, K = (sizes[name] for name in "MNK")
     narrow = c.dtype != dtypes.float32 and K > GEMM_SLICE
-    kind = amx() if inputs["a"].dtype == dtypes.bfloat16 else ""
-    defines = dict(AMX=1, AMX_EMULATED=int(kind == "emulated")) if kind else {}
+    if inputs["a"].dtype == dtypes.bfloat16 and not defines:
+        defines = bfloat16_defines()
     return Kernel("gemm.c", **defines)(
         outputs=dict(c=c, sums=sums, partial=_empty(M, min(N, GEMM_STRIP)) if narrow else None),
-        inputs=dict(bias=None, residual=None) | inputs, sizes=sizes, gradient=gradient,
+        inputs=dict(scale=None, bias=None, residual=None) | inputs, sizes=sizes, gradient=gradient,
         flops=2 * M * N * K)
 
 
@@ -115,8 +128,8 @@ def quantized_embedding(idx, scale, weight):
 
 
 def _rows(idx, weight, scale, gradient=None):
-    V, C = weight.shape
-    return Kernel("embedding_forward.c")(
+    V, C = weight.shape[0], weight.shape[1] * (2 if _int4(weight) else 1)
+    return Kernel("embedding_forward.c", **_int4(weight))(
         outputs=dict(out=_empty(*idx.shape, C)), inputs=dict(idx=idx, weight=weight, scale=scale),
         sizes=dict(N=idx.numel(), C=C, V=V), gradient=gradient)["out"]
 

@@ -14,6 +14,8 @@ import hashlib
 import platform
 import re
 import signal
+import sys
+import warnings
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -69,14 +71,30 @@ def processor() -> str:
 
 
 @functools.cache
-def amx() -> str:
-    """"real" where this processor multiplies bfloat16 in AMX tiles and Linux lets this process
-    use them, else ""."""
-    if platform.machine() != "x86_64" or "amx_bf16" not in cpu_info():
-        return ""
-    arch_prctl, request_permission, tile_data = 158, 0x1023, 18
-    refused = ctypes.CDLL(None).syscall(arch_prctl, request_permission, tile_data)
-    return "" if refused else "real"
+def bfloat16_products() -> str:
+    """How this processor multiplies bfloat16: "amx" in tiles, where Linux lets this process use
+    them, "dot" in pairs (AVX512_BF16, Arm's BF16), or "" not at all."""
+    if "amx_bf16" in cpu_info():
+        arch_prctl, request_permission, tile_data = 158, 0x1023, 18
+        if not ctypes.CDLL(None).syscall(arch_prctl, request_permission, tile_data):
+            return "amx"
+    if sys.platform == "darwin":
+        there, size = ctypes.c_int(0), ctypes.c_size_t(4)
+        ctypes.CDLL(None).sysctlbyname(b"hw.optional.arm.FEAT_BF16", ctypes.byref(there),
+                                       ctypes.byref(size), None, ctypes.c_size_t(0))
+        return "dot" if there.value else ""
+    return "dot" if re.search(r"^(flags|Features)\s*:.* (avx512_)?bf16\b", cpu_info(), re.M) else ""
+
+
+@functools.cache
+def bfloat16_defines() -> dict[str, int]:
+    """What chooses between the micro kernels of gemm.h for bfloat16 activations; says once where
+    there is none for bfloat16."""
+    if kind := bfloat16_products():
+        return {kind.upper(): 1}
+    warnings.warn("this processor has no AMX, AVX512_BF16 or Arm BF16: matrix products of bfloat16 "
+                  "run in float32, and are not faster", stacklevel=2)
+    return {}
 
 
 def program(name: str, code: str, buffers, outputs: int, flops: int) -> UOp:

@@ -1,5 +1,5 @@
-/* out (N x C) = rows of weight (V x C), each times its scale where there is one, at idx (N); zeros
- * where there is no such row */
+/* out (N x C) = rows of weight (V x C) at idx (N), with their scale where there is one; zeros where
+ * there is no such row */
 #include "pool.h"
 #include "vector.h"
 #include "weight.h"
@@ -7,7 +7,7 @@
 typedef struct {
   const int* idx;
   const weight_t* weight;
-  const float* scale;
+  const scale_t* scale;
   float* out;
   long N, C, V, tasks;
 } embedding_t;
@@ -26,8 +26,10 @@ KERNEL static void some_rows(void* args, int index) {
   const embedding_t* g = args;
   for (long i = g->N * index / g->tasks; i < g->N * (index + 1) / g->tasks; i++) {
     const long row = g->idx[i], there = row >= 0 && row < g->V;
-    const weight_t* src = g->weight + row * g->C;
-    const float scale = there && g->scale ? g->scale[row] : 1.f;
-    for (long c = 0; c < g->C; c++) g->out[i * g->C + c] = there ? GET_WEIGHT(src + c) * scale : 0.f;
+    float* out = g->out + i * g->C;
+    if (there)
+      load_weights(out, g->weight, g->scale, row, g->C, 0, g->C);
+    else
+      for (long c = 0; c < g->C; c++) out[c] = 0.f;
   }
 }

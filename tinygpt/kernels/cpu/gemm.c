@@ -3,14 +3,19 @@
 
 KERNEL void NAME(ARGUMENTS) {
   DECLARE_NAMES
-  gemm_t g = {.a = a, .b = b, .bias = bias, .residual = residual, .c = c, .sums = sums,
-              .partial = partial, .packed_b = shared->workspace, .M = M, .N = N, .K = K,
-              .ta = (int)ta, .tb = (int)tb};
+  gemm_t g = {.a = a, .b = b, .scale = scale, .bias = bias, .residual = residual, .c = c,
+              .sums = sums, .partial = partial, .packed_b = shared->workspace,
+              .M = M, .N = N, .K = K, .ta = (int)ta, .tb = (int)tb};
   product(shared->pool, &g);
 }
 
+#if AMX || DOT
+#include "gemm_pairs.h"
+#endif
 #if AMX
 #include "gemm_amx.h"
+#elif DOT
+#include "gemm_dot.h"
 #else
 #include "gemm_float.h"
 #endif

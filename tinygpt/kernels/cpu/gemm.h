@@ -1,6 +1,6 @@
-/* The loops around the micro kernels of gemm_float.h and, with AMX 1, gemm_amx.h, as BLIS has them
- * (Van Zee and van de Geijn, ACM TOMS 2015), and the way from a block to C. A file that includes
- * this one includes one of those after its entry.
+/* The loops around the micro kernels of gemm_float.h, with AMX 1 gemm_amx.h, and with DOT 1
+ * gemm_dot.h, as BLIS has them (Van Zee and van de Geijn, ACM TOMS 2015), and the way from a block
+ * to C. A file that includes this one includes one of those after its entry.
  *
  *   C (M x N) = op(A) op(B) + bias + residual, all row-major
  *
@@ -15,6 +15,12 @@
  */
 #include "pool.h"
 #include "vector.h"
+#if QUANTIZED
+typedef b_t weight_t;
+#include "weight.h"
+#else
+typedef float scale_t;
+#endif
 
 /* a block of C is GM x GN, a task's part of A MC x KC, and what is packed of B KC x NC */
 #if AMX
@@ -22,6 +28,14 @@
 #define GN 32
 #define MC 128
 #define NC 512
+#define KC 1024
+#elif DOT
+#include "dot_pairs.h"
+#define GM (LANES == 4 ? 6 : 12)
+#define GV (LANES == 4 ? 4 : 2)
+#define GN (GV * LANES)
+#define MC 192
+#define NC 1024
 #define KC 1024
 #else
 #if defined(__AVX512F__)
@@ -48,6 +62,7 @@
 typedef struct {
   const a_t* a;
   const b_t* b;
+  const scale_t* scale;         /* of B, where it is QUANTIZED (weight.h) */
   const float* bias;
   const c_t* residual;
   c_t* c;

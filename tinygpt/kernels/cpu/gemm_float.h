@@ -1,5 +1,8 @@
 /* The micro kernel of gemm.h in float32. Panels of A have GM rows. */
 
+#if QUANTIZED
+#include "gemm_quantized.h"
+#else
 /* packed_b[panel][k][GN] = op(B)[pc + k][jc + panel * GN + ...], zero where there is no column */
 KERNEL static void pack_b(void* args, int index) {
   const gemm_t* g = args;
@@ -23,6 +26,7 @@ KERNEL static void pack_b(void* args, int index) {
     }
   }
 }
+#endif
 
 /* panel[k][GM] = op(A)[i0 + ...][pc + k], zero where there is no row */
 HOT void pack_a(const gemm_t* g, long i0, long n, float* panel) {

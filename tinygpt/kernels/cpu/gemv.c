@@ -10,8 +10,9 @@ typedef x_t act;
 
 typedef struct {
   const act *x, *residual;
-  const float *scale, *bias;
   const weight_t* weight;
+  const scale_t* scale;
+  const float* bias;
   act* y;
   long M, N, K, share;
 } gemv_t;
@@ -28,40 +29,14 @@ KERNEL void NAME(ARGUMENTS) {
   parallel_for(shared->pool, rows_of_w, &g, (N + g.share - 1) / g.share);
 }
 
-/* one row of X times one of W */
-HOT float dot(const act* x, const weight_t* w, long K) {
-  vfloat sum[4];
-  UNROLL for (int i = 0; i < 4; i++) sum[i] = (vfloat)0.f;
-  long k = 0;
-  for (; k + 4 * LANES <= K; k += 4 * LANES) {
-    __builtin_prefetch((const char*)(w + k) + 2048);
-    UNROLL for (int i = 0; i < 4; i++)
-      sum[i] += LOAD(x + k + i * LANES) * LOAD_WEIGHTS(w + k + i * LANES);
-  }
-  for (; k + LANES <= K; k += LANES) sum[0] += LOAD(x + k) * LOAD_WEIGHTS(w + k);
-  float y = vsum((sum[0] + sum[1]) + (sum[2] + sum[3]));
-  for (; k < K; k++) y += GET(x + k) * GET_WEIGHT(w + k);
-  return y;
-}
-
-/* y = BLOCK rows of X times one of W */
-HOT void dot_block(const act* x, const weight_t* w, long K, float* y) {
-  vfloat sum[BLOCK][2];
-  UNROLL for (int i = 0; i < BLOCK; i++) sum[i][0] = sum[i][1] = (vfloat)0.f;
-  long k = 0;
-  for (; k + 2 * LANES <= K; k += 2 * LANES)
-    UNROLL for (int j = 0; j < 2; j++) {
-      const vfloat v = LOAD_WEIGHTS(w + k + j * LANES);
-      UNROLL for (int i = 0; i < BLOCK; i++) sum[i][j] += LOAD(x + i * K + k + j * LANES) * v;
-    }
-  UNROLL for (int i = 0; i < BLOCK; i++) y[i] = vsum(sum[i][0] + sum[i][1]);
-  for (; k < K; k++)
-    for (int i = 0; i < BLOCK; i++) y[i] += GET(x + i * K + k) * GET_WEIGHT(w + k);
-}
+#if INT4
+#include "dot_int4.h"
+#else
+#include "dot.h"
+#endif
 
 HOT void put(const gemv_t* g, long m, long n, float y) {
   const long at = m * g->N + n;
-  if (g->scale) y *= g->scale[n];
   PUT(g->y + at, y + (g->bias ? g->bias[n] : 0.f) + (g->residual ? GET(g->residual + at) : 0.f));
 }
 
@@ -69,13 +44,12 @@ KERNEL static void rows_of_w(void* args, int index) {
   const gemv_t* g = args;
   const long end = MIN((index + 1) * g->share, g->N);
   for (long n = index * g->share; n < end; n++) {
-    const weight_t* w = g->weight + n * g->K;
     long m = 0;
     for (; m + BLOCK <= g->M; m += BLOCK) {
       float y[BLOCK];
-      dot_block(g->x + m * g->K, w, g->K, y);
+      dot_block(g, m, n, y);
       for (int i = 0; i < BLOCK; i++) put(g, m + i, n, y[i]);
     }
-    for (; m < g->M; m++) put(g, m, n, dot(g->x + m * g->K, w, g->K));
+    for (; m < g->M; m++) put(g, m, n, dot(g, m, n));
   }
 }

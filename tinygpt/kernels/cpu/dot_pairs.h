@@ -1,0 +1,20 @@
+/* sum + the products of pairs of bfloat16, those of a lane being in its 32 bits: what AVX512_BF16 and
+ * Arm's BF16 have an instruction for; elsewhere the same in float32, to be tested on. */
+typedef int vint_unaligned __attribute__((ext_vector_type(LANES), aligned(4)));
+
+HOT vfloat dot_pairs(vfloat sum, vint a, vint b) {
+#if defined(__AVX512BF16__)
+  typedef __bf16 vpairs __attribute__((vector_size(64)));
+  typedef float vsums __attribute__((vector_size(64)));
+  return (vfloat)__builtin_ia32_dpbf16ps_512((vsums)sum, (vpairs)a, (vpairs)b);
+#elif defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+  typedef float vsums __attribute__((neon_vector_type(4)));
+  typedef __bf16 vpairs __attribute__((neon_vector_type(8)));
+  vsums r = (vsums)sum;
+  __asm__("bfdot %0.4s, %1.8h, %2.8h" : "+w"(r) : "w"((vpairs)a), "w"((vpairs)b));
+  return (vfloat)r;
+#else
+  sum += (vfloat)(a << 16) * (vfloat)(b << 16);
+  return sum + (vfloat)(a & (int)0xffff0000) * (vfloat)(b & (int)0xffff0000);
+#endif
+}
