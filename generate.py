@@ -320,9 +320,10 @@ def run(options: GenerateConfig, config: SampleConfig) -> None:
         raise ValueError("standard input is closed: give the text as --prompt")
     command.use_machine(options)
     path = options.checkpoint or checkpoint.best_of_newest_run(Path("checkpoints"))
+    as_stored = options.lora is None and (options.export is None or options.exports_folder)
     with tokenizer_needed(not options.exports_folder):
         model = command.load_model(path, options.ema, options.offline,
-                                   block_size=options.block_size, as_stored=options.lora is None)
+                                   block_size=options.block_size, as_stored=as_stored)
     if options.lora is not None:
         lora.load(model, options.lora)
     if model.tokenizer is None and not options.exports_folder:

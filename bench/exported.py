@@ -23,7 +23,8 @@ ROUNDS = 5
 SCRIPT = """
 import fs from "fs";
 const [folder, count] = process.argv.slice(2), start = performance.now();
-const read = (name) => fs.readFileSync(`${folder}/${name}`), layout = JSON.parse(read("layout.json"));
+const read = (name) => fs.readFileSync(`${folder}/${name}`);
+const layout = JSON.parse(read("layout.json"));
 const {instance: {exports: e}} = await WebAssembly.instantiate(read("module.wasm"), {});
 new Uint8Array(e.memory.buffer).set(read("weights.bin"), layout.first);
 const token = new Int32Array(e.memory.buffer, layout.token, 1);

@@ -21,10 +21,12 @@ STRICT = ("-Wall", "-Wextra", "-Werror")
 SANITIZERS = ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 CHARS = "\n !':abcdefghijklmnopqrstuvwxyzABCDE\u00e9\u65e5\U0001f600"
 NASTY = ["a", "it's we'll They've 'S ''s 're're", "  two  blanks \n\n\t tabs\t\tand more   ",
-         "\u00a0\u2003x\u3000 y\u1680", "\u0130stanbul \u01c5 \u02b0 \u00aa\u00ba \u2160\u2167 \u00bd",
+         "\u00a0\u2003x\u3000 y\u1680",
+         "\u0130stanbul \u01c5 \u02b0 \u00aa\u00ba \u2160\u2167 \u00bd",
          "12345 \u0661\u0662 \u0967 x2y3", "\u65e5\u672c\u8a9e\u306e\u6587", "e\u0301 \u0928\u093f",
          "\U0001f600\U0001f468\u200d\U0001f469", "\ufeff\ufffd\uffff", "a" * 300, " " * 50 + "x",
-         "\x01\x7f\x85\u2028\u200b|_-+=", "'", " '", "the the the", "\U00016e40\U0001d7d8\U000e0041"]
+         "\x01\x7f\x85\u2028\u200b|_-+=", "'", " '", "the the the",
+         "\U00016e40\U0001d7d8\U000e0041"]
 
 
 def compiled(source, *flags, compiler=None):
@@ -155,7 +157,8 @@ def test_the_tokenizer_is_ours(exported, kind):
 
 @pytest.mark.parametrize("words, says", [
     (["--temperature", "-1"], "temperature=-1 is out of range"), (["--top_k=0"], "top_k=0 is out"),
-    (["--top-k", "1.5"], "whole number"), (["--seed", "x"], "seed=x"), (["--seed"], "needs a value"),
+    (["--top-k", "1.5"], "whole number"), (["--seed", "x"], "seed=x"),
+    (["--seed"], "needs a value"),
     (["--top_p", "nan"], "top_p=nan"), (["--tempratur", "1"], "no option --tempratur"),
     (["a", "b"], "two prompts"), ([""], "prompt is empty"), ([b"\xff"], "not text in UTF-8"),
     ([b"\xe2\x82"], "not text in UTF-8"), ([b"\xed\xa0\x80"], "not text in UTF-8")])

@@ -19,7 +19,9 @@ LLAMA = SIZES | dict(position="rope", norm="rmsnorm", activation="swiglu", n_kv_
                      rope_theta=500.0, norm_eps=3e-6, bias=False, tie_weights=False)
 GPT2 = SIZES | dict(activation="gelu_tanh", n_inner=80)
 SHAPES = {"llama": LLAMA, "gpt2": GPT2,
-          "llama tied": LLAMA | dict(n_kv_head=None, tie_weights=True)}
+          "llama tied": LLAMA | dict(n_kv_head=None, tie_weights=True),
+          "qwen2": LLAMA | dict(qkv_bias=True),
+          "qwen3": LLAMA | dict(qk_norm=True, head_dim=10, tie_weights=True)}
 
 
 def model_of(rng, **config) -> GPT:
@@ -38,6 +40,8 @@ def of_transformers(path):
     config = transformers.AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
     if config.model_type == "gpt2":  # what it does not read of one
         config.n_positions, config.n_inner = 16, 80
+    elif config.model_type == "qwen3":
+        config.head_dim = 10
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
     weights = load_gguf_checkpoint(path, return_tensors=True, model_to_load=model)["tensors"]
     missing, unexpected = model.load_state_dict(weights, strict=False)
@@ -128,7 +132,9 @@ def test_without_a_tokenizer_that_llama_cpp_has_it_is_left_out_with_a_warning(to
 
 def test_what_llama_cpp_lacks_is_named_and_nothing_is_written(tmp_path, rng):
     for config, says in ((GPT2 | dict(qk_norm=True), "qk_norm=True"),
-                         (LLAMA | dict(activation="gelu"), "activation=gelu")):
+                         (LLAMA | dict(activation="gelu"), "activation=gelu"),
+                         (LLAMA | dict(rope_scaling="linear"), "rope_scaling=linear"),
+                         (LLAMA | dict(qk_norm=True, sliding_window=3), "sliding_window=3")):
         with pytest.raises(ValueError, match=says):
             gguf.write(GPT(GPTConfig(**config)), tmp_path / "m.gguf")
     with pytest.raises(ValueError, match="'int3' are not written: choose one of none, fp16, int8"):

@@ -152,5 +152,5 @@ def test_a_model_that_no_memory_holds_is_refused(sampler, monkeypatch):
     model = GPT(GPTConfig(block_size=4, vocab_size=V, n_layer=1, n_head=1, n_embd=8))
     model.tokenizer = Tokens()
     monkeypatch.setattr(wasm, "LARGEST", 1 << 28)
-    with pytest.raises(ValueError, match="WebAssembly can address.*--quantize int8"):
+    with pytest.raises(ValueError, match=r"WebAssembly can address.*--quantize int8"):
         wasm.build(model)

@@ -15,20 +15,22 @@ from tinygpt.huggingface import tokenizer_json
 from tinygpt.huggingface.pretrained import architecture_of, hub_tensors
 from tinygpt.model import lora
 
-ARCHITECTURES = {"gpt2": gguf.MODEL_ARCH.GPT2, "llama": gguf.MODEL_ARCH.LLAMA}
+ARCHITECTURES = {"gpt2": gguf.MODEL_ARCH.GPT2, "llama": gguf.MODEL_ARCH.LLAMA,
+                 "qwen2": gguf.MODEL_ARCH.QWEN2, "qwen3": gguf.MODEL_ARCH.QWEN3}
 MATRICES = {"none": (GGMLQuantizationType.F32, LlamaFileType.ALL_F32),
             "fp16": (GGMLQuantizationType.F16, LlamaFileType.MOSTLY_F16),
             "int8": (GGMLQuantizationType.Q8_0, LlamaFileType.MOSTLY_Q8_0)}
 
 
 def write(model, path: str | Path, quantize: str = "none") -> Path:
-    """Writes a GPT in GPT-2's or Llama's shape, with its tokenizer, atomically; returns the path.
+    """Writes a GPT in the shape of one of ARCHITECTURES, with its tokenizer, atomically; returns the
+    path.
 
     quantize says how the matrices are stored: "none" as F32, "fp16" as F16, "int8" as Q8_0, which
     has a scale for every 32 weights of a row; where a row is no multiple of 32, as F16. Norms,
     biases and the position table are F32. LoRA adapters are merged into the model. Raises
-    ValueError, which names the option, where neither architecture has such a model, and where the
-    file cannot be written.
+    ValueError, which names the option, where no architecture has such a model, and where the file
+    cannot be written.
     """
     if model.kind != "gpt":
         raise ValueError(f"GGUF has no {model.kind} model: export a GPT")
@@ -39,6 +41,10 @@ def write(model, path: str | Path, quantize: str = "none") -> Path:
     if architecture not in ARCHITECTURES:
         raise ValueError(f"{architecture} models are not written as GGUF: train one with the "
                          f"options of {' or '.join(ARCHITECTURES)}")
+    for option, value in (("rope_scaling", "none"), ("sliding_window", None)):
+        if getattr(model.config, option) != value:
+            raise ValueError(f"models with {option}={getattr(model.config, option)} are not "
+                             "written as GGUF: export a folder, and convert it with llama.cpp")
     lora.merge(model)
     path = Path(path)
     part = path.with_name(f".{path.name}.part")
@@ -84,8 +90,9 @@ def _add_config(writer: GGUFWriter, config, name: str) -> None:
 def _add_tokenizer(writer: GGUFWriter, tokenizer, vocab_size: int) -> None:
     """The tokenizer; ids of the model that it lacks become unused tokens."""
     if isinstance(tokenizer, BPETokenizer):
-        model = tokenizer_json.dump(tokenizer, 0)["tokenizer.json"]["model"]
-        tokens = list(model["vocab"])
+        data = tokenizer_json.dump(tokenizer, 0)["tokenizer.json"]
+        model, vocab = data["model"], data["model"]["vocab"]
+        tokens = [*sorted(vocab, key=vocab.get), *(t["content"] for t in data["added_tokens"])]
         writer.add_tokenizer_model("gpt2")
         writer.add_tokenizer_pre("gpt-2")
         writer.add_token_merges([" ".join(pair) for pair in model["merges"]])

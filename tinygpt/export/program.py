@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from tinygpt.data.tokenizer import HFTokenizer
 from tinygpt.model import lora
 
 FOLDER = Path(__file__).parent / "c"
@@ -24,13 +25,18 @@ WEIGHT_TYPES = {
 
 
 def quantize(model, kind: str | None) -> None:
-    """Quantizes a model as --quantize says; None is int8. Raises ValueError if it is no GPT, or
-    has no tokenizer."""
+    """Quantizes a model as --quantize says; None is int8. Raises ValueError if it is no GPT,
+    or has no tokenizer of ours, or there is no such form of its weights."""
+    if kind not in (None, "none", "int8", "fp16"):
+        raise ValueError(f"quantize={kind} is not for exported files: choose int8, fp16 or none")
     if model.kind != "gpt":
         raise ValueError(f"a {model.kind} model has no form without Python: leave out --export")
     if model.tokenizer is None:
         raise ValueError("the model has no tokenizer: train it on text, or export it into a "
                          "folder in Hugging Face's layout")
+    if isinstance(model.tokenizer, HFTokenizer):
+        raise ValueError("the model's tokenizer.json has no form without Python: export the model "
+                         "into a folder in Hugging Face's layout")
     lora.merge(model)
     if kind != "none":
         model.quantize(kind or "int8")
@@ -55,6 +61,7 @@ def constants(model) -> str:
         HEAD_SIZE=c.head_size, N_INNER=c.inner_size, BIAS=c.bias,
         QKV_BIAS=model.h[0].attn.c_attn.bias is not None, RMS_NORM=c.norm == "rmsnorm",
         GELU_TANH=c.activation == "gelu_tanh", SWIGLU=c.is_gated, ROPE=c.position == "rope",
+        NO_ROPE_INTERVAL=c.no_rope_interval or 0,
         QK_NORM=c.qk_norm, WINDOW=c.sliding_window or 0, PARALLEL=c.parallel,
         TIE_WEIGHTS=c.tie_weights, HAS_SCALE=_scale_of(output) is not None)
     return (enum(values) + f"#define NORM_EPS {c.norm_eps!r}f\n\n"
@@ -79,8 +86,7 @@ def _arrays(model) -> Iterator[np.ndarray]:
     if c.position == "learned":
         yield model.wpe.weight.numpy()
     else:
-        frequency = c.rope_theta ** (-np.arange(0, c.head_size, 2) / c.head_size)
-        angle = np.outer(np.arange(c.block_size), frequency)
+        angle = np.outer(np.arange(c.block_size), c.frequencies(c.head_size))
         yield from (f(angle).astype(np.float32) for f in (np.cos, np.sin))
     for block in model.h:
         yield from _block(block)

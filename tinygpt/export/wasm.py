@@ -71,7 +71,8 @@ def _compile(source: str) -> bytes:
         folder = Path(name)
         (folder / "module.c").write_text(source, encoding="utf-8")
         _run(zig, "clang", "--target=wasm32-freestanding", "-O3", "-msimd128", "-mbulk-memory",
-             "-fno-math-errno", "-isystem", zig.parent / "lib" / "include", "-c", folder / "module.c", "-o", folder / "module.o")
+             "-fno-math-errno", "-isystem", zig.parent / "lib" / "include",
+             "-c", folder / "module.c", "-o", folder / "module.o")
         _run(zig, "wasm-ld", "--no-entry", "--strip-all", "--stack-first", "-z", "stack-size=65536",
              *(f"--export={place}" for place in ("weights_image", *PLACES)),
              folder / "module.o", "-o", folder / "module.wasm")

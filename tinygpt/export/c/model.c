@@ -163,6 +163,11 @@ static void norm(float *y, const float *x, const struct norm *l, int n, int rms)
     y[i] = (x[i] - mean) * scale * l->weight[i] + (l->bias ? l->bias[i] : 0.f);
 }
 
+/* the last of every NO_ROPE_INTERVAL layers has no RoPE; 0: all have it */
+static int rotates(int layer) {
+  return ROPE && !(NO_ROPE_INTERVAL && (layer + 1) % NO_ROPE_INTERVAL == 0);
+}
+
 /* turns the pairs (i, i + D/2) of a head (D) by the angles of position p */
 static void rope(float *head, int p) {
   enum { HALF = HEAD_SIZE / 2 };
@@ -205,11 +210,11 @@ static void self_attention(float *out, float *qkv, const struct block *b, int la
   float *q = qkv, *k = q + Q_SIZE, *v = k + KV_SIZE;
   for (int i = 0; i < N_HEAD; i++) {
     if (QK_NORM) norm(q + i * HEAD_SIZE, q + i * HEAD_SIZE, &b->q_norm, HEAD_SIZE, 1);
-    if (ROPE) rope(q + i * HEAD_SIZE, p);
+    if (rotates(layer)) rope(q + i * HEAD_SIZE, p);
   }
   for (int i = 0; i < N_KV_HEAD; i++) {
     if (QK_NORM) norm(k + i * HEAD_SIZE, k + i * HEAD_SIZE, &b->k_norm, HEAD_SIZE, 1);
-    if (ROPE) rope(k + i * HEAD_SIZE, p);
+    if (rotates(layer)) rope(k + i * HEAD_SIZE, p);
   }
   remember(layer, p, k, v);
   for (int i = 0; i < N_HEAD; i++) attend(out + i * HEAD_SIZE, q + i * HEAD_SIZE, layer, i, p);
