@@ -39,6 +39,9 @@ def write(model, path: str | Path, quantize: str = "none") -> Path:
     if architecture not in ARCHITECTURES:
         raise ValueError(f"{architecture} models are not written as GGUF: train one with the "
                          f"options of {' or '.join(ARCHITECTURES)}")
+    if (scaling := model.config.rope_scaling) != "none":
+        raise ValueError(f"models with rope_scaling={scaling} are not written as GGUF: export one "
+                         "without")
     lora.merge(model)
     path = Path(path)
     part = path.with_name(f".{path.name}.part")
