@@ -8,7 +8,7 @@ MODEL = dict(norm=["layernorm", "rmsnorm"], activation=["gelu", "gelu_tanh", "sw
              position=["learned", "rope"], qk_norm=[False, True], sliding_window=[None, 3],
              parallel=[False, True], n_kv_head=[None, 2, 1], bias=[True, False],
              tie_weights=[True, False], head_dim=[None, 10], qkv_bias=[None, True, False],
-             rope_scaling=["none", "linear", "llama3"], no_rope_interval=[None, 2])
+             rope_scaling=["none", "linear", "llama3"], nope_interval=[None, 2])
 
 
 def pairs(row: dict) -> set[frozenset]:

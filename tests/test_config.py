@@ -403,7 +403,7 @@ def test_of_two_of_a_kind_the_later_one_wins(tmp_path):
     (GPTConfig(), TrainConfig()),
     (GPTConfig(n_kv_head=4, n_inner=7, bias=False, norm="rmsnorm", dropout=0.3, norm_eps=1e-12,
                sliding_window=5, tie_weights=False, qk_norm=True, head_dim=10, qkv_bias=True,
-               position="rope", rope_scaling="llama3", rope_factor=2.5, no_rope_interval=4),
+               position="rope", rope_scaling="llama3", rope_factor=2.5, nope_interval=4),
      TrainConfig(data="-a path, with = and \u00e9\U0001f600", out_dir="--x", lr_decay_iters=3,
                  min_lr=1e-7, learning_rate=1 / 3, resume=True, schedule="constant", seed=2**63)),
 ])

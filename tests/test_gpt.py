@@ -164,7 +164,7 @@ def test_heads_of_any_size_have_a_cache_and_flops_of_their_own():
 def test_a_checkpoint_of_before_these_options_is_read(tmp_path):
     model, new = make(position="rope"), ("head_dim", "qkv_bias", "rope_scaling", "rope_factor",
                                          "rope_low_freq", "rope_high_freq", "rope_original_length",
-                                         "no_rope_interval")
+                                         "nope_interval")
     header = {k: v for k, v in asdict(model.config).items() if k not in new}
     assert len(header) == len(asdict(model.config)) - len(new)
     path = model.save_checkpoint(1, None, tmp_path, metadata={"model_config": header})

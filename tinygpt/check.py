@@ -60,7 +60,7 @@ MODELS = {
     "llama": dict(position="rope", norm="rmsnorm", activation="swiglu", n_kv_head=3, bias=False,
                   tie_weights=False),
     "gptj": dict(position="rope", parallel=True, qk_norm=True, dropout=0.2),
-    "smollm": dict(position="rope", head_dim=10, bias=False, qkv_bias=True, no_rope_interval=2,
+    "smollm": dict(position="rope", head_dim=10, bias=False, qkv_bias=True, nope_interval=2,
                    n_layer=2, rope_scaling="llama3", rope_original_length=32),
     "window": dict(sliding_window=4, n_kv_head=1, norm="rmsnorm", n_inner=17, qk_norm=True),
 }

@@ -43,7 +43,7 @@ _OURS = {  # a flag, and its names elsewhere
     "rope_theta": "rope_base theta", "sliding_window": "window window_size attention_window",
     "tie_weights": "weight_tying tied tie_word_embeddings tie_embeddings",
     "qk_norm": "use_qk_norm qk_layernorm",
-    "qkv_bias": "attention_bias use_qkv_bias add_qkv_bias", "no_rope_interval": "nope_interval "
+    "qkv_bias": "attention_bias use_qkv_bias add_qkv_bias", "nope_interval": "no_rope_interval "
     "no_rope_layer_interval", "rope_factor": "rope_scaling_factor",
     "data": "data_path dataset data_dir train_file train_data data_file text_file input_file input "
             "corpus train_path file dataset_name",

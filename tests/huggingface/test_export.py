@@ -29,8 +29,8 @@ def test_a_model_without_biases_is_a_gpt2_with_zeros(tmp_path, rng):
     (dict(sliding_window=4), "sliding_window=4"), (dict(n_kv_head=1), "n_kv_head=1"),
     (dict(position="rope"), "position=rope"),
     (dict(position="rope", norm="rmsnorm"), "activation=gelu"),
-    (LLAMA | dict(qk_norm=True, no_rope_interval=2), "Qwen3ForCausalLM, lacks no_rope_interval=2"),
-    (LLAMA | dict(qkv_bias=True, head_dim=4, no_rope_interval=2), "no_rope_interval=2")], ids=str)
+    (LLAMA | dict(qk_norm=True, nope_interval=2), "Qwen3ForCausalLM, lacks nope_interval=2"),
+    (LLAMA | dict(qkv_bias=True, head_dim=4, nope_interval=2), "nope_interval=2")], ids=str)
 def test_unsupported_options_are_named_and_nothing_is_written(tmp_path, options, says):
     with pytest.raises(ValueError, match=says) as caught:
         GPT(GPTConfig(**OWN, **options)).save_pretrained(tmp_path / "x")

@@ -23,8 +23,8 @@ MATRICES = {"none": (GGMLQuantizationType.F32, LlamaFileType.ALL_F32),
 
 
 def write(model, path: str | Path, quantize: str = "none") -> Path:
-    """Writes a GPT in the shape of one of ARCHITECTURES, with its tokenizer, atomically; returns the
-    path.
+    """Writes a GPT in the shape of one of ARCHITECTURES, with its tokenizer, atomically; returns
+    the path.
 
     quantize says how the matrices are stored: "none" as F32, "fp16" as F16, "int8" as Q8_0, which
     has a scale for every 32 weights of a row; where a row is no multiple of 32, as F16. Norms,
@@ -90,9 +90,9 @@ def _add_config(writer: GGUFWriter, config, name: str) -> None:
 def _add_tokenizer(writer: GGUFWriter, tokenizer, vocab_size: int) -> None:
     """The tokenizer; ids of the model that it lacks become unused tokens."""
     if isinstance(tokenizer, BPETokenizer):
-        data = tokenizer_json.dump(tokenizer, 0)["tokenizer.json"]
-        model, vocab = data["model"], data["model"]["vocab"]
-        tokens = [*sorted(vocab, key=vocab.get), *(t["content"] for t in data["added_tokens"])]
+        model = tokenizer_json.dump(tokenizer, 0)["tokenizer.json"]["model"]
+        vocab = model["vocab"]
+        tokens = sorted(vocab, key=vocab.get)
         writer.add_tokenizer_model("gpt2")
         writer.add_tokenizer_pre("gpt-2")
         writer.add_token_merges([" ".join(pair) for pair in model["merges"]])

@@ -153,7 +153,7 @@ def _read_smollm3(settings: Settings) -> dict:
             raise PretrainedError(f"{settings.path} has no_rope_layers={one_line(layers)}, which "
                                   "is not supported: use a model in which the last of every so "
                                   "many layers is 0")
-    return config | dict(bias=_bias(settings), no_rope_interval=every)
+    return config | dict(bias=_bias(settings), nope_interval=every)
 
 
 def _rope_layers(every: int | None, count: int) -> list[int]:
@@ -260,7 +260,7 @@ def _write_qwen(kind: str) -> Callable[[dict, Tokenizer | None], dict]:
 
 
 def _write_smollm3(config: dict, tokenizer: Tokenizer | None) -> dict:
-    every = config["no_rope_interval"]
+    every = config["nope_interval"]
     return _write_common("smollm3", config, tokenizer) | dict(
         attention_bias=config["bias"], mlp_bias=config["bias"], no_rope_layer_interval=every,
         no_rope_layers=_rope_layers(every, config["n_layer"]), pad_token_id=None)
@@ -300,7 +300,7 @@ def _llama_options(*free: str, **own: tuple) -> Callable[[dict], dict[str, tuple
     def options(config: dict) -> dict[str, tuple]:
         values = {"norm": ("rmsnorm",), "position": ("rope",), "activation": ("swiglu",),
                   "qkv_bias": (None, config["bias"]), "qk_norm": (False,),
-                  "sliding_window": (None,), "no_rope_interval": (None,), "parallel": (False,)}
+                  "sliding_window": (None,), "nope_interval": (None,), "parallel": (False,)}
         return {k: v for k, v in (values | own).items() if k not in free}
     return options
 
@@ -376,5 +376,5 @@ ARCHITECTURES = {
         supports=_llama_options("sliding_window", bias=(False,), qk_norm=(True,))),
     "smollm3": _descendant(
         "SmolLM3ForCausalLM", read=_read_smollm3, write=_write_smollm3,
-        required={"use_sliding_window": False}, supports=_llama_options("no_rope_interval")),
+        required={"use_sliding_window": False}, supports=_llama_options("nope_interval")),
 }

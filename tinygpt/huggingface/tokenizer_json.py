@@ -98,8 +98,9 @@ def _written(tokens: list[bytes], special: str | None) -> dict:
     """A byte-level BPE tokenizer with GPT-2's pattern as a tokenizer.json."""
     ranks = {token: i for i, token in enumerate(tokens)}
     merges = [_split(token, ranks) for token in tokens if len(token) > 1]
-    made = Library(models.BPE({_text(token): i for token, i in ranks.items()},
-                              [(_text(a), _text(b)) for a, b in merges]))
+    vocab = {_text(token): i for token, i in ranks.items()} | (
+        {special: len(tokens)} if special else {})
+    made = Library(models.BPE(vocab, [(_text(a), _text(b)) for a, b in merges]))
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     made.decoder = decoders.ByteLevel()
     if special:

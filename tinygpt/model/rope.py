@@ -36,8 +36,8 @@ class RopeConfig:
         fixed=True, needs=LLAMA3)
     rope_original_length: int = setting(8192, "tokens of llama3's original context", low=1,
         fixed=True, needs=LLAMA3)
-    no_rope_interval: int | None = setting(None,
-        "the last of every so many layers has no RoPE; unset: all have it", low=1, fixed=True,
+    nope_interval: int | None = setting(None,
+        "the last of every so many layers has no RoPE (NoPE); unset: none", low=1, fixed=True,
         needs=ROPE)
 
     def __post_init__(self):
@@ -47,7 +47,7 @@ class RopeConfig:
 
     def rotates(self, layer: int) -> bool:
         """Whether a layer has RoPE."""
-        every = self.no_rope_interval
+        every = self.nope_interval
         return self.position == "rope" and (every is None or (layer + 1) % every != 0)
 
     def frequencies(self, head_size: int) -> tuple[float, ...]:

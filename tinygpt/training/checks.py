@@ -54,13 +54,18 @@ def check_memory(model: LanguageModel, config: TrainConfig) -> None:
                         "batches", "choose a smaller --eval_iters")
 
 
-def check_weights(model: LanguageModel) -> None:
-    """Raises ValueError that names a weight which is not float32, or with NaN or infinite values.
-    """
+def check_float32(model: LanguageModel) -> None:
+    """Raises ValueError that names a weight which is not float32, as from_pretrained makes with
+    as_stored."""
     for name, weight in model.state_dict().items():
         if weight.dtype != dtypes.float32:
             raise ValueError(f"the model's {name} is {weight.dtype.name}, which is not trained: "
                              "load it without as_stored")
+
+
+def check_finite(model: LanguageModel) -> None:
+    """Raises ValueError that names a weight with NaN or infinite values."""
+    for name, weight in model.state_dict().items():
         if not np.isfinite(weight.numpy()).all():
             raise ValueError(f"the model's {name} {BAD_VALUES} before the first step: start from "
                              "other weights; a run that made these needs a lower --learning_rate")

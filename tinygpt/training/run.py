@@ -17,11 +17,12 @@ from tinygpt.flags import to_json
 from tinygpt.model import lora
 from tinygpt.model.language_model import LanguageModel
 from tinygpt.training.checks import (
+    check_finite,
+    check_float32,
     check_memory,
     check_ranks,
     check_resumable,
     check_vocabulary,
-    check_weights,
 )
 from tinygpt.training.config import TrainConfig
 from tinygpt.training.devices import Devices
@@ -125,7 +126,7 @@ class Run:
     def _try_out(self) -> None:
         """Raises errors of the first evaluation before any file is written."""
         if not np.isfinite(self.steps.evaluate(partial(self.val_batches.spread, count=1), 1)):
-            check_weights(self.model)
+            check_finite(self.model)
 
     def evaluate_only(self) -> TrainResult:
         """Logs the losses of the resumed checkpoint; writes nothing."""
@@ -431,6 +432,7 @@ def prepare(model: LanguageModel, config: TrainConfig, data: TokenData,
     ranks = ranks or Ranks()
     check_ranks(model, config, data, ranks)
     check_vocabulary(model, data)
+    check_float32(model)
     check_loggers(config.tensorboard, config.wandb)
     context_length(0, config, model.config.block_size)  # raises on an impossible curriculum
     if not config.eval_only:
