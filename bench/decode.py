@@ -64,6 +64,7 @@ def theirs(case: str):
 
 def llamas(case: str, kind: str):
     import llama_cpp as api
+
     from tinygpt.export import gguf
 
     api.llama_backend_init()

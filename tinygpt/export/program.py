@@ -25,12 +25,14 @@ WEIGHT_TYPES = {
 
 def quantize(model, kind: str | None) -> None:
     """Quantizes a model as --quantize says; None is int8. Raises ValueError if it is no GPT, or
-    has no tokenizer."""
+    has no tokenizer, or where kind is int4, which the C code does not read."""
     if model.kind != "gpt":
         raise ValueError(f"a {model.kind} model has no form without Python: leave out --export")
     if model.tokenizer is None:
         raise ValueError("the model has no tokenizer: train it on text, or export it into a "
                          "folder in Hugging Face's layout")
+    if kind == "int4":
+        raise ValueError("quantize=int4 is exported as GGUF only: choose int8, or a .gguf file")
     lora.merge(model)
     if kind != "none":
         model.quantize(kind or "int8")
