@@ -212,4 +212,7 @@ def test_models_that_have_no_c_file(tmp_path):
     model = GPT(GPTConfig(block_size=4, vocab_size=8, n_layer=1, n_head=1, n_embd=8))
     with pytest.raises(ValueError, match="no tokenizer"):
         c_file.write(model, tmp_path / "m.c", None)
+    model.tokenizer = bigram.tokenizer
+    with pytest.raises(ValueError, match="quantize=int4 .*GGUF"):
+        c_file.write(model, tmp_path / "m.c", "int4")
     assert not list(tmp_path.iterdir())

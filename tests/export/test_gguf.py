@@ -73,7 +73,8 @@ def test_transformers_computes_the_same_logits_from_the_file(name, tmp_path, rng
 def test_matrices_have_the_type_asked_for_and_the_rest_is_float32(tmp_path, rng):
     model = model_of(rng, **GPT2)
     exact = tensors(gguf.write(model, tmp_path / "none.gguf"))
-    for quantize, kind, share in (("fp16", "F16", 2 ** -11), ("int8", "Q8_0", 1 / 240)):
+    for quantize, kind, share in (("fp16", "F16", 2 ** -11), ("int8", "Q8_0", 1 / 240),
+                                  ("int4", "Q4_0", 1 / 8)):
         found = tensors(gguf.write(model, tmp_path / f"{quantize}.gguf", quantize))
         assert found.keys() == exact.keys()
         for name, (stored, values) in found.items():

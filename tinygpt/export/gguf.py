@@ -19,15 +19,17 @@ ARCHITECTURES = {"gpt2": gguf.MODEL_ARCH.GPT2, "llama": gguf.MODEL_ARCH.LLAMA,
                  "qwen2": gguf.MODEL_ARCH.QWEN2, "qwen3": gguf.MODEL_ARCH.QWEN3}
 MATRICES = {"none": (GGMLQuantizationType.F32, LlamaFileType.ALL_F32),
             "fp16": (GGMLQuantizationType.F16, LlamaFileType.MOSTLY_F16),
-            "int8": (GGMLQuantizationType.Q8_0, LlamaFileType.MOSTLY_Q8_0)}
+            "int8": (GGMLQuantizationType.Q8_0, LlamaFileType.MOSTLY_Q8_0),
+            "int4": (GGMLQuantizationType.Q4_0, LlamaFileType.MOSTLY_Q4_0)}
 
 
 def write(model, path: str | Path, quantize: str = "none") -> Path:
     """Writes a GPT in the shape of one of ARCHITECTURES, with its tokenizer, atomically; returns
     the path.
 
-    quantize says how the matrices are stored: "none" as F32, "fp16" as F16, "int8" as Q8_0, which
-    has a scale for every 32 weights of a row; where a row is no multiple of 32, as F16. Norms,
+    quantize says how the matrices are stored: "none" as F32, "fp16" as F16, "int8" as Q8_0 and
+    "int4" as Q4_0, which have a scale for every 32 weights of a row; where a row is no multiple of
+    32, as F16. Norms,
     biases and the position table are F32. LoRA adapters are merged into the model. Raises
     ValueError, which names the option, where no architecture has such a model, and where the file
     cannot be written.

@@ -25,10 +25,8 @@ WEIGHT_TYPES = {
 
 
 def quantize(model, kind: str | None) -> None:
-    """Quantizes a model as --quantize says; None is int8. Raises ValueError if it is no GPT,
-    or has no tokenizer of ours, or there is no such form of its weights."""
-    if kind not in (None, "none", "int8", "fp16"):
-        raise ValueError(f"quantize={kind} is not for exported files: choose int8, fp16 or none")
+    """Quantizes a model as --quantize says; None is int8. Raises ValueError if it is no GPT, or
+    has no tokenizer of ours, or where kind is int4, which the C code does not read."""
     if model.kind != "gpt":
         raise ValueError(f"a {model.kind} model has no form without Python: leave out --export")
     if model.tokenizer is None:
@@ -37,6 +35,8 @@ def quantize(model, kind: str | None) -> None:
     if isinstance(model.tokenizer, HFTokenizer):
         raise ValueError("the model's tokenizer.json has no form without Python: export the model "
                          "into a folder in Hugging Face's layout")
+    if kind == "int4":
+        raise ValueError("quantize=int4 is exported as GGUF only: choose int8, or a .gguf file")
     lora.merge(model)
     if kind != "none":
         model.quantize(kind or "int8")

@@ -3,7 +3,8 @@
 /* Writes up to `wanted` tokens after a text of `count` ids, which have room for both; returns how
  * many. */
 static int generate(int32_t *ids, int count, int wanted) {
-  const int hop = value_of("window_hop") < BLOCK_SIZE ? (int)value_of("window_hop") : BLOCK_SIZE;
+  const int given = (int)value_of("window_hop"), moves = given ? given : (BLOCK_SIZE + 1) / 2;
+  const int hop = moves < BLOCK_SIZE ? moves : BLOCK_SIZE;
   int n = count < BLOCK_SIZE ? count : BLOCK_SIZE, cached = 0;   /* tokens of the window */
   int32_t *window = ids + count - n;
   struct partial character = {0};

@@ -31,7 +31,7 @@ const SETTINGS = [ // `off` is the value at which a parameter does nothing
 function makeSettings() {
   for (const { name, label, low, high, step, note, off, isNumber } of SETTINGS) {
     const input = make("input", { id: name, type: isNumber ? "number" : "range", min: low,
-      max: high, step, value: metadata.sample[name] ?? off, oninput: showSettings,
+      max: high, step, value: metadata.sample[name] ?? off ?? high, oninput: showSettings,
       "aria-describedby": `${name}-note` });
     $("settings").append(make("div", { class: "setting" }, make("label", { for: name }, label),
       isNumber ? "" : make("output", { id: `${name}-value`, for: name }), input,
