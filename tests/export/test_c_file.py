@@ -213,6 +213,6 @@ def test_models_that_have_no_c_file(tmp_path):
     with pytest.raises(ValueError, match="no tokenizer"):
         c_file.write(model, tmp_path / "m.c", None)
     model.tokenizer = bigram.tokenizer
-    with pytest.raises(ValueError, match="quantize=int4 .*GGUF"):
+    with pytest.raises(ValueError, match=r"quantize=int4 .*GGUF"):
         c_file.write(model, tmp_path / "m.c", "int4")
     assert not list(tmp_path.iterdir())

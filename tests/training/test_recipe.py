@@ -47,10 +47,10 @@ def test_a_large_text_gets_the_preset():
     assert made["weight_decay"] == TrainConfig().weight_decay
 
 
-def test_the_default_model_is_a_llama(tmp_path):
+def test_transformers_has_the_default_model(tmp_path):
     shape = {k: v for k, v in PRESETS["shakespeare"].items() if hasattr(GPTConfig, k)}
     folder = GPT(GPTConfig(**shape)).save_pretrained(tmp_path / "exported")
-    assert json.loads((folder / "config.json").read_text())["model_type"] == "llama"
+    assert json.loads((folder / "config.json").read_text())["model_type"] == "qwen3"
 
 
 # ---- minutes
