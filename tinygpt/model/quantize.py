@@ -45,7 +45,7 @@ class QuantizedMatrix:
     """A matrix (N, C): `weight` and `scale` as `kernels.quantized_linear` takes them."""
 
     def __init__(self, matrix: Tensor, kind: str):
-        N, _ = matrix.shape
+        N, _ = matrix.realize().shape
         round_rows = {"int8": round_to_int8, "int4": round_to_int4, "fp16": round_to_fp16}[kind]
         weight, scale = [], []
         for begin in range(0, N, ROWS):
