@@ -45,37 +45,42 @@ class TorchNorm(nn.Module):
         return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
 
 
-def rotate(x, theta):
-    """x (B, H, T, D) times e^(i position theta^(-2j/D)), pairs (j, j + D/2) as complex numbers."""
+def rotate(x, c):
+    """x (B, H, T, D) times e^(i position frequency), pairs (j, j + D/2) as complex numbers."""
     D = x.shape[-1]
-    angle = torch.outer(torch.arange(x.shape[2]), theta ** (-torch.arange(0, D, 2) / D))
+    frequency = c.rope_theta ** (-torch.arange(0, D, 2) / D)
+    if c.rope_scaling != "none":  # compared with transformers' in tests/huggingface
+        frequency = torch.tensor(c.frequencies(D))
+    angle = torch.outer(torch.arange(x.shape[2]), frequency)
     turned = torch.complex(x[..., :D // 2], x[..., D // 2:]) * torch.polar(torch.ones(()), angle)
     return torch.cat([turned.real, turned.imag], dim=-1)
 
 
 class TorchAttention(nn.Module):
-    def __init__(self, c):
+    def __init__(self, c, layer):
         super().__init__()
-        self.c, self.D = c, c.n_embd // c.n_head
+        self.c, self.D, self.layer = c, c.head_dim or c.n_embd // c.n_head, layer
         self.sizes = [n * self.D for n in (c.n_head, c.kv_heads, c.kv_heads)]
-        self.c_attn = nn.Linear(c.n_embd, sum(self.sizes), c.bias)
-        self.c_proj = nn.Linear(c.n_embd, c.n_embd, c.bias)
+        self.c_attn = nn.Linear(c.n_embd, sum(self.sizes),
+                                c.bias if c.qkv_bias is None else c.qkv_bias)
+        self.c_proj = nn.Linear(self.sizes[0], c.n_embd, c.bias)
         if c.qk_norm:
             self.q_norm, self.k_norm = (TorchNorm(c, self.D, "rmsnorm") for _ in "qk")
 
     def forward(self, x):
-        c, (B, T, C) = self.c, x.shape
+        c, (B, T, _) = self.c, x.shape
         q, k, v = (part.reshape(B, T, -1, self.D).transpose(1, 2)  # (B, H or G, T, D)
                    for part in self.c_attn(x).split(self.sizes, dim=-1))
         if c.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
-        if c.position == "rope":
-            q, k = rotate(q, c.rope_theta), rotate(k, c.rope_theta)
+        last = c.nope_interval and self.layer % c.nope_interval == c.nope_interval - 1
+        if c.position == "rope" and not last:
+            q, k = rotate(q, c), rotate(k, c)
         seen = torch.ones(T, T, dtype=torch.bool).tril()
         if c.sliding_window:
             seen = seen.triu(1 - c.sliding_window)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=True)
-        return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
+        return self.c_proj(y.transpose(1, 2).reshape(B, T, -1))
 
 
 class TorchMLP(nn.Module):
@@ -96,9 +101,9 @@ class TorchMLP(nn.Module):
 
 
 class TorchBlock(nn.Module):
-    def __init__(self, c):
+    def __init__(self, c, layer):
         super().__init__()
-        self.ln_1, self.attn = TorchNorm(c, c.n_embd, c.norm), TorchAttention(c)
+        self.ln_1, self.attn = TorchNorm(c, c.n_embd, c.norm), TorchAttention(c, layer)
         self.mlp = TorchMLP(c)
         self.ln_2 = None if c.parallel else TorchNorm(c, c.n_embd, c.norm)
 
@@ -114,7 +119,7 @@ class TorchGPT(nn.Module):
         super().__init__()
         self.wte = nn.Embedding(c.vocab_size, c.n_embd)
         self.wpe = nn.Embedding(c.block_size, c.n_embd) if c.position == "learned" else None
-        self.h = nn.ModuleList(TorchBlock(c) for _ in range(c.n_layer))
+        self.h = nn.ModuleList(TorchBlock(c, i) for i in range(c.n_layer))
         self.ln_f = TorchNorm(c, c.n_embd, c.norm)
         self.lm_head = None if c.tie_weights else nn.Linear(c.n_embd, c.vocab_size, bias=False)
 
