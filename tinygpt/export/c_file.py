@@ -25,8 +25,9 @@ HEAD = """/* A GPT of {params:,} weights, which writes text:
 #include <string.h>
 #include <time.h>
 
-/* Functions that are compiled for AVX2 too, which is taken where the processor has it. */
-#if defined(__x86_64__) && defined(__GLIBC__) && defined(__OPTIMIZE__)
+/* Functions that gcc compiles for AVX2 too, which is taken where the processor has it. */
+#if defined(__GNUC__) && !defined(__clang__) && defined(__GLIBC__) && defined(__x86_64__) && \\
+    defined(__OPTIMIZE__) && !defined(__AVX2__)
 #define VECTORIZED __attribute__((target_clones("avx2", "default")))
 #else
 #define VECTORIZED
