@@ -61,7 +61,7 @@ def constants(model) -> str:
         HEAD_SIZE=c.head_size, N_INNER=c.inner_size, BIAS=c.bias,
         QKV_BIAS=model.h[0].attn.c_attn.bias is not None, RMS_NORM=c.norm == "rmsnorm",
         GELU_TANH=c.activation == "gelu_tanh", SWIGLU=c.is_gated, ROPE=c.position == "rope",
-        NO_ROPE_INTERVAL=c.no_rope_interval or 0,
+        NO_ROPE_INTERVAL=c.nope_interval or 0,
         QK_NORM=c.qk_norm, WINDOW=c.sliding_window or 0, PARALLEL=c.parallel,
         TIE_WEIGHTS=c.tie_weights, HAS_SCALE=_scale_of(output) is not None)
     return (enum(values) + f"#define NORM_EPS {c.norm_eps!r}f\n\n"
