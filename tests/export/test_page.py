@@ -286,6 +286,7 @@ def test_the_page_of_a_server_shows_what_the_server_writes(served, model):
     assert written(page, 3) == [*prompt, 10, 11, 12]
     body = bodies[0]
     assert body["prompt"] == prompt and body["max_tokens"] == 30 and body["model"] == "model"
+    assert body["window_hop"] == BLOCK // 2
     assert body["stream"] and body["logprobs"] == 10 and body["return_tokens_as_token_ids"]
     assert (body["temperature"], body["top_p"], body["top_k"], body["seed"]) == (0.5, 0.9, None, 7)
     page.locator(".token").nth(len(prompt) + 1).click()

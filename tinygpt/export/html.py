@@ -24,6 +24,8 @@ from tinygpt.export.characters import ranges
 PAGE = Path(__file__).parent / "page"
 SCRIPTS = ("tokenizer.js", "backends.js", "charts.js", "text.js", "about.js", "page.js")
 BLOCK = 3 << 20  # bytes of compressed weights in one element of the page
+PRECISIONS = {dtypes.uint8: "int4", dtypes.int8: "int8", dtypes.float16: "float16",
+              dtypes.bfloat16: "bfloat16", dtypes.float32: "float32"}  # of the output layer
 TOKENS = 200  # that a page writes at first
 CURVE = 300  # points of the loss curve at most
 
@@ -45,7 +47,7 @@ def describe(model, source: str, prompt: str, sample: SampleConfig) -> dict:
     head = (model.lm_head or model.wte).weight.dtype
     return {"name": Path(source).stem, "config": asdict(model.config),
             "parameters": model.config.num_params(),
-            "precision": {dtypes.int8: "int8", dtypes.float16: "float16"}.get(head, "float32"),
+            "precision": PRECISIONS[head],
             "tokenizer": describe_tokenizer(model.tokenizer), "training": training(Path(source)),
             "prompt": prompt, "sample": asdict(sample)}
 

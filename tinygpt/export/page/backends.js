@@ -70,7 +70,7 @@ class ServerModel {
   }
 
   async write(ids, options, again, onTokens, signal) {
-    const { max_new_tokens, window_hop, ...sampling } = options;
+    const { max_new_tokens, ...sampling } = options;
     const body = { ...sampling, model: this.name, prompt: ids, max_tokens: max_new_tokens,
       stream: true, logprobs: 10, return_tokens_as_token_ids: true };
     try {

@@ -21,7 +21,8 @@ const SETTINGS = [ // `off` is the value at which a parameter does nothing
   { name: "repetition_penalty", label: "Repetition penalty", low: 1, high: 2, step: 0.01, off: 1,
     note: "above 1 makes tokens less likely that were used before" },
   { name: "window_hop", label: "Window hop", low: 1, high: Math.ceil(config.block_size / 2),
-    step: 1, note: "tokens by which the context moves when the text outgrows it; more is faster" },
+    step: 1, note: "tokens by which the context moves when the text outgrows it; unless given, " +
+      "half of the context" },
   { name: "max_new_tokens", label: "Tokens", low: 10, high: 1000, step: 10,
     note: "how many to write" },
   { name: "seed", label: "Seed", low: 0, high: 2 ** 32 - 1, step: 1, isNumber: true,
