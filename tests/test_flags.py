@@ -20,7 +20,7 @@ from tinygpt import check, checkpoint, evaluate, kernels
 from tinygpt.config import SampleConfig
 from tinygpt.data.load import Batches, TokenData, load_data
 from tinygpt.data.tokenizer import ByteTokenizer
-from tinygpt.inference.decoder import Decoder
+from tinygpt.inference.decoder import Decoder, Drawn
 from tinygpt.model import lora
 from tinygpt.model.bigram import Bigram, BigramConfig
 from tinygpt.training.config import TrainConfig
@@ -329,7 +329,7 @@ def drawn(monkeypatch):
 
     def run(decoder, prompts, config):
         given.append((tuple(map(len, prompts)), config))
-        yield from np.full((config.max_new_tokens, len(prompts)), ord("a"))
+        yield from [Drawn(np.full(len(prompts), ord("a")), None)] * config.max_new_tokens
 
     monkeypatch.setattr(Decoder, "run", run)
     return given

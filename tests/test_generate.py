@@ -74,7 +74,7 @@ def test_the_prompt_can_come_from_standard_input(command, saved):
     (("--prompt", "FILE:missing.txt"), "missing.txt"),
     (("--checkpoint", "missing.safetensors"), "there is no checkpoint missing.safetensors"),
     (("--top_p", "1.5"), "top_p=1.5"), (("--temperature", "-1"), "temperature=-1"),
-    (("--quantize", "int4"), "quantize='int4'"), (("--threads", "0"), "threads=0"),
+    (("--quantize", "int3"), "quantize='int3'"), (("--threads", "0"), "threads=0"),
     (("--num_samples", "0"), "num_samples=0"), (("--stop", ""), "stop='' is empty"),
     (("--interactive", "--json"), "leave out --num_samples, --json"),
     (("--top_q", "1"), "no flag --top_q; did you mean --top_p?")])

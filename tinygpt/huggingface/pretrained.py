@@ -66,13 +66,13 @@ class Pretrained:
 
         Raises PretrainedError if an option contradicts the weights.
         """
-        for name, value in options.items():
+        given = {k: v for k, v in options.items() if v is not None}
+        for name, value in given.items():
             ours = self.config.get(name, value)
             smaller = name == "block_size" and value <= ours
-            if value != ours and value is not None and name != "dropout" and not smaller:
+            if value != ours and name != "dropout" and not smaller:
                 raise PretrainedError(f"{self.path} has {name}={ours}, but {name}={value} was "
                                       f"asked for: leave out --{name}")
-        given = {k: v for k, v in options.items() if v is not None}
         return self.config | given
 
     def shapes(self, block_size: int) -> dict[str, tuple[int, ...]]:
