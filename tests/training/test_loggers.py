@@ -43,8 +43,8 @@ def run(tmp_path, **which) -> dict:
     """Logs a step and an evaluation; the records in metrics.jsonl."""
     loggers = make_loggers(**{"tensorboard": False, "wandb": False} | which, out_dir=tmp_path,
                            settings={"n_layer": 2})
-    report = Report(tmp_path, 0, TrainConfig(max_iters=10, log_interval=1), Work(100, 1e9, lambda: 1e11),
-                    loggers)
+    report = Report(tmp_path, 0, TrainConfig(max_iters=10, log_interval=1),
+                    Work(100, 1e9, lambda: 1e11), loggers)
     report.step(1, 3.5, 0.75, 2e-5, 0.25, compiled=False)
     report.evaluation(1, 4.0, 4.5, 1e-5, None)
     report.close()
