@@ -76,6 +76,11 @@ def written(page, tokens: int = 60) -> list[int]:
     return page.eval_on_selector_all(".token", "all => all.map(t => Number(t.dataset.id))")
 
 
+def forget(page) -> None:
+    """Clears the line that `written` waits for, before the model writes anew."""
+    page.eval_on_selector("#status", "line => { line.textContent = ''; }")
+
+
 def expected(model, ids: list[int], **options) -> list[int]:
     """ids and the 60 tokens that generate.py writes after them."""
     options = {"max_new_tokens": 60} | options
@@ -93,6 +98,7 @@ def set_options(page, **options) -> None:
     {"temperature": 0, "repetition_penalty": 2}], ids=str)
 def test_the_text_is_that_of_generate_py(page, model, options):
     set_options(page, **options)
+    forget(page)
     page.click("#write")
     assert written(page) == expected(model, model.tokenizer.encode(PROMPT), **options)
 
@@ -102,6 +108,7 @@ def test_every_cut_at_its_end_leaves_the_likeliest_token(page, model):
     off = {"temperature": 0.8, "top_k": 0, "top_p": 1, "min_p": 0}
     for cut in ({"temperature": 0}, {"top_k": 1}, {"top_p": 0.05}, {"min_p": 1}):
         set_options(page, **off | cut)
+        forget(page)
         page.click("#write")
         assert written(page) == likeliest, cut
 
@@ -207,13 +214,16 @@ def test_a_token_of_the_prompt_has_alternatives_too(page):
 
 def test_it_works_by_keyboard(page, model):
     page.focus("#prompt")
+    forget(page)
     page.keyboard.press("Control+Enter")
     before = written(page)
     page.locator(".token").first.focus()
     for _ in range(20):
         page.keyboard.press("ArrowRight")
     page.keyboard.press("Enter")
+    page.wait_for_selector("#popover button")
     page.keyboard.press("ArrowDown")
+    page.wait_for_function("() => document.activeElement.dataset.id !== undefined")
     other = int(page.evaluate("document.activeElement.dataset.id"))
     page.keyboard.press("Enter")
     page.wait_for_function(f"() => document.querySelectorAll('.token').length === {20 + 1 + 60}")
