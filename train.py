@@ -181,11 +181,11 @@ def _adapt_to_text(flags: Settings, ranks: Ranks) -> str:
 
 def _recipe_for(flags: Settings, size: int, seconds: float, ranks: Ranks) -> dict | None:
     """The recipe for a run of so many seconds, measured by the main process alone."""
-    if not ranks.is_main:
-        return None
     shape, config = flags["model"], flags["train"]
     kernels.use(config.kernels)
-    kernels.set_threads(config.threads or ranks.threads())
+    kernels.set_threads(config.threads or ranks.threads())  # which asks the other processes
+    if not ranks.is_main:
+        return None
     rows, count = ranks.split(config.batch_size, config.gradient_accumulation_steps)
     config = replace(config, batch_size=rows, gradient_accumulation_steps=count // ranks.size)
 

@@ -12,6 +12,7 @@ from gpt import GPT, GPTConfig
 from tinygpt.config import check_value
 from tinygpt.training import trial
 from tinygpt.training.config import PRESETS, TrainConfig
+from tinygpt.training.ranks import Ranks
 from tinygpt.training.recipe import BATCH_SIZE, MEASURED, SHAPES, Trial, recipe, recipe_for
 
 SHAPE = ["--n_layer=1", "--n_head=2", "--n_embd=16", "--block_size=8", "--vocab_size=300"]
@@ -100,6 +101,25 @@ def test_the_minutes_become_plain_settings(settings_of, monkeypatch):
     assert (made["n_embd"], made["block_size"]) == (16, 8)  # as the flags have it
     monkeypatch.setattr(command, "time_steps", lambda model, config: Trial(1, 2.0, 0.0))
     assert settings_of("--minutes", "2")["max_iters"] == 50
+
+
+def test_every_process_takes_part_where_the_main_one_measures(settings_of, monkeypatch):
+    asked = []
+
+    class Second(Ranks):
+        is_main = False
+
+        def threads(self):
+            asked.append("threads")  # of all processes: it waits until each has called it
+            return 1
+
+        def broadcast(self, value):
+            assert value is None
+            return recipe(20_000)
+
+    monkeypatch.setattr(command, "world", Second)
+    monkeypatch.setattr(command.kernels, "set_threads", lambda count: None)
+    assert settings_of("--minutes", "1")["max_iters"] == 200 and asked == ["threads"]
 
 
 def test_a_trial_takes_steps_and_changes_nothing(tmp_path, monkeypatch):
