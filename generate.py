@@ -20,10 +20,11 @@ import numpy as np
 from gpt import GPT
 from tinygpt import checkpoint, command, device
 from tinygpt.config import LoadConfig, SampleConfig, check, setting
-from tinygpt.data.tokenizer import StreamDecoder, begin_of_text, up_to_end
+from tinygpt.data.tokenizer import StreamDecoder, begin_of_text, default_prompt, up_to_end
 from tinygpt.export import c_file, html
 from tinygpt.flags import parse_flags, read_file
 from tinygpt.huggingface.pretrained import tokenizer_needed
+from tinygpt.inference.decoder import cache_size
 from tinygpt.inference.stop import StopFilter
 from tinygpt.model import lora
 from tinygpt.model.quantize import KINDS
@@ -33,7 +34,7 @@ PROMPT = "> "  # of --interactive
 
 
 def _export_html(model: GPT, path: Path, options: "GenerateConfig") -> None:
-    html.write(model, path, options.quantize, options.checkpoint, read_prompt(options.prompt))
+    html.write(model, path, options.quantize, options.checkpoint, prompt_for(model, options))
 
 
 def _export_gguf(model: GPT, path: Path, options: "GenerateConfig") -> None:
@@ -126,6 +127,12 @@ def read_prompt(prompt: str) -> str:
         return sys.stdin.buffer.read().decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"standard input cannot be read as UTF-8 text ({error})") from error
+
+
+def prompt_for(model: GPT, options: GenerateConfig) -> str:
+    """The text that --prompt names, where the default is one that the model's tokenizer has."""
+    prompt = read_prompt(options.prompt)
+    return default_prompt(model.tokenizer) if prompt == GenerateConfig.prompt else prompt
 
 
 def pieces_of(model: GPT, tokens: Iterable[int], stop: Sequence[str]) -> Iterator[str]:
@@ -281,7 +288,7 @@ def _put(text: str) -> None:
 def _check_memory(model: GPT, length: int, count: int) -> None:
     """Raises ValueError if the caches and ids of `count` texts of that length do not fit."""
     c = model.config
-    cache = 0 if model.kind == "bigram" else 2 * c.n_layer * c.kv_heads * c.head_size * c.block_size
+    cache = 0 if model.kind == "bigram" else cache_size(c)
     device.check_memory(count * (4 * cache + 4 * c.vocab_size + 16 * length),
                         f"num_samples={count} texts of {length} tokens", "ask for fewer or shorter "
                         "ones, or a smaller --block_size")
@@ -304,7 +311,7 @@ def serve(model: GPT, path: str, options: GenerateConfig, config: SampleConfig) 
 
     if model.kind != "gpt":
         raise ValueError(f"{path} is a {model.kind} model, which is not served: name a GPT")
-    about = html.describe(model, path, read_prompt(options.prompt),
+    about = html.describe(model, path, prompt_for(model, options),
                           replace(config, max_new_tokens=html.TOKENS))
     service = server.Service(model, about["name"], html.page(about), config)
     listening = server.listen(options.host, options.port)
@@ -337,14 +344,8 @@ def run(options: GenerateConfig, config: SampleConfig) -> None:
         model.quantize(options.quantize)
     if options.serve:
         return serve(model, str(path), options, config)
-    prompt = read_prompt(options.prompt)
-    try:
-        ids = model.tokenizer.encode(prompt)
-    except ValueError:  # a tokenizer of characters without the line break of the default prompt
-        if prompt != GenerateConfig.prompt:
-            raise
-        ids, prompt = [0], model.tokenizer.decode([0])
-    ids = begin_of_text(model.tokenizer) + ids
+    prompt = prompt_for(model, options)
+    ids = begin_of_text(model.tokenizer) + model.tokenizer.encode(prompt)
     if not ids:
         raise ValueError("the prompt is empty: give at least one character")
     _check_memory(model, len(ids) + config.max_new_tokens, options.num_samples)

@@ -1,5 +1,6 @@
-"""The default run on texts of many sizes, beside two peers that get the same minutes: nanoGPT's CPU
-recipe in PyTorch, and the recipe before it followed the size of the text. Adds rows to recipe.csv.
+"""Compares the default run, on texts of many sizes, with two peers that get the same minutes:
+nanoGPT's CPU recipe in PyTorch, and the recipe before it followed the size of the text. Adds rows
+to recipe.csv.
 
     python bench/recipe.py --shakespeare tinyshakespeare.txt [--corpora play shakespeare_20k ...]
         [--seeds 1 2 3] [--minutes 10] [--peers nanogpt former]

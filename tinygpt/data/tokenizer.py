@@ -307,6 +307,15 @@ def end_of_text(tokenizer: Tokenizer | None) -> int | None:
     return getattr(tokenizer, "end_of_text", None)
 
 
+def default_prompt(tokenizer: Tokenizer) -> str:
+    """A line break, or the first token of a tokenizer that has none."""
+    try:
+        tokenizer.encode("\n")
+    except ValueError:  # a tokenizer of characters
+        return tokenizer.decode([0])
+    return "\n"
+
+
 def begin_of_text(tokenizer: Tokenizer | None) -> list[int]:
     """The ids that a text begins with; most tokenizers have none."""
     return getattr(tokenizer, "begin_of_text", [])

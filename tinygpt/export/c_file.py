@@ -7,7 +7,7 @@ import numpy as np
 
 from tinygpt.checkpoint import write_atomically
 from tinygpt.config import SampleConfig, kind_of
-from tinygpt.data.tokenizer import BPETokenizer, CharTokenizer, end_of_text
+from tinygpt.data.tokenizer import BPETokenizer, CharTokenizer, default_prompt, end_of_text
 from tinygpt.export import program
 from tinygpt.export.characters import ranges
 
@@ -54,7 +54,7 @@ def write(model, path: Path, quantize: str | None) -> None:
         head, program.source("errors.c", "functions.c"), program.constants(model),
         program.enum(sizes | dict(FILE_SIZE=len(data))),
         f"#define FILE_NAME {_quoted(data_path.name)}",
-        f"#define DEFAULT_PROMPT {_quoted(_default_prompt(model.tokenizer))}",
+        f"#define DEFAULT_PROMPT {_quoted(default_prompt(model.tokenizer))}",
         f"#define OPTIONS {_options()}\n", program.source(*FILES)]).encode())
 
 
@@ -84,15 +84,6 @@ def _options() -> str:
         rows.append(f'  {{"{f.name}", {f.default or 0}, {low}, {f.metadata.get("high", most)}, '
                     f'{int(whole)}, {_quoted(f.metadata["help"])}}}')
     return "\\\n" + ", \\\n".join(rows)
-
-
-def _default_prompt(tokenizer) -> str:
-    """As in generate.py: a line break, or where there is none the first token."""
-    try:
-        tokenizer.encode("\n")
-    except ValueError:
-        return tokenizer.decode([0])
-    return "\n"
 
 
 def _quoted(text: str) -> str:

@@ -8,6 +8,7 @@ import numpy as np
 
 from tinygpt.data.tokenizer import HFTokenizer
 from tinygpt.model import lora
+from tinygpt.model.rope import rope_tables
 
 FOLDER = Path(__file__).parent / "c"
 PANEL = 32  # rows of a matrix that are stored together, as in c/model.c
@@ -86,8 +87,8 @@ def _arrays(model) -> Iterator[np.ndarray]:
     if c.position == "learned":
         yield model.wpe.weight.numpy()
     else:
-        angle = np.outer(np.arange(c.block_size), c.frequencies(c.head_size))
-        yield from (f(angle).astype(np.float32) for f in (np.cos, np.sin))
+        tables = rope_tables(c.block_size, c.frequencies(c.head_size), model.device)
+        yield from (table.numpy() for table in tables)
     for block in model.h:
         yield from _block(block)
     yield from _vectors(model.ln_f)

@@ -25,7 +25,7 @@ from tinygpt import device
 from tinygpt.config import SampleConfig
 from tinygpt.export.completions import Answer, Completion, RequestError, parse
 from tinygpt.export.schedule import PLACES, Piece, Scheduler
-from tinygpt.inference.decoder import MOST_IDLE
+from tinygpt.inference.decoder import MOST_IDLE, cache_size
 
 MOST_BODY = 1 << 20  # bytes
 BODY_SECONDS = 10  # in which a body has to arrive
@@ -237,8 +237,7 @@ class Guard:
 def rows_that_fit(model) -> int:
     """Rows of a batch such that the caches of all batches, and those of idle decoders, take at most
     half of the memory."""
-    c = model.config
-    row = 4 * 2 * c.n_layer * c.kv_heads * c.head_size * c.block_size  # bytes
+    row = 4 * cache_size(model.config)  # bytes
     rows = device.memory() // 2 // ((PLACES + MOST_IDLE) * row)
     return max(1, min(rows, MOST_ROWS))
 

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from tinygpt import device
 from tinygpt.export import program
+from tinygpt.inference.decoder import cache_size
 
 PAGE = 65536  # bytes
 LARGEST = 1 << 32  # bytes that a module can address
@@ -49,8 +50,7 @@ def build(model) -> Module:
     """The module of a GPT, quantized or not. Raises ValueError where it does not fit into a
     module's memory, or there is no compiler."""
     c, weights = model.config, program.weights(model)
-    cache = 8 * c.n_layer * c.kv_heads * c.head_size * c.block_size
-    if (needed := len(weights) + cache) > LARGEST - (1 << 28):
+    if (needed := len(weights) + 4 * cache_size(c)) > LARGEST - (1 << 28):
         raise ValueError(f"the model takes {needed / 1e9:.1f} GB, and WebAssembly can address "
                          "4.3 GB: choose --quantize int8, or a smaller model")
     code = _compile("\n".join([

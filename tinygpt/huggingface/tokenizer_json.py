@@ -79,7 +79,7 @@ def _read_json(path: Path) -> dict:
 
 
 def _end_of_text(folder: Path, tokenizer: HFTokenizer) -> int | None:
-    """The id that ends a document, from the settings beside a tokenizer.json."""
+    """The id that ends a document, from the settings in the folder of a tokenizer.json."""
     if (path := folder / "tokenizer_config.json").exists():
         token = _read_json(path).get("eos_token")
         token = token.get("content") if isinstance(token, dict) else token

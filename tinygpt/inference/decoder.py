@@ -185,6 +185,11 @@ class Decoder:
         return sample(logits, self.seen, self.key, self.parameters).realize(), logits
 
 
+def cache_size(config) -> int:
+    """The numbers that the key-value cache of one text has, for a GPT of that configuration."""
+    return 2 * config.n_layer * config.kv_heads * config.head_size * config.block_size
+
+
 def aligned(prompts: list[np.ndarray], length: int) -> tuple[np.ndarray, np.ndarray]:
     """The last `length` tokens of each prompt as rows (B, T) int32 that are aligned at their ends,
     and the column in which each begins, (B,)."""

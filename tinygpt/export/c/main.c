@@ -38,7 +38,7 @@ static double now(void) {
 
 static char *read_file(const char *path, size_t size) {
   FILE *file = fopen(path, "rb");
-  if (!file) fail("%s cannot be read: put it beside the program", path);
+  if (!file) fail("%s cannot be read: put it into the folder of the program", path);
   char *data = allocate(size + 1);
   if (fread(data, 1, size + 1, file) != size)
     fail("%s does not belong to this program: export the model again", path);

@@ -85,7 +85,7 @@ def quantized_linear(x, scale, bias, residual, weight):
 
 
 def _int4(weight: Tensor) -> dict[str, int]:
-    """What tells a C file that two weights are in a byte."""
+    """The definitions with which a C file reads int4 weights, two in a byte."""
     return dict(INT4=1) if weight.dtype == dtypes.uint8 else {}
 
 
