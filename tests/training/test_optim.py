@@ -7,6 +7,7 @@ import pytest
 from operations import np_orthogonalize
 from tinygrad import Tensor, TinyJit
 
+from tinygpt import device
 from tinygpt.kernels.blockwise import dequantize, quantize
 from tinygpt.training.config import TrainConfig
 from tinygpt.training.optim import (
@@ -131,16 +132,25 @@ def make(arrays, cls=AdamW, **options):
     return cls({name: Tensor(a).realize() for name, a in arrays.items()}, **options)
 
 
+def input_buffers(*names: str) -> dict[str, Tensor]:
+    """A buffer for each gradient, for a number of each name, and for whether a step applies."""
+    shapes = SHAPES | {name: (1,) for name in names}
+    buffers = {name: Tensor.zeros(*shape).contiguous().realize() for name, shape in shapes.items()}
+    return buffers | {"apply": Tensor([True]).contiguous().realize()}
+
+
 def stepper(optimizer):
     """The optimizer's step, compiled once: on gradients and numbers as numpy has them."""
+    inputs = input_buffers("lr", "scale")
+
     @TinyJit
     def step(lr, scale, apply, **grads):
         Tensor.realize(*optimizer.update([grads[name] for name in SHAPES], lr, scale[0], apply[0]))
 
     def call(grads, lr, scale=1.0, apply=True):
-        step(Tensor(np.array([lr], np.float32)).realize(),
-             Tensor(np.array([scale], np.float32)).realize(), Tensor(np.array([apply])).realize(),
-             **{name: Tensor(g).realize() for name, g in grads.items()})
+        for name, value in {**grads, "lr": [lr], "scale": [scale], "apply": [apply]}.items():
+            device.write(inputs[name], value)
+        step(**inputs)
     return call
 
 
@@ -172,9 +182,10 @@ def test_it_equals_numpy_over_50_steps(rng, cls, numpy_cls, options):
             scale = (1.0, 0.3)[number % 2]
             step(grads, lr, scale)
             theirs.update({name: g * scale for name, g in grads.items()}, lr)
-        for name, p in theirs.params.items():
-            np.testing.assert_allclose(ours.params[name].numpy(), p, atol=TOLERANCE[cls],
-                                       err_msg=name)
+        if number % 7 == 0 or number in (*SKIPPED, 49):
+            for name, p in theirs.params.items():
+                np.testing.assert_allclose(ours.params[name].numpy(), p, atol=TOLERANCE[cls],
+                                           err_msg=name)
     assert ours.step.item() == theirs.count == 47
 
 
@@ -325,6 +336,7 @@ def test_ema_equals_numpy_and_a_skipped_step_changes_nothing(rng):
     params = make(draw(rng)).params
     ema = EMA(params, 0.8)
     expected = {name: p.numpy().astype(np.float64) for name, p in params.items()}
+    inputs = input_buffers("count")
 
     @TinyJit
     def step(count, apply, **new):
@@ -333,13 +345,15 @@ def test_ema_equals_numpy_and_a_skipped_step_changes_nothing(rng):
 
     for number in range(1, 51):
         new, apply = draw(rng), number not in (3, 20)
-        step(Tensor(np.array([number], np.float32)).realize(), Tensor([apply]).realize(),
-             **{name: Tensor(a).realize() for name, a in new.items()})
+        for name, value in {**new, "count": [number], "apply": [apply]}.items():
+            device.write(inputs[name], value)
+        step(**inputs)
         decay = min(0.8, (1 + number) / (10 + number))
         for name, average in expected.items():
             if apply:
                 average[...] = decay * average + (1 - decay) * new[name]
-            np.testing.assert_allclose(ema.weights[name].numpy(), average, atol=1e-6)
+            if number in (1, 2, 3, 19, 20, 50):
+                np.testing.assert_allclose(ema.weights[name].numpy(), average, atol=1e-6)
 
 
 def test_ema_trades_places_with_the_weights_for_a_while(rng):
