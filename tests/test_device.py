@@ -103,9 +103,9 @@ assert before == after, [(a, b) for a, b in zip(before, after) if a != b]
 """
 
 
-@pytest.mark.parametrize("module", ["tinygpt", "gpt", "train", "generate", "tinygpt.evaluate",
-                                    "tinygpt.check", "tinygpt.kernels"])
-@pytest.mark.parametrize("argv0", ["-c", "-m"])
+@pytest.mark.parametrize("module, argv0", [
+    *((module, "-c") for module in ("tinygpt", "gpt", "train", "generate", "tinygpt.evaluate",
+                                    "tinygpt.check", "tinygpt.kernels")), ("generate", "-m")])
 def test_an_import_changes_no_environment_signal_handler_or_file(machine, module, argv0):
     """On a machine where ziglang's clang is the only one, and where a package that imports this
     one is run by python -m."""

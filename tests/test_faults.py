@@ -71,5 +71,7 @@ def test_a_fault_is_found_and_can_be_repeated(tmp_path, script, campaign, cases)
     assert done.returncode == 1, done.stdout
     repeat = next(line for line in done.stdout.splitlines() if "--case" in line).split()
     assert repeat[:2] == ["python", f"bench/{script}.py"]
+    if script == "faults":  # which bench/campaign.py repeats in the same way, more slowly
+        return
     again = run(broken, *repeat[2:])
     assert tallies(again)[campaign] == (1, 1), again.stdout

@@ -1,5 +1,6 @@
 """Every flag does something, and every two options of training do what they do together."""
 
+import itertools
 import json
 import sys
 from collections.abc import Callable
@@ -243,10 +244,10 @@ def test_kernels_and_threads_are_those_asked_for(config, data, no_steps, monkeyp
 # ---- options together
 
 TRAINING = dict(
-    optimizer=list(OPTIMIZERS), schedule=list(SCHEDULES), ema=[False, True],
-    curriculum=[False, True], gradient_accumulation_steps=[1, 2],
-    dtype=["float32", "bfloat16", "float16"], label_smoothing=[0.0, 0.1], z_loss=[0.0, 1e-3],
-    skip_spikes=[0.0, 2.0], grad_clip=[1.0, 0.0], weight_decay=[0.1, 0.0])
+    optimizer=list(OPTIMIZERS), ema=[False, True], curriculum=[False, True],
+    gradient_accumulation_steps=[1, 2], dtype=["float32", "bfloat16", "float16"],
+    label_smoothing=[0.0, 0.1], z_loss=[0.0, 1e-3], skip_spikes=[0.0, 2.0], grad_clip=[1.0, 0.0],
+    weight_decay=[0.1, 0.0])
 OF_BLOCKS = dict(grad_checkpoint=[False, True], lora_rank=[0, 2], freeze=[None, "wte*,ln_f*"])
 SHAPES = MODEL | dict(dropout=[0.0, 0.2], activation=["gelu", "swiglu"], n_kv_head=[None, 2])
 
@@ -289,21 +290,30 @@ def named(row: dict) -> str:
     return " ".join(f"{k}={v}" for k, v in row.items() if v not in (None, False, 0))
 
 
-@pytest.mark.parametrize("row", [
-    *covering(TRAINING | OF_BLOCKS | SHAPES), dict(kernels="portable", z_loss=1e-3)],
-    ids=named)
+def of_blocks() -> list[dict]:
+    """What concerns blocks meets in every way; optimizers and shapes of the model in turn."""
+    rows = covering(OF_BLOCKS | {name: TRAINING[name] for name in (
+        "dtype", "ema", "curriculum", "gradient_accumulation_steps")})
+    return [row | dict(optimizer=optimizer) | shape for row, optimizer, shape in zip(
+        rows, itertools.cycle(OPTIMIZERS), itertools.cycle(covering(SHAPES)))]
+
+
+def of_training() -> list[dict]:
+    """What concerns training alone meets in every way; schedules in turn."""
+    return [row | dict(schedule=schedule) for row, schedule in zip(
+        covering(TRAINING), itertools.cycle(SCHEDULES))]
+
+
+@pytest.mark.parametrize("row", of_blocks(), ids=named)
 def test_options_combine(config, row, no_evaluations):
     shape = {k: v for k, v in row.items() if k in SHAPES}
     if row.get("lora_rank") and row.get("freeze"):  # of what else is trained then
         row = row | {"freeze": "h.*.lora.a"}
-    try:
-        go_on_exactly(lambda seed: GPT(replace(TINY, vocab_size=32, **shape), seed),
-                      replace(config, **{k: v for k, v in row.items() if k not in shape}))
-    finally:
-        kernels.use("auto")
+    go_on_exactly(lambda seed: GPT(replace(TINY, vocab_size=32, **shape), seed),
+                  replace(config, **{k: v for k, v in row.items() if k not in shape}))
 
 
-@pytest.mark.parametrize("row", covering(TRAINING), ids=named)
+@pytest.mark.parametrize("row", of_training(), ids=named)
 def test_options_combine_for_a_bigram(config, row, no_evaluations):
     go_on_exactly(lambda seed: Bigram(BigramConfig(block_size=8, vocab_size=32)),
                   replace(config, model="bigram", **row))

@@ -11,6 +11,7 @@ import sys
 import pytest
 from conftest import ROOT
 
+import generate
 from generate import converse, pieces_of, read_prompt, statistics
 from gpt import GPT, GPTConfig, SampleConfig
 from tinygpt.data.tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer
@@ -34,21 +35,21 @@ def test_text_on_stdout_statistics_on_stderr_same_seed_same_text(command, saved)
     assert "decode" in runs[0].stderr and "prefill 6 tokens" in runs[0].stderr
 
 
-def test_the_moving_average_writes_where_there_is_one(command, saved):
+def test_the_moving_average_writes_where_there_is_one(in_process, saved):
     model, other = (GPT(GPTConfig(block_size=8, vocab_size=256, n_layer=1, n_head=2, n_embd=16),
                         seed) for seed in (1, 2))
     model.tokenizer = other.tokenizer = ByteTokenizer()
     both = model.save_checkpoint(2, None, saved.parent, ema=EMA(other.state_dict()))
     alone = other.save_checkpoint(3, None, saved.parent)
-    runs = [command("generate.py", "--checkpoint", path, "--max_new_tokens", 12, *flags)
+    runs = [in_process(generate, "--checkpoint", path, "--max_new_tokens", 12, *flags)
             for path, flags in ((both, []), (alone, []), (both, ["--no_ema"]))]
     assert all(r.returncode == 0 for r in runs), runs[0].stderr
     assert runs[0].stdout == runs[1].stdout != runs[2].stdout
 
 
-def test_several_samples_are_one_batch_and_each_stops(command, saved, tmp_path):
+def test_several_samples_are_one_batch_and_each_stops(in_process, saved, tmp_path):
     (tmp_path / "prompt.txt").write_text("abc")
-    done = command("generate.py", "--prompt", "FILE:prompt.txt", "--num_samples", 3,
+    done = in_process(generate, "--prompt", "FILE:prompt.txt", "--num_samples", 3,
                    "--max_new_tokens", 5, "--checkpoint", saved)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("--- sample") == done.stdout.count("abc") == 3
@@ -78,8 +79,8 @@ def test_the_prompt_can_come_from_standard_input(command, saved):
     (("--num_samples", "0"), "num_samples=0"), (("--stop", ""), "stop='' is empty"),
     (("--interactive", "--json"), "leave out --num_samples, --json"),
     (("--top_q", "1"), "no flag --top_q; did you mean --top_p?")])
-def test_a_mistake_gets_one_line_and_status_2(command, saved, flags, says):
-    done = command("generate.py", *flags)
+def test_a_mistake_gets_one_line_and_status_2(in_process, saved, flags, says):
+    done = in_process(generate, *flags)
     assert done.returncode == 2 and done.stdout == ""
     assert len(done.stderr.splitlines()) == 1 and says in done.stderr
 
@@ -110,10 +111,10 @@ def test_without_a_checkpoint_the_message_names_what_to_do(command):
     assert done.returncode == 2 and "run train.py first" in done.stderr
 
 
-def test_samples_as_json_lines_and_in_files(command, saved, tmp_path):
+def test_samples_as_json_lines_and_in_files(in_process, saved, tmp_path):
     flags = ("--prompt", "a", "--num_samples", 2, "--max_new_tokens", 12, "--seed", 3)
-    plain = command("generate.py", *flags)
-    done = command("generate.py", *flags, "--json", "--out-dir", "some/where")
+    plain = in_process(generate, *flags)
+    done = in_process(generate, *flags, "--json", "--out-dir", "some/where")
     assert done.returncode == 0, done.stderr
     objects = [json.loads(line) for line in done.stdout.splitlines()]
     texts = [f"a{o['text']}" for o in objects]
@@ -126,14 +127,14 @@ def test_samples_as_json_lines_and_in_files(command, saved, tmp_path):
         file = tmp_path / "some" / "where" / f"sample_{number}.txt"
         assert file.read_bytes().decode() == texts[number - 1] + "\n"
     assert plain.stdout.count("\ufffd") == "".join(texts).count("\ufffd")
-    again = command("generate.py", *flags, "--out-dir", "some/where")
+    again = in_process(generate, *flags, "--out-dir", "some/where")
     assert again.returncode == 0 and "sample_4.txt" in again.stderr
     assert len(list((tmp_path / "some" / "where").iterdir())) == 4
-    stopped = command("generate.py", *flags, "--json", "--stop", texts[0][2:4])
+    stopped = in_process(generate, *flags, "--json", "--stop", texts[0][2:4])
     first = json.loads(stopped.stdout.splitlines()[0])
     assert first["text"] == texts[0][1:2] and first["tokens"] <= 4
     (tmp_path / "taken").write_text("a file")
-    refused = command("generate.py", *flags, "--out_dir", "taken")
+    refused = in_process(generate, *flags, "--out_dir", "taken")
     assert refused.returncode == 2 and "taken" in refused.stderr.splitlines()[-1]
 
 

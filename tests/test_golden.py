@@ -35,8 +35,9 @@ SCALES = {"cpu": (("--n_layer=2",), 100, 10),
 # With 1 and 2 threads, compiled for AVX-512, AVX2 and SSE, and on tinygrad 0.14.0 no recorded loss
 # moved by more than 5e-6 in float32 and 1e-3 in bfloat16.
 TOLERANCE = {"float32": 5e-5, "bfloat16": 5e-3}
-RUNS = [(kind, preset, dtype) for kind in SCALES
-        for preset in ("shakespeare", "shakespeare_char_cpu") for dtype in TOLERANCE]
+PRESETS_RUN = ("shakespeare", "shakespeare_char_cpu")
+RUNS = [*(("cpu", preset, dtype) for preset in PRESETS_RUN for dtype in TOLERANCE),
+        *(("portable", *pair) for pair in zip(PRESETS_RUN, TOLERANCE, strict=True))]
 
 
 @functools.cache

@@ -47,12 +47,11 @@ def test_every_combination_decodes_as_the_full_forward_saves_and_loads(options, 
     text = model.generate(prompt, 13, temperature=0, window_hop=1).numpy()
     assert text.shape == (2, 16)
     assert (text[:, :3] == prompt).all()
-    for end in range(8, 16):  # windows of block_size
-        window = np.ascontiguousarray(text[:, end - 8:end])
-        logits = model(Tensor(window)).numpy()
-        assert (logits[:, -1].argmax(-1) == text[:, end]).all(), end
-        if end == 8:  # causal: earlier rows are the predictions of shorter texts
-            assert (logits[:, 2:7].argmax(-1) == text[:, 3:8]).all()
+    windows = np.concatenate([text[:, end - 8:end] for end in range(8, 16)])  # of block_size
+    likeliest = model(Tensor(windows)).numpy().argmax(-1)
+    assert (likeliest[:, -1] == text[:, 8:].T.ravel()).all()
+    # causal: earlier positions are the predictions of shorter texts
+    assert (likeliest[:2, 2:7] == text[:, 3:8]).all()
 
     path = model.save_checkpoint(5, None, tmp_path)
     twin = GPT.from_checkpoint(path)
@@ -67,13 +66,13 @@ def test_combinations_train_every_weight(options, rng):
     x, y = Tensor(ids(rng, 2, 8)), Tensor(ids(rng, 2, 8))
     weights = model.state_dict()
     grads = model(x, y)[1].gradient(*weights.values())
+    Tensor.realize(*grads)
     for name, g in zip(weights, grads, strict=True):
         assert np.isfinite(g.numpy()).all() and np.abs(g.numpy()).max() > 0, name
 
 
-@pytest.mark.parametrize("options", COMBINATIONS[:2], ids=["a", "b"])
-def test_the_portable_kernels_write_the_same_text(options, rng):
-    prompt = ids(rng, 2, 3)
+def test_the_portable_kernels_write_the_same_text(rng):
+    prompt, options = ids(rng, 2, 3), COMBINATIONS[0]
     expected = make(**options).generate(prompt, 13, temperature=0).numpy()
     kernels.use("portable")
     try:

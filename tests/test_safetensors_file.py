@@ -1,10 +1,12 @@
 """safetensors files: checksums, invalid headers, and files replaced while they are read."""
 
+import functools
 import json
 import os
 import struct
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -57,8 +59,22 @@ def without_sums(path: Path, change=lambda header: None) -> Path:
     return put(path, header, body)
 
 
+@functools.cache
+def tiny_bytes(seed: int) -> bytes:
+    with tempfile.TemporaryDirectory() as folder:
+        return GPT(TINY, seed).save_checkpoint(1, None, folder).read_bytes()
+
+
 def tiny(folder: Path, seed: int = 1) -> Path:
-    return GPT(TINY, seed).save_checkpoint(1, None, folder)
+    """A checkpoint of a tiny model, as `save_checkpoint` writes it."""
+    path = folder / checkpoint.name(1)
+    checkpoint.write_atomically(path, tiny_bytes(seed))
+    return path
+
+
+@functools.cache
+def tiny_model() -> GPT:
+    return GPT(TINY)
 
 
 def refused(read, path: Path, *says: str) -> None:
@@ -305,7 +321,7 @@ def test_metadata_of_the_wrong_type_is_refused_by_every_reader(tmp_path, key, va
     except RecursionError:
         good = False
     for read in (checkpoint.load_metadata, checkpoint.load, GPT.from_checkpoint,
-                 GPT.from_pretrained, lambda path: lora.load(GPT(TINY), path)):
+                 GPT.from_pretrained, lambda path: lora.load(tiny_model(), path)):
         if not good:
             refused(read, path)
         else:
@@ -360,7 +376,7 @@ def test_tensors_relabelled_as_integers_are_refused(tmp_path):
     {"kind": "char", "chars": "".join(map(chr, range(300)))}], ids=lambda t: str(t)[:40])
 def test_an_invalid_or_too_large_tokenizer_is_refused(tmp_path, tokenizer):
     path = changed(tmp_path, tokenizer=json.dumps(tokenizer))
-    for read in (GPT.from_checkpoint, GPT.from_pretrained, GPT(TINY).load_checkpoint):
+    for read in (GPT.from_checkpoint, GPT.from_pretrained, tiny_model().load_checkpoint):
         refused(read, path, "tokenizer")
 
 

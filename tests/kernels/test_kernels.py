@@ -31,7 +31,7 @@ from operations import (
 from tinygrad import Tensor, TinyJit, dtypes
 
 from tinygpt import kernels
-from tinygpt.kernels.cpu import kernel
+from tinygpt.kernels.cpu import compile, kernel
 from tinygpt.kernels.random import make_key, random_bits
 
 NUMBERED = [(operation, n) for operation, cases in CASES.items() for n in range(len(cases))]
@@ -255,6 +255,7 @@ def c_sources():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kernel, "program", program)
+        patch.setattr(compile.Compilations, "begin", lambda *args: None)  # not for this processor
         for defines in ({}, {"AMX": 1}, {"DOT": 1}):
             patch.setattr(kernels.cpu, "bfloat16_defines", lambda defines=defines: defines)
             for operation, dtype in itertools.product(CASES, TOLERANCE):
@@ -276,7 +277,7 @@ def test_c_compiles_for_other_processors(processor, c_sources):
     assert any("amx1" in name for name in c_sources) and len(c_sources) > 30
     target, *options = PROCESSORS[processor]
     command = [os.environ.get("CC", "clang"), f"--target={target}-none-unknown-elf", *options,
-               "-x", "c", "-c", "-O1", "-ffreestanding", "-Wall", "-Werror", "-Wno-psabi",
+               "-x", "c", "-c", "-O0", "-ffreestanding", "-Wall", "-Werror", "-Wno-psabi",
                "-Wno-unused",
                "-o", os.devnull, "-"]
     for name, code in c_sources.items():

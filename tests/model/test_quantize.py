@@ -1,5 +1,7 @@
 """Quantized matrices: the operations, what rounding costs, and a model that has them."""
 
+import itertools
+
 import numpy as np
 import pytest
 from test_gpt import COMBINATIONS, ids, make
@@ -116,26 +118,26 @@ def test_four_bits_round_each_group_to_the_steps_that_it_reaches(rng):
 # ---- a model
 
 
-@for_each_kind
-@pytest.mark.parametrize("options", COMBINATIONS[:4], ids=lambda o: "-".join(map(str, o.values())))
-def test_a_quantized_model_decodes_as_its_full_forward(options, kind, rng):
+@pytest.mark.parametrize("kind, options", list(
+    itertools.product(KINDS, COMBINATIONS[:2])), ids=str)
+def test_a_quantized_model_decodes_as_its_full_forward(kind, options, rng):
     model = make(**options).quantize(kind)
     text = model.generate(ids(rng, 2, 3), 9, temperature=0, window_hop=1).numpy()
-    for end in range(8, 12):
-        window = np.ascontiguousarray(text[:, end - 8:end])
-        logits = model(Tensor(window)).numpy()
-        assert (logits[:, -1].argmax(-1) == text[:, end]).all(), end
-        if end == 8:
-            assert (logits[:, 2:7].argmax(-1) == text[:, 3:8]).all()
+    windows = np.concatenate([text[:, end - 8:end] for end in range(8, 12)])
+    likeliest = model(Tensor(windows)).numpy().argmax(-1)
+    assert (likeliest[:, -1] == text[:, 8:].T.ravel()).all()
+    assert (likeliest[:2, 2:7] == text[:, 3:8]).all()
 
 
 @for_each_kind
 def test_the_portable_kernels_write_the_same_text(kind, rng):
     prompt = ids(rng, 2, 3)
-    expected = make().quantize(kind).generate(prompt, 9, temperature=0).numpy()
+    model = make(n_layer=1).quantize(kind)
+    expected = model.generate(prompt, 9, temperature=0).numpy()
+    model.free_decoders()
     kernels.use("portable")
     try:
-        got = make().quantize(kind).generate(prompt, 9, temperature=0).numpy()
+        got = model.generate(prompt, 9, temperature=0).numpy()
     finally:
         kernels.use("auto")
     assert (got == expected).all()

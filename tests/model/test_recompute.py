@@ -16,12 +16,12 @@ from tinygpt.kernels.random import make_key
 
 SHAPE = GPTConfig(block_size=8, vocab_size=50, n_layer=2, n_head=2, n_embd=16)
 KINDS = [
-    {}, dict(dropout=0.3), dict(position="rope", norm="rmsnorm", activation="swiglu", bias=False,
-                                tie_weights=False), dict(parallel=True, qk_norm=True, n_kv_head=1)]
+    (dict(dropout=0.3, parallel=True, qk_norm=True, n_kv_head=1), "auto"),
+    (dict(position="rope", norm="rmsnorm", activation="swiglu", bias=False, tie_weights=False),
+     "auto"), ({}, "portable")]
 
 
-@pytest.mark.parametrize("kind, kernels", [(k, "auto") for k in KINDS] + [({}, "portable")],
-                         ids=str)
+@pytest.mark.parametrize("kind, kernels", KINDS, ids=str)
 def test_the_gradients_are_those_without(rng, kind, kernels):
     model = GPT(replace(SHAPE, **kind))
     x, y = (Tensor(rng.integers(0, 50, (2, 8)), dtype="int32") for _ in range(2))
