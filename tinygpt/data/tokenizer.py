@@ -196,13 +196,16 @@ class HFTokenizer(_Base):
 
     `begin_of_text` are the ids that it puts before a text, `end_of_text` the one that ends a
     document, None if it is unknown. Special tokens in a text are plain text, and `decode` skips
-    their ids. Raises ValueError where the file cannot be used.
+    their ids. chat_template is in Jinja, special_tokens are the texts that it knows by names such
+    as "bos_token". Raises ValueError where the file cannot be used.
     """
 
     kind = "hf"
 
-    def __init__(self, data: dict, end_of_text: int | None = None):
+    def __init__(self, data: dict, end_of_text: int | None = None,
+                 chat_template: str | None = None, special_tokens: dict[str, str] | None = None):
         self.data, self.end_of_text = data, end_of_text
+        self.chat_template, self.special_tokens = chat_template, special_tokens or {}
         with _rust_errors("this tokenizer.json cannot be used"):
             self._tokenizer = tokenizers.Tokenizer.from_str(json.dumps(data))
             self._tokenizer.no_padding()
@@ -219,8 +222,13 @@ class HFTokenizer(_Base):
             lambda pair: pair[1], zip(whole.ids, whole.special_tokens_mask, strict=True))]
 
     def encode(self, text: str) -> list[int]:
+        return self.encode_with_ends(text)[0]
+
+    def encode_with_ends(self, text: str) -> tuple[list[int], list[int]]:
+        """The ids of text, and the number of characters up to the end of each."""
         with _rust_errors("the text cannot be encoded by this tokenizer"):
-            return self._tokenizer.encode(_check_text(text), add_special_tokens=False).ids
+            found = self._tokenizer.encode(_check_text(text), add_special_tokens=False)
+        return found.ids, [end for _, end in found.offsets]
 
     def decode(self, ids: list[int]) -> str:
         self._check_ids(ids)
@@ -260,14 +268,20 @@ class HFTokenizer(_Base):
         return self.encode("a")[-1]
 
     def to_json(self) -> dict:
-        return {"kind": self.kind, "tokenizer": self.data, "end_of_text": self.end_of_text}
+        chat = {"chat_template": self.chat_template, "special_tokens": self.special_tokens}
+        return {"kind": self.kind, "tokenizer": self.data, "end_of_text": self.end_of_text,
+                **(chat if self.chat_template is not None else {})}
 
     @classmethod
     def from_json(cls, data: dict) -> "HFTokenizer":
         if not isinstance(data["tokenizer"], dict) or type(data["end_of_text"]) not in (
                 int, type(None)):
             raise ValueError("tokenizer is not an object, or end_of_text not an id")
-        return cls(data["tokenizer"], data["end_of_text"])
+        template, names = data.get("chat_template"), data.get("special_tokens", {})
+        if not isinstance(template, str | None) or not isinstance(names, dict) or not all(
+                isinstance(text, str) for text in names.values()):
+            raise ValueError("chat_template is not text, or special_tokens not texts by name")
+        return cls(data["tokenizer"], data["end_of_text"], template, names)
 
 
 # what makes a tokenizer of each kind, from a text and the size of a vocabulary
@@ -291,7 +305,9 @@ def fingerprint(tokenizer: Tokenizer | None) -> str | None:
     without a tokenizer."""
     if tokenizer is None:
         return None
-    return xxhash.xxh3_64_hexdigest(json.dumps(tokenizer.to_json(), sort_keys=True).encode())
+    data = {name: value for name, value in tokenizer.to_json().items()
+            if name not in ("chat_template", "special_tokens")}  # a text's ids do not depend on
+    return xxhash.xxh3_64_hexdigest(json.dumps(data, sort_keys=True).encode())
 
 
 def make_tokenizer(kind: str, text: str, vocab_size: int) -> Tokenizer:

@@ -7,7 +7,7 @@ from pathlib import Path
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Library
 
-from tinygpt.data.documents import read_bytes
+from tinygpt.data.documents import read_bytes, read_text
 from tinygpt.data.tokenizer import (
     END_OF_TEXT,
     BPETokenizer,
@@ -40,10 +40,10 @@ def read(folder: Path) -> Tokenizer | None:
     data = _read_json(path)
     try:
         tokenizer = HFTokenizer(data)
-        tokenizer = HFTokenizer(data, _end_of_text(folder, tokenizer))
+        tokenizer = HFTokenizer(data, _end_of_text(folder, tokenizer), *_chat_template(folder))
     except ValueError as error:
         raise ValueError(f"{path} is damaged, or not supported: {error}") from error
-    return _as_ours(tokenizer) or tokenizer
+    return tokenizer if tokenizer.chat_template else _as_ours(tokenizer) or tokenizer
 
 
 def dump(tokenizer: Tokenizer | None, block_size: int) -> dict[str, dict]:
@@ -64,6 +64,8 @@ def dump(tokenizer: Tokenizer | None, block_size: int) -> dict[str, dict]:
     if (end := end_of_text(tokenizer)) is not None:
         token = Library.from_str(json.dumps(data)).id_to_token(end)
         settings |= {"bos_token": token, "eos_token": token}
+    if getattr(tokenizer, "chat_template", None) is not None:
+        settings |= tokenizer.special_tokens | {"chat_template": tokenizer.chat_template}
     return {"tokenizer.json": data, "tokenizer_config.json": settings}
 
 
@@ -80,11 +82,9 @@ def _read_json(path: Path) -> dict:
 
 def _end_of_text(folder: Path, tokenizer: HFTokenizer) -> int | None:
     """The id that ends a document, from the settings in the folder of a tokenizer.json."""
-    if (path := folder / "tokenizer_config.json").exists():
-        token = _read_json(path).get("eos_token")
-        token = token.get("content") if isinstance(token, dict) else token
-        if isinstance(token, str):
-            return Library.from_str(json.dumps(tokenizer.data)).token_to_id(token)
+    token = _special_tokens(_settings(folder)).get("eos_token")
+    if token is not None:
+        return Library.from_str(json.dumps(tokenizer.data)).token_to_id(token)
     for name in ("generation_config.json", "config.json"):
         if (path := folder / name).exists():
             end = _read_json(path).get("eos_token_id")
@@ -92,6 +92,30 @@ def _end_of_text(folder: Path, tokenizer: HFTokenizer) -> int | None:
             if type(end) is int and 0 <= end < tokenizer.vocab_size:
                 return end
     return None
+
+
+def _settings(folder: Path) -> dict:
+    path = folder / "tokenizer_config.json"
+    return _read_json(path) if path.exists() else {}
+
+
+def _special_tokens(settings: dict) -> dict[str, str]:
+    """The texts of special tokens by the names that chat templates have for them."""
+    tokens = {name: token.get("content") if isinstance(token, dict) else token
+              for name, token in settings.items() if name.endswith("_token")}
+    return {name: text for name, text in tokens.items() if isinstance(text, str)}
+
+
+def _chat_template(folder: Path) -> tuple[str | None, dict[str, str]]:
+    """The chat template in a folder, None if it has none, and the special tokens it may name."""
+    settings = _settings(folder)
+    template = settings.get("chat_template")
+    if isinstance(template, list):  # several by name
+        template = next((t.get("template") for t in template
+                         if isinstance(t, dict) and t.get("name") == "default"), None)
+    if (path := folder / "chat_template.jinja").exists():
+        template = read_text(path)
+    return (template if isinstance(template, str) else None), _special_tokens(settings)
 
 
 def _written(tokens: list[bytes], special: str | None) -> dict:
