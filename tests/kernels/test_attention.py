@@ -19,6 +19,8 @@ from operations import (
 )
 from tinygrad import Tensor, TinyJit, UOp
 
+from tinygpt import kernels
+from tinygpt.kernels.cases import can_run, heads
 from tinygpt.kernels.random import make_key
 
 for_each = pytest.mark.parametrize("implementation", implementations("attention"))
@@ -54,6 +56,53 @@ def test_keys_outside_the_window_or_behind_the_last_query_change_nothing(impleme
     arrays["v"][:, :, 4] += 1  # the oldest key that query 7 sees, and only that one
     after = run("attention", implementation, arrays, options)
     assert (after["y"] != before["y"]).any(axis=(0, 1, 3)).tolist() == [True, False, False]
+
+
+def documents(B: int, T: int, longest: int) -> np.ndarray:
+    """starts (B, T) of documents of 1 to `longest` tokens, other ones in each row."""
+    rng, starts = np.random.default_rng(4), np.zeros((B, T), np.int32)
+    for row in starts:
+        ends = np.cumsum(rng.integers(1, longest + 1, T))
+        row[:] = np.concatenate([[0], ends])[np.searchsorted(ends, np.arange(T), side="right")]
+    return starts
+
+
+@pytest.mark.parametrize("shapes, longest, options", [
+    (heads(2, 4, 2, 7, 7, 10), 3, {}),
+    (heads(2, 2, 1, 203, 203, 20), 90, dict(dropout_p=0.3, dropout_key=KEY)),
+    (heads(1, 2, 2, 203, 203, 7), 9, dict(window=5))])  # some tiles see nothing of others
+def test_documents_in_a_row_do_not_see_each_other(shapes, longest, options):
+    arrays = draw(shapes)
+    B, _, T, _ = shapes["q"]
+    starts = documents(B, T, longest)
+    right = run("attention", "reference", arrays, options | dict(starts=starts))
+    if not options:  # the reference itself: one document at a time
+        for b, begin in {(b, int(begin)) for b in range(B) for begin in starts[b]}:
+            here = np.flatnonzero(starts[b] == begin)
+            alone = {name: a[b:b + 1, :, here].astype(np.float64) for name, a in arrays.items()}
+            check({"y": right["y"][b:b + 1, :, here]}, {"y": np_attention(**alone)})
+    for implementation in ("cpu", "portable"):
+        if can_run(implementation):
+            check(run("attention", implementation, arrays, options | dict(starts=starts)), right)
+
+
+def test_a_start_behind_its_query_shows_the_own_key():
+    arrays = draw(SQUARE)
+    starts = np.full((1, 7), 9, np.int32)
+    for implementation in ("cpu", "portable", "reference"):
+        if can_run(implementation):
+            y = kernels.attention(**tensors(arrays), starts=Tensor(starts),
+                                  implementation=implementation).numpy()
+            np.testing.assert_allclose(y, arrays["v"].repeat(2, axis=1), rtol=1e-6)
+
+
+def test_flash_attention_leaves_documents_to_the_portable_form():
+    q, k, v = (Tensor.empty(*shape) for shape in SQUARE.values())
+    with pytest.raises(ValueError, match="'flash' have no attention"):
+        kernels.attention(q, k, v, starts=Tensor.zeros(1, 7, dtype="int32"),
+                          implementation="flash")
+    with pytest.raises(ValueError, match="cannot take tensors of the shapes"):
+        kernels.attention(q, k, v, starts=Tensor.zeros(1, 6, dtype="int32"))
 
 
 @for_each

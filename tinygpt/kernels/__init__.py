@@ -133,7 +133,7 @@ def dropout(x: Tensor, p: float, key: Tensor | None, implementation: str = "auto
 
 def attention(q: Tensor, k: Tensor, v: Tensor, offset: int | UOp = 0, window: int | None = None,
               dropout_p: float = 0.0, dropout_key: Tensor | None = None,
-              implementation: str = "auto") -> Tensor:
+              starts: Tensor | None = None, implementation: str = "auto") -> Tensor:
     """Causal attention, softmax(q k^T / sqrt(D)) v (arXiv:1706.03762), grouped-query heads
     (arXiv:2305.13245) where k and v have fewer heads than q.
 
@@ -141,12 +141,15 @@ def attention(q: Tensor, k: Tensor, v: Tensor, offset: int | UOp = 0, window: in
     Query i stands at position offset + i (a symbolic offset is fine) and sees the keys at
     positions up to its own, with `window` only the last `window` of them. Keys behind the last
     query have no effect as long as they are finite. dropout_p, below 1, applies to the softmax's
-    weights if there is a dropout_key.
+    weights if there is a dropout_key. With starts (B, T) int32, where several documents lie in a
+    row, query i of row b does not see keys before starts[b, i], but always its own.
     """
     _check_attention(q, k, v, window)
     if not 0 <= dropout_p < 1:
         raise ValueError(f"dropout_p={dropout_p} is out of range: choose at least 0 and below 1")
-    return _run("attention", implementation, (q, k, v), offset, window, dropout_p, dropout_key)
+    _check("attention", starts is None or starts.shape == (q.shape[0], q.shape[2]), q, starts)
+    return _run("attention", implementation, (q, k, v, starts), offset, window, dropout_p,
+                dropout_key)
 
 
 def cached_attention(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor,

@@ -26,10 +26,10 @@ DTYPES = (dtypes.float32, dtypes.bfloat16, dtypes.float16)
 HIDDEN = -1e30  # a score that weighs nothing; finite, for compilers that assume so
 
 
-def fits(operation: str, q: Tensor, k: Tensor, v: Tensor) -> bool:
+def fits(operation: str, q: Tensor, k: Tensor, v: Tensor, starts: Tensor | None = None) -> bool:
     """Whether q, k and v are of one float type, on one device with workgroups, and heads of their
-    size fit in a workgroup's memory."""
-    if not all((x.device, x.dtype) == (q.device, q.dtype) for x in (k, v)):
+    size fit in a workgroup's memory. Rows of several documents, with starts, do not."""
+    if starts is not None or not all((x.device, x.dtype) == (q.device, q.dtype) for x in (k, v)):
         return False
     if q.dtype not in DTYPES or not isinstance(q.device, str):
         return False
@@ -235,7 +235,8 @@ def _write_rows(t: Tiles, buffer: UOp, heads: Heads, registers: UOp, b: UOp, h: 
                         t.program.get(registers, n))
 
 
-def attention(q, k, v, offset=0, window=None, dropout_p=0.0, dropout_key=None):
+def attention(q, k, v, starts=None, offset=0, window=None, dropout_p=0.0, dropout_key=None):
+    assert starts is None
     B, H, T, D = q.shape
     inputs, layouts = zip(*[_heads(x) for x in (q, k, v)], strict=True)
     inputs = [plain(x) for x in inputs]

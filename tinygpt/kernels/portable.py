@@ -99,7 +99,7 @@ def rope(x, cos, sin):
     return _barrier(reference.rope(x, cos, sin))
 
 
-def attention(q, k, v, offset=0, window=None, dropout_p=0.0, dropout_key=None, start=None):
+def attention(q, k, v, starts=None, offset=0, window=None, dropout_p=0.0, dropout_key=None):
     B, H, T, D = q.shape
     G, S = k.shape[1:3]
     # a power of two of 1 / sqrt(D) goes first: exact, and products stay in float16's range
@@ -107,7 +107,7 @@ def attention(q, k, v, offset=0, window=None, dropout_p=0.0, dropout_key=None, s
     q = _barrier((q * 2.0**exponent).reshape(B, G, H // G, T, D))
     k, v = _barrier(k.unsqueeze(2)), _barrier(v.unsqueeze(2))  # (B, G, 1, S, D)
     scores = _barrier(_matmul(q, k.transpose(-1, -2)))  # (B, G, H/G, T, S) float32
-    mask = attention_mask(T, S, offset, window, q.device, start)
+    mask = attention_mask(T, S, offset, window, q.device, starts)
     scores = mask.where(scores * rest, -float("inf"))
     weights = _barrier((scores - scores.max(-1, keepdim=True).detach().contiguous()).exp())
     weights = _barrier(weights / _barrier(weights.sum(-1, keepdim=True))).cast(q.dtype)
@@ -117,7 +117,7 @@ def attention(q, k, v, offset=0, window=None, dropout_p=0.0, dropout_key=None, s
 
 def cached_attention(q, k, v, keys, values, offset, window=None, start=None):
     write_cache(k, v, keys, values, offset)
-    return attention(q, keys, values, offset, window, start=start)
+    return attention(q, keys, values, start, offset, window)
 
 
 def cross_entropy(logits, targets, label_smoothing=0.0, z_loss=0.0):

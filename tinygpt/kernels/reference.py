@@ -92,24 +92,26 @@ def dropout(x, p, key):
     return keep.where(x / (1 - p), 0)
 
 
-def attention_mask(T, S, offset, window, device, start=None):
-    """(T, S) bool: query i stands at offset + i and sees itself and what lies before it; with start
-    (B,) a mask (B, 1, 1, T, S) that hides what lies before start[b]."""
+def attention_mask(T, S, offset, window, device, starts=None):
+    """(T, S) bool: query i stands at offset + i and sees itself and what lies before it; with
+    starts (B,) or (B, T) a mask (B, 1, 1, T, S) that hides what lies before the start of a row or
+    of a query."""
     i = counter(T, device).reshape(T, 1) + offset
     j = counter(S, device).reshape(1, S)
     mask = i >= j if window is None else (i >= j) & (i < j + window)
-    if start is None:
+    if starts is None:
         return mask
-    return mask & ((j >= start.reshape(-1, 1, 1, 1, 1)) | (i == j))  # a softmax needs one key
+    starts = starts.reshape(starts.shape[0], 1, 1, -1, 1)
+    return mask & ((j >= starts) | (i == j))  # a softmax needs one key
 
 
-def attention(q, k, v, offset=0, window=None, dropout_p=0.0, dropout_key=None, start=None):
+def attention(q, k, v, starts=None, offset=0, window=None, dropout_p=0.0, dropout_key=None):
     B, H, T, D = q.shape
     G, S = k.shape[1:3]
     dtype, q = q.dtype, _wide(q).reshape(B, G, H // G, T, D)
     k, v = (_wide(x).unsqueeze(2) for x in (k, v))  # (B, G, 1, S, D)
     scores = q @ k.transpose(-1, -2) / math.sqrt(D)  # (B, G, H/G, T, S)
-    mask = attention_mask(T, S, offset, window, q.device, start)
+    mask = attention_mask(T, S, offset, window, q.device, starts)
     weights = mask.where(scores, -float("inf")).softmax(-1)
     return (dropout(weights, dropout_p, dropout_key) @ v).reshape(B, H, T, D).cast(dtype)
 
@@ -122,7 +124,7 @@ def write_cache(k, v, keys, values, offset):
 
 def cached_attention(q, k, v, keys, values, offset, window=None, start=None):
     write_cache(k, v, keys, values, offset)
-    return attention(q, keys, values, offset, window, start=start)
+    return attention(q, keys, values, start, offset, window)
 
 
 def cross_entropy(logits, targets, label_smoothing=0.0, z_loss=0.0):

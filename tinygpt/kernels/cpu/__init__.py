@@ -19,7 +19,8 @@ QUANTIZED_GEMV_ROWS = 32  # the same where the weights are of few bits
 MOST_INPUTS = 32  # of a kernel; tinygrad 0.14 allows 63 arguments
 GEMM_STRIP, GEMM_SLICE = 1536, 512  # the greatest NC and the least KC of gemm.h
 WIDEST_HEAD = 2048  # whose tiles fit on the stack of a thread
-WITH_INTEGERS = ("embedding", "quantized_embedding", "cross_entropy", "adamw8bit", "draw")
+WITH_INTEGERS = ("embedding", "quantized_embedding", "attention", "cross_entropy", "adamw8bit",
+                 "draw")
 IN_16_BITS = ("linear", "quantized_linear", "quantized_embedding", "layer_norm", "rms_norm", "gelu",
               "swiglu", "rope", "attention", "cached_attention", "cross_entropy", "draw",
               "embedding")
@@ -196,15 +197,16 @@ def rope(x, cos, sin):
     return out if source is x else out.transpose(1, 2)
 
 
-def attention(q, k, v, offset=0, window=None, dropout_p=0.0, dropout_key=None, start=None):
+def attention(q, k, v, starts=None, offset=0, window=None, dropout_p=0.0, dropout_key=None):
     B, H, T, D = q.shape
     G, S = k.shape[1:3]
     drops = dropout_p > 0 and dropout_key is not None
     sources, strides = _projections(q, k.cast(q.dtype), v.cast(q.dtype))
-    where = dict(offset=_number(offset),
+    where = dict(offset=_number(offset), starts=starts,
                  key=dropout_key if drops else constants(dtypes.uint32, 0))
     sizes = dict(B=B, H=H, G=G, T=T, S=S, D=D, **strides, window=window or 0,
-                 dropout=int(dropout_p * 2**32) if drops else 0)
+                 dropout=int(dropout_p * 2**32) if drops else 0,
+                 starts_row=0 if starts is None else starts.numel() // B)
     flops = 2 * B * H * D * T * (2 * S - T)
 
     def gradient(dy: Tensor, made: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -217,8 +219,7 @@ def attention(q, k, v, offset=0, window=None, dropout_p=0.0, dropout_key=None, s
 
     made = Kernel("attention_forward.c")(
         outputs=dict(out=_empty(B, T, H, D, dtype=q.dtype), lse=_empty(B, H, T)),
-        inputs=dict(**sources, start=start, **where), sizes=sizes,
-        gradient=gradient if start is None else None, flops=flops)
+        inputs=dict(**sources, **where), sizes=sizes, gradient=gradient, flops=flops)
     return made["out"].transpose(1, 2)
 
 
@@ -248,7 +249,7 @@ def cached_attention(q, k, v, keys, values, offset, window=None, start=None):
     B, H, T, D = q.shape
     if T > 1 or keys.dtype != q.dtype:
         reference.write_cache(k, v, keys, values, offset)
-        return attention(q, keys, values, offset, window, start=start)
+        return attention(q, keys, values, start, offset, window)
     sources, places = {}, {}
     for name, x in dict(q=q, k=k.cast(q.dtype), v=v.cast(q.dtype)).items():
         source, first, strides = memory(x)

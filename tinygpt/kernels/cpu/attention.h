@@ -1,7 +1,8 @@
 /* What both directions of causal flash attention share (arXiv:2205.14135, 2307.08691).
  *
  * Queries stand at positions offset + i and see keys j <= offset + i, with a window only those
- * j > offset + i - window. Tiles of BQ queries and BK keys are copied to packed memory, D padded to
+ * j > offset + i - window, with starts (B, starts_row) none before the start of the row or, where
+ * starts_row is T, of the query; always their own. Tiles of BQ queries and BK keys are copied to packed memory, D padded to
  * DP with zeros, so that no micro kernel meets an edge. */
 #include "pool.h"
 #include "vector.h"
@@ -17,6 +18,7 @@ typedef q_t act;
 #endif
 #define TILE(rows, cols) \
   ((float*)__builtin_alloca_with_align((rows) * (cols) * sizeof(float), 512))
+#define FIRST ((int*)TILE(1, BQ))      /* a number for each query of a tile */
 
 typedef struct { long start, batch, head, row; } strides_t;   /* in elements; D is contiguous */
 
@@ -24,9 +26,10 @@ typedef struct {
   const act *q, *k, *v, *dout;
   act *out, *dk, *dv;
   float *lse, *delta, *dq;       /* dq is a sum over tiles of keys, so it is never rounded */
-  const int* start;              /* (B), or 0; of the forward pass alone */
+  const int* starts;             /* or 0 */
   strides_t qs, ks, vs, os;
   long B, H, G, T, S, D, DP;
+  long starts_row;
   long offset, window;           /* window 0: none */
   unsigned dropout, key;         /* dropout: its probability times 2^32 */
   float scale, keep;             /* 1 / sqrt(D), 1 / (1 - dropout) */
@@ -39,20 +42,32 @@ typedef struct {
   .B = B, .H = H, .G = G, .T = T, .S = S, .D = D, .DP = ROUND_UP(D, COLS), \
   .qs = *(const strides_t*)q_strides, .ks = *(const strides_t*)k_strides, \
   .vs = *(const strides_t*)v_strides, .os = {0, T * H * D, D, H * D}, \
-  .offset = offset[0], .window = window, .dropout = (unsigned)dropout, .key = key[0], \
+  .offset = offset[0], .window = window, .starts = starts, .starts_row = starts_row, .dropout = (unsigned)dropout, .key = key[0], \
   .scale = 1.0f / __builtin_sqrtf((float)D), \
   .keep = 1.0f / (1.0f - (float)(unsigned)dropout * 0x1p-32f)
 
-/* the keys [*first, *last) that the queries i0 .. i0 + n - 1 may see */
-HOT void visible_keys(const attention_t* a, long i0, long n, long* first, long* last) {
-  *last = MIN(a->S, a->offset + i0 + n);
-  *first = a->window ? MAX(0, a->offset + i0 - a->window + 1) : 0;
+/* of n queries from i0 on the first key that each may see, first[n], and the least and the greatest
+ * of them; key `last` is the first that none of them sees */
+typedef struct { int* first; long least, greatest, last; } visible_t;
+
+HOT visible_t visible_keys(const attention_t* a, int* first, long b, long i0, long n) {
+  visible_t seen = {first, a->S, 0, MIN(a->S, a->offset + i0 + n)};
+  for (long i = i0; i < i0 + n; i++) {
+    const long at = a->offset + i;
+    long key = a->window ? MAX(0, at - a->window + 1) : 0;
+    if (a->starts) key = MAX(key, a->starts[b * a->starts_row + (a->starts_row > 1 ? i : 0)]);
+    key = MIN(key, at);
+    first[i - i0] = (int)key;
+    seen.least = MIN(seen.least, key);
+    seen.greatest = MAX(seen.greatest, key);
+  }
+  for (long i = n; i < BQ; i++) first[i] = 0;
+  return seen;
 }
 
-/* does every one of the queries see every one of the keys? */
-HOT int all_visible(const attention_t* a, long i0, long ni, long j0, long nj) {
-  return j0 + nj - 1 <= a->offset + i0 &&
-         (!a->window || j0 > a->offset + i0 + ni - 1 - a->window);
+/* does every one of the queries from i0 on see every one of the keys? */
+HOT int all_visible(const attention_t* a, visible_t seen, long i0, long j0, long nj) {
+  return j0 + nj - 1 <= a->offset + i0 && j0 >= seen.greatest;
 }
 
 /* load_tile: dst (rows x DP) = n rows of D, the rest zero; store_tile: n rows of D of src (rows x DP) */

@@ -44,11 +44,12 @@ typedef struct {
   float *kt, *vt, *keys, *dk, *dv;   /* of the keys: transposed (D x BK), packed, gradients */
   float *q, *dout, *dq;              /* of the queries, packed (BQ x DP) */
   float *p, *ds;                     /* weights, after dropout, and their gradient (BQ x BK) */
+  int* first;                        /* of visible_keys */
 } tiles_t;
 
 #define TILES(a) {TILE((a)->D, BK), TILE((a)->D, BK), TILE(BK, (a)->DP), TILE(BK, (a)->DP), \
                   TILE(BK, (a)->DP), TILE(BQ, (a)->DP), TILE(BQ, (a)->DP), TILE(BQ, (a)->DP), \
-                  TILE(BQ, BK), TILE(BQ, BK)}
+                  TILE(BQ, BK), TILE(BQ, BK), FIRST}
 
 HOT void load_keys(const attention_t* a, tiles_t t, long b, long group, long j0, long nj) {
   const act *k = AT(a->k, a->ks, b, group, j0), *v = AT(a->v, a->vs, b, group, j0);
@@ -63,9 +64,10 @@ HOT void load_queries(const attention_t* a, tiles_t t, long b, long h, long i0, 
 }
 
 /* p and ds of a tile of queries and keys */
-HOT void weights(const attention_t* a, tiles_t t, long head, long i0, long n, long j0, long nj) {
+HOT void weights(const attention_t* a, tiles_t t, visible_t seen, long head, long i0, long n,
+                 long j0, long nj) {
   const vint iota = IOTA;
-  const int masked = !all_visible(a, i0, n, j0, nj) || nj < BK;
+  const int masked = !all_visible(a, seen, i0, j0, nj) || nj < BK;
   for (long i = 0; i < n; i += ROWS)
     for (long j = 0; j < nj; j += COLS) {
       if (j0 + j > a->offset + i0 + i + ROWS - 1) {
@@ -81,7 +83,7 @@ HOT void weights(const attention_t* a, tiles_t t, long head, long i0, long n, lo
         const int real = r < n, at = (int)(a->offset + i0 + r);
         const long row = head * a->T + i0 + r;
         const float lse = real ? a->lse[row] : 0.f, delta = real ? a->delta[row] : 0.f;
-        const int first = a->window ? at - (int)a->window + 1 : 0;
+        const int first = seen.first[r];
         for (long x = j; x < j + COLS; x += LANES) {
           vfloat p = vexp2(LOAD(t.p + r * BK + x) * (a->scale * LOG2E) - lse);
           vfloat dp = LOAD(t.ds + r * BK + x);
@@ -114,10 +116,10 @@ HOT void add_key_gradients(const attention_t* a, tiles_t t, long n, long nj) {
 /* dq += ds k */
 HOT void add_query_gradients(const attention_t* a, tiles_t t, long i0, long n, long j0, long nj) {
   for (long i = 0; i < n; i += ROWS) {
-    const long seen = MIN(nj, a->offset + i0 + i + ROWS - j0);
-    if (seen <= 0) continue;
+    const long count = MIN(nj, a->offset + i0 + i + ROWS - j0);
+    if (count <= 0) continue;
     for (long d = 0; d < a->DP; d += COLS)
-      micro_kernel(t.ds + i * BK, BK, 1, t.keys + d, a->DP, t.dq + i * a->DP + d, a->DP, 0, seen, 1);
+      micro_kernel(t.ds + i * BK, BK, 1, t.keys + d, a->DP, t.dq + i * a->DP + d, a->DP, 0, count, 1);
   }
 }
 
@@ -132,9 +134,10 @@ HOT void key_tile(const attention_t* a, tiles_t t, long b, long group, long j0, 
   for (long h = group * per_group; h < (group + 1) * per_group; h++)
     for (long i0 = lowest; i0 < a->T; i0 += BQ) {
       const long n = MIN(a->T - i0, BQ);
-      if (a->window && j0 + nj - 1 <= a->offset + i0 - a->window) break;
+      const visible_t seen = visible_keys(a, t.first, b, i0, n);
+      if (seen.least >= j0 + nj) continue;
       load_queries(a, t, b, h, i0, n);
-      weights(a, t, b * a->H + h, i0, n, j0, nj);
+      weights(a, t, seen, b * a->H + h, i0, n, j0, nj);
       add_key_gradients(a, t, n, nj);
       if (!with_queries) continue;
       float* dq = AT(a->dq, a->qs, b, h, i0);
@@ -169,14 +172,13 @@ KERNEL static void query_task(void* args, int index) {
   const long b = head / a->H, h = head % a->H, group = h / (a->H / a->G);
   const long i0 = (tiles - 1 - index % tiles) * BQ, n = MIN(a->T - i0, BQ);
   tiles_t t = TILES(a);
-  long first, last;
-  visible_keys(a, i0, n, &first, &last);
+  const visible_t seen = visible_keys(a, t.first, b, i0, n);
   load_queries(a, t, b, h, i0, n);
   fill(t.dq, BQ * a->DP, 0.f);
-  for (long j0 = first / BK * BK; j0 < last; j0 += BK) {
-    const long nj = MIN(last - j0, BK);
+  for (long j0 = seen.least / BK * BK; j0 < seen.last; j0 += BK) {
+    const long nj = MIN(seen.last - j0, BK);
     load_keys(a, t, b, group, j0, nj);
-    weights(a, t, head, i0, n, j0, nj);
+    weights(a, t, seen, head, i0, n, j0, nj);
     add_query_gradients(a, t, i0, n, j0, nj);
   }
   store_floats(AT(a->dq, a->qs, b, h, i0), a->qs.row, t.dq, n, a->D, a->DP);

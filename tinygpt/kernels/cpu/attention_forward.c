@@ -1,15 +1,13 @@
 /* Causal flash attention, forward: out (B, T, H, D), and for the backward pass the logarithm to
  * base 2 of each softmax's denominator, lse (B, H, T). Scores are kept transposed, S[j][i], so that
- * the lanes of a vector are queries and the softmax needs no reduction across lanes. With start
- * (B) the queries of row b see no key before start[b] but their own. */
+ * the lanes of a vector are queries and the softmax needs no reduction across lanes. */
 #include "attention.h"
 
 static void query_tile(void* args, int index);
 
 KERNEL void NAME(ARGUMENTS) {
   DECLARE_NAMES
-  attention_t a = {.q = q, .k = k ? k : q, .v = v ? v : q, .out = out, .lse = lse, .start = start,
-                   SIZES};
+  attention_t a = {.q = q, .k = k ? k : q, .v = v ? v : q, .out = out, .lse = lse, SIZES};
   parallel_for(shared->pool, query_tile, &a, B * H * ((T + BQ - 1) / BQ));
 }
 
@@ -17,16 +15,11 @@ KERNEL void NAME(ARGUMENTS) {
 typedef struct { float *m, *s, *shrink; } softmax_t;
 
 /* weights 2^(S - m) of nj keys for LANES queries from i on, in place of the scores */
-HOT void weigh(const attention_t* a, softmax_t sm, float* scores, long head, long i0, long i,
-               long j0, long nj, int masked) {
+HOT void weigh(const attention_t* a, softmax_t sm, visible_t seen, float* scores, long head,
+               long i0, long i, long j0, long nj, int masked) {
   const vint iota = IOTA;
   const vint position = iota + (int)(a->offset + i0 + i);
-  vint first = a->window ? position - (int)(a->window - 1) : (vint)0;
-  if (a->start) {   /* the later of first and of the earlier of start and position */
-    const vint start = (vint)a->start[head / a->H], earlier = start < position;
-    const vint begin = (earlier & start) | (~earlier & position), later = first < begin;
-    first = (later & begin) | (~later & first);
-  }
+  const vint first = *(const vint*)(seen.first + i);
   const vfloat before = LOAD(sm.m + i);
   vfloat top = before, sum = (vfloat)0.f;
   for (long j = 0; j < nj; j++) {
@@ -66,13 +59,10 @@ KERNEL static void query_tile(void* args, int index) {
   fill(sm.m, BQ, -1e30f);
   fill(sm.s, BQ, 0.f);
   fill(out, ROUND_UP(n, ROWS) * DP, 0.f);
-  long first, last;
-  visible_keys(a, i0, n, &first, &last);
-  const long start = a->start ? MIN(a->start[b], a->offset + i0) : 0;
-  first = MAX(first, start);
-  for (long j0 = first / BK * BK; j0 < last; j0 += BK) {
-    const long nj = MIN(last - j0, BK), rows = ROUND_UP(nj, ROWS);
-    const int masked = !all_visible(a, i0, n, j0, nj) || (a->start && j0 < a->start[b]);
+  const visible_t seen = visible_keys(a, FIRST, b, i0, n);
+  for (long j0 = seen.least / BK * BK; j0 < seen.last; j0 += BK) {
+    const long nj = MIN(seen.last - j0, BK), rows = ROUND_UP(nj, ROWS);
+    const int masked = !all_visible(a, seen, i0, j0, nj);
     load_tile(keys, AT(a->k, a->ks, b, group, j0), a->ks.row, nj, rows, D, DP);
     load_tile(values, AT(a->v, a->vs, b, group, j0), a->vs.row, nj, rows, D, DP);
     for (long j = 0; j < rows; j += ROWS) {
@@ -81,15 +71,15 @@ KERNEL static void query_tile(void* args, int index) {
       for (long i = from; i < np; i += COLS)
         micro_kernel(keys + j * DP, DP, 1, qt + i, BQ, scores + j * BQ + i, BQ, 0, D, 0);
     }
-    for (long i = 0; i < np; i += LANES) weigh(a, sm, scores, head, i0, i, j0, nj, masked);
+    for (long i = 0; i < np; i += LANES) weigh(a, sm, seen, scores, head, i0, i, j0, nj, masked);
     for (long i = 0; i < n; i++)
       if (sm.shrink[i] != 1.0f)
         for (long d = 0; d < DP; d += LANES)
           STORE(out + i * DP + d, LOAD(out + i * DP + d) * sm.shrink[i]);
     for (long i = 0; i < n; i += ROWS) {
-      const long seen = MIN(nj, a->offset + i0 + i + ROWS - j0);
+      const long count = MIN(nj, a->offset + i0 + i + ROWS - j0);
       for (long d = 0; d < DP; d += COLS)
-        micro_kernel(scores + i, 1, BQ, values + d, DP, out + i * DP + d, DP, 0, seen, 1);
+        micro_kernel(scores + i, 1, BQ, values + d, DP, out + i * DP + d, DP, 0, count, 1);
     }
   }
   for (long i = 0; i < n; i++) {
