@@ -181,7 +181,8 @@ class CausalSelfAttention:
         if ctx.cache is not None:
             y = ctx.cache.attend(layer, q, k, v, ctx.start_pos, window)  # (B, H, T, D)
         else:
-            y = kernels.attention(q, k, v, 0, window, self.config.dropout, ctx.next_dropout_key())
+            y = kernels.attention(q, k, v, 0, window, self.config.dropout, ctx.next_dropout_key(),
+                                  ctx.starts)
         y = y.transpose(1, 2).reshape(B, T, H * D)  # (B, T, H D)
         return ctx.add(residual, self.c_proj, y)
 
@@ -247,12 +248,15 @@ class ForwardContext:
     """What the blocks of one forward pass share besides x (B, T, C).
 
     start_pos is the position of the first of the T tokens. Decoding has a cache of the tokens
-    before them; training has a dropout_key (1,) uint32, from which each dropout derives its own.
+    before them; training has a dropout_key (1,) uint32, from which each dropout derives its own,
+    and starts (B, T) int32 where rows hold several documents: where that of each token begins.
     """
 
     def __init__(self, config: GPTConfig, T: int, start_pos: int | UOp = 0,
-                 cache: KVCache | None = None, dropout_key: Tensor | None = None):
+                 cache: KVCache | None = None, dropout_key: Tensor | None = None,
+                 starts: Tensor | None = None):
         self.config, self.T, self.start_pos, self.cache = config, T, start_pos, cache
+        self.starts = starts if cache is None or cache.start is None else cache.start.unsqueeze(1)
         self._key = dropout_key if config.dropout else None
 
     def rotation(self, device: str | tuple[str, ...]) -> tuple[Tensor, Tensor]:
@@ -263,11 +267,10 @@ class ForwardContext:
         return cos[here], sin[here]
 
     def positions(self, wpe: Embedding) -> Tensor:
-        """The rows of wpe at the positions of the tokens: (T, C), or (B, T, C) after padding."""
-        if self.cache is None or self.cache.start is None:
+        """The rows of wpe at the positions of the tokens: (T, C), or (B, T, C) with starts."""
+        if self.starts is None:
             return wpe.weight[self.start_pos:self.start_pos + self.T]
-        start = self.cache.start.unsqueeze(1)  # (B, 1)
-        return wpe((counter(self.T, start.device) + self.start_pos - start).maximum(0))
+        return wpe((counter(self.T, self.starts.device) + self.start_pos - self.starts).maximum(0))
 
     def next_dropout_key(self) -> Tensor | None:
         if self._key is not None:
@@ -325,11 +328,13 @@ class GPT(LanguageModel):
 
     def __call__(self, idx: Tensor, targets: Tensor | None = None,
                  dropout_key: Tensor | None = None,
-                 loss_fn: LossFunction = kernels.cross_entropy) -> Tensor | tuple[Tensor, Tensor]:
+                 loss_fn: LossFunction = kernels.cross_entropy, starts: Tensor | None = None
+                 ) -> Tensor | tuple[Tensor, Tensor]:
         """Logits (B, T, V) of the token after each position of idx (B, T) int, T <= block_size.
 
         With targets (B, T) int, negative where a token is not to be predicted: (logits, loss), the
-        loss a scalar in nats, loss_fn(logits (B T, V), targets (B T,)).
+        loss a scalar in nats, loss_fn(logits (B T, V), targets (B T,)). With starts (B, T) int32 a
+        row holds documents that do not see each other; that of token t begins at starts[b, t].
 
         Dropout is drawn from dropout_key (1,) uint32; without one, from tinygrad's generator where
         Tensor.training is set (Context(TRAINING=1) from tinygrad 0.14 on). Raises ValueError on a
@@ -339,23 +344,25 @@ class GPT(LanguageModel):
         if idx.ndim != 2 or not 1 <= idx.shape[1] <= self.config.block_size:
             raise ValueError(f"idx has shape {idx.shape}: give (B, T) with 1 <= T <= "
                              f"block_size={self.config.block_size}")
-        if targets is not None and targets.shape != idx.shape:
-            raise ValueError(f"targets has shape {targets.shape}, idx {idx.shape}: "
-                             "give one target a position")
+        for name, given in (("targets", targets), ("starts", starts)):
+            if given is not None and given.shape != idx.shape:
+                raise ValueError(f"{name} has shape {given.shape}, idx {idx.shape}: "
+                                 "give one a position")
         self._check_tokens(idx, targets)
         if dropout_key is None and self.config.dropout and is_training():
             dropout_key = new_key(idx.device)
-        ctx = ForwardContext(self.config, idx.shape[1], dropout_key=dropout_key)
+        ctx = ForwardContext(self.config, idx.shape[1], dropout_key=dropout_key, starts=starts)
         logits = self._head(self._features(idx, ctx))
         if targets is None:
             return logits
         return logits, Loss(self._loss(logits, targets, loss_fn), self.state_dict)
 
     def checkpointed_loss(self, idx: Tensor, targets: Tensor, dropout_key: Tensor | None = None,
-                          loss_fn: LossFunction = kernels.cross_entropy) -> tuple[Tensor, Chain]:
+                          loss_fn: LossFunction = kernels.cross_entropy,
+                          starts: Tensor | None = None) -> tuple[Tensor, Chain]:
         """The loss as above, and the chain of blocks whose `gradients` compute every block a second
         time (see `tinygpt.model.recompute`)."""
-        ctx = ForwardContext(self.config, idx.shape[1], dropout_key=dropout_key)
+        ctx = ForwardContext(self.config, idx.shape[1], dropout_key=dropout_key, starts=starts)
         chain = Chain(self._embed(idx, ctx), self.h, ctx)
         return self._loss(self._head(chain.end), targets, loss_fn), chain
 

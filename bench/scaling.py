@@ -55,7 +55,7 @@ def pieces() -> list[float]:
     steps = run.steps
 
     def micro_batch():
-        steps.accumulate(*steps.inputs, steps.key, steps.share)
+        steps.accumulate(steps.key, steps.share, *steps.inputs)
         Device["CPU"].synchronize()
     return [milliseconds(micro_batch), milliseconds(lambda: steps.apply(steps.lr).tolist())]
 

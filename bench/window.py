@@ -13,7 +13,7 @@ from tinygrad import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from gpt import GPT, GPTConfig
-from tinygpt.data.load import mean_bytes
+from tinygpt.data.token_data import mean_bytes
 from tinygpt.training.report import bits_per_byte
 
 LONG, SCORED = 32, 64  # times block_size: the text over which keys are kept, and what is scored

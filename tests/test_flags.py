@@ -19,7 +19,8 @@ import train as command
 from gpt import GPT, GPTConfig
 from tinygpt import check, checkpoint, evaluate, kernels
 from tinygpt.config import SampleConfig
-from tinygpt.data.load import Batches, TokenData, load_data
+from tinygpt.data.load import load_data
+from tinygpt.data.token_data import Batches, TokenData
 from tinygpt.data.tokenizer import ByteTokenizer
 from tinygpt.inference.decoder import Decoder, Drawn
 from tinygpt.model import lora

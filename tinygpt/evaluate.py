@@ -1,6 +1,7 @@
 """Evaluates a model: `python -m tinygpt.evaluate CHECKPOINT TEXT`.
 
-Prints loss, perplexity and bits per byte of TEXT, or of a file of its token ids; with --task
+Prints loss, perplexity and bits per byte of TEXT, of a file of its token ids, or of the answers in
+a .jsonl file of conversations; with --task
 hellaswag (arXiv:1905.07830) or lambada (arXiv:1606.06031) TEXT is the published .jsonl file of that
 test. A command, as train.py and generate.py are: nothing in tinygpt imports it.
 """
@@ -23,8 +24,15 @@ from tinygrad import Tensor
 
 from tinygpt import command, device
 from tinygpt.config import LoadConfig, check, setting
+from tinygpt.data.conversations import (
+    are_conversations,
+    encode_conversations,
+    read_conversations,
+)
 from tinygpt.data.documents import check_readable, is_jsonl, read_documents, read_text
-from tinygpt.data.load import is_token_file, mean_bytes, read_tokens
+from tinygpt.data.load import is_token_file, read_tokens
+from tinygpt.data.packing import Encoded
+from tinygpt.data.token_data import mean_bytes
 from tinygpt.data.token_files import Ids, chunks
 from tinygpt.data.tokenizer import begin_of_text
 from tinygpt.flags import parse_flags
@@ -44,7 +52,8 @@ class EvaluateConfig(LoadConfig):
         "a .safetensors file, gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a folder in Hugging "
         "Face's layout", positional="required", section="model")
     text: str = setting(MISSING,
-        "a UTF-8 text; a file of token ids, .bin, or a folder with val.bin; or the .jsonl file of "
+        "a UTF-8 text; a .jsonl file of texts, or of conversations, of which the assistant's words "
+        "are scored; a file of token ids, .bin, or a folder with val.bin; or the .jsonl file of "
         "the task", positional="required", section="evaluation")
     task: str = setting("text", "what the text is", choices=TASKS)
     stride: int | None = setting(None,
@@ -117,20 +126,48 @@ def score_text(model: LanguageModel, text: str | Ids,
     there is no bits_per_byte. Raises ValueError on fewer than two tokens, on ids outside
     the vocabulary, or on a stride above block_size.
     """
+    stride = _stride(model, stride)
+    ids = np.array(encode(model, text)) if isinstance(text, str) else text
+    if len(ids) < 2:
+        raise ValueError(f"the text has {len(ids)} tokens: give two or more")
+    _check_vocabulary(model, ids)
+    each = model.tokenizer and mean_bytes(ids, model.tokenizer, "the text", skip=1)
+    return _scores(Scorer(model).text(ids, stride), each)
+
+
+def score_conversations(model: LanguageModel, conversations: Encoded,
+                        stride: int | None = None) -> dict[str, float]:
+    """The same of what the assistant says in conversations, each read from its beginning."""
+    stride = _stride(model, stride)
+    _check_vocabulary(model, conversations.ids)
+    scorer, nats = Scorer(model), [np.zeros(0)]
+    for ids, targets in conversations:
+        if (learned := targets[1:] >= 0).any():
+            nats.append(scorer.text(ids, stride)[learned])
+    if not sum(map(len, nats)):
+        raise ValueError("the assistant says nothing in these conversations: give others")
+    said = conversations.ids[conversations.mask]
+    return _scores(np.concatenate(nats), mean_bytes(said, model.tokenizer, "the conversations"))
+
+
+def _stride(model: LanguageModel, stride: int | None) -> int:
     block = model.config.block_size
     stride = max(1, block // 2) if stride is None else stride
     if stride > block:
         raise ValueError(f"stride={stride} is above block_size={block}: choose a smaller one")
-    ids = np.array(encode(model, text)) if isinstance(text, str) else text
-    if len(ids) < 2:
-        raise ValueError(f"the text has {len(ids)} tokens: give two or more")
+    return stride
+
+
+def _check_vocabulary(model: LanguageModel, ids: Ids) -> None:
     if (largest := max(part.max() for part in chunks(ids))) >= model.config.vocab_size:
         raise ValueError(f"the text has token id {largest}, outside the model's vocabulary of "
                          f"{model.config.vocab_size}: is it another tokenizer's?")
-    each = model.tokenizer and mean_bytes(ids, model.tokenizer, "the text", skip=1)
-    loss = float(Scorer(model).text(ids, stride).astype(np.float64).mean())
-    bits = {"bits_per_byte": bits_per_byte(loss, each)} if each else {}
-    return {"loss": loss, "perplexity": math.exp(min(loss, 700)), **bits, "tokens": len(ids) - 1}
+
+
+def _scores(nats: np.ndarray, bytes_each: float | None) -> dict[str, float]:
+    loss = float(nats.astype(np.float64).mean())
+    bits = {"bits_per_byte": bits_per_byte(loss, bytes_each)} if bytes_each else {}
+    return {"loss": loss, "perplexity": math.exp(min(loss, 700)), **bits, "tokens": len(nats)}
 
 
 def score_hellaswag(model: LanguageModel, questions: list[dict]) -> dict[str, float]:
@@ -228,6 +265,9 @@ def run(config: EvaluateConfig) -> dict[str, float]:
     if model.tokenizer is None:
         raise ValueError(f"{config.checkpoint} has no tokenizer that can be read here: give a file "
                          "of token ids, .bin")
+    if config.task == "text" and are_conversations([path], "text"):
+        pairs = encode_conversations(read_conversations([path]), model.tokenizer)
+        return score_conversations(model, Encoded.of(pairs), config.stride)
     if config.task == "text":
         text = "\n".join(read_documents([path], "text")) if is_jsonl(path) else read_text(path)
         return score_text(model, text, config.stride)

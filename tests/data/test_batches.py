@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from tinygpt.data import DataError
-from tinygpt.data.load import Batches
+from tinygpt.data.token_data import Batches
 
 T, B = 8, 3
 

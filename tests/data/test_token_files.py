@@ -15,7 +15,8 @@ from tokens import text_of
 from tinygpt import device
 from tinygpt.data import DataError, documents, token_files
 from tinygpt.data import load as module
-from tinygpt.data.load import Batches, TokenData, load_data, read_tokens
+from tinygpt.data.load import load_data, read_tokens
+from tinygpt.data.token_data import Batches, TokenData
 from tinygpt.data.token_files import TokenFile
 from tinygpt.data.tokenizer import ByteTokenizer, CharTokenizer
 

@@ -1,18 +1,18 @@
-"""Text or .bin files -> token ids -> batches in a resumable order."""
+"""Text, conversations or .bin files -> token ids."""
 
 import glob
 import hashlib
 import os
-import shutil
 import sys
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from tinygpt import device
 from tinygpt.data import DataError, shards, token_files
+from tinygpt.data.conversations import are_conversations, load_conversations
 from tinygpt.data.documents import (
     TextFiles,
     are_documents,
@@ -21,7 +21,8 @@ from tinygpt.data.documents import (
     special_kind,
 )
 from tinygpt.data.download import download
-from tinygpt.data.token_files import Ids, MissingFile, TokenFolder, chunks, digest
+from tinygpt.data.token_data import TokenData, check_length
+from tinygpt.data.token_files import Ids, MissingFile, TokenFolder, digest
 from tinygpt.data.tokenizer import (
     Tokenizer,
     end_of_text,
@@ -38,129 +39,14 @@ SHAKESPEARE_URL = ("https://raw.githubusercontent.com/karpathy/char-rnn/master/d
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 
 
-@dataclass
-class TokenData:
-    """Token ids of the training and validation splits (1-d, unsigned) and their metadata.
-
-    tokenizer: None if bare ids were given. source: a path or glob if is_named, else a description.
-    fingerprint: a hash of the ids of both splits. new_cache: the cache folder that this call wrote.
-    note: a line to log with them.
-    """
-
-    train: Ids
-    val: Ids
-    tokenizer: Tokenizer | None
-    source: str
-    is_named: bool = True
-    fingerprint: str = ""
-    new_cache: Path | None = None
-    note: str = ""
-
-    def __post_init__(self):
-        self.fingerprint = self.fingerprint or f"{digest(self.train)}-{digest(self.val)}"
-
-    def bytes_per_token(self) -> float | None:
-        """Mean UTF-8 bytes per validation token, where end-of-text has none; None without a
-        tokenizer."""
-        return self.tokenizer and mean_bytes(self.val, self.tokenizer, self.source)
-
-    def describe(self) -> dict:
-        """Metadata of the data for a checkpoint, as JSON values; `check_same` takes it."""
-        return {"source": self.source, "fingerprint": self.fingerprint,
-                "training_tokens": len(self.train), "validation_tokens": len(self.val)}
-
-    def check_same(self, path: Path, saved: dict | None) -> None:
-        """Raises DataError if the checkpoint at path was trained on other ids. saved: what
-        `describe` returned then; None, as in older checkpoints, is accepted."""
-        ours = self.describe()
-        if saved is None or (isinstance(saved, dict)
-                             and saved.get("fingerprint") == self.fingerprint):
-            return
-        if not isinstance(saved, dict) or not ours.keys() <= saved.keys():
-            raise DataError(f"{path} has damaged metadata of its data: use another checkpoint")
-        names = ["{source} ({training_tokens} training and {validation_tokens} validation tokens, "
-                 "fingerprint {fingerprint})".format(**data) for data in (saved, ours)]
-        raise DataError(f"{path} was trained on {names[0]}, which is not the same data as "
-                        f"{names[1]}: resume with the same data, or start a new run from it with "
-                        "--init_from")
-
-    def delete_new_cache(self) -> None:
-        """Deletes the cache that was written for a run that is now refused."""
-        if self.new_cache is not None:
-            shutil.rmtree(self.new_cache, ignore_errors=True)
-
-
-def mean_bytes(ids: Ids, tokenizer: Tokenizer, source: str, skip: int = 0) -> float | None:
-    """Mean UTF-8 bytes per id, the first `skip` ids left out; None if all of them have 0 bytes.
-    Raises DataError on an id outside the tokenizer's vocabulary."""
-    lengths, total = tokenizer.token_lengths(), 0
-    for part in chunks(ids):
-        if (largest := part.max()) >= tokenizer.vocab_size:
-            raise DataError(f"{source} has token id {largest}, but the tokenizer has "
-                            f"{tokenizer.vocab_size} ids: use the one that made the ids")
-        total += int(lengths[part].sum())
-    total -= int(lengths[ids[:skip]].sum())
-    return total / (len(ids) - skip) if total else None
-
-
-class Batches:
-    """Batches of windows of a token array; each is a pure function of its number.
-
-    An epoch has every window of block_size tokens once; their order and the offset of the first
-    are drawn from (seed, epoch). Raises DataError if the array has fewer than block_size + 1 ids.
-    """
-
-    def __init__(self, tokens: Ids, block_size: int, batch_size: int, seed: int):
-        check_length(tokens, block_size)
-        self.tokens, self.block_size, self.batch_size = tokens, block_size, batch_size
-        self.seed = seed
-        self.windows = max(1, len(tokens) // block_size - 1)  # a random offset uses the rest
-        self._epoch: tuple[int, np.ndarray] | None = None
-
-    def batch(self, number: int) -> tuple[np.ndarray, np.ndarray]:
-        """Batch `number`, from 0: ids and the ids that follow them, both (B, T) int32."""
-        positions = np.arange(self.batch_size) + number * self.batch_size
-        return self._windows_at([self._start(int(p)) for p in positions])
-
-    def spread(self, number: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """Batch `number` of `count` batches whose windows are spread evenly over the array."""
-        last = (len(self.tokens) - 1) // self.block_size - 1
-        positions = np.arange(self.batch_size) + number * self.batch_size
-        index = (positions * (last / max(1, count * self.batch_size - 1))).round().astype(np.int64)
-        return self._windows_at(index * self.block_size)
-
-    def _start(self, position: int) -> int:
-        epoch, index = divmod(position, self.windows)
-        if self._epoch is None or self._epoch[0] != epoch:
-            rng = np.random.default_rng([self.seed, epoch])
-            slack = len(self.tokens) - 1 - self.windows * self.block_size
-            offset = rng.integers(0, min(slack, self.block_size - 1) + 1)
-            self._epoch = epoch, offset + rng.permutation(self.windows) * self.block_size
-        return int(self._epoch[1][index])
-
-    def _windows_at(self, starts) -> tuple[np.ndarray, np.ndarray]:
-        T = self.block_size
-        rows = np.stack([self.tokens[s:s + T + 1] for s in starts]).astype(np.int64)
-        if rows.max() >= np.iinfo(np.int32).max:
-            raise DataError(f"token id {rows.max()} does not fit in 31 bits")
-        return rows[:, :-1].astype(np.int32), rows[:, 1:].astype(np.int32)
-
-
-def check_length(tokens: Ids, block_size: int) -> None:
-    """Raises DataError if a split has fewer than block_size + 1 tokens."""
-    if len(tokens) < block_size + 1:
-        raise DataError(f"a split of the data has {len(tokens)} tokens, fewer than block_size + 1 "
-                        f"= {block_size + 1}: give more text or a smaller --block_size")
-
-
 def load_data(source, tokenizer: str | Tokenizer, vocab_size: int, block_size: int = 1,
               text_field: str = "text") -> TokenData:
     """Token ids of `source`, split 90 to 10 as nanoGPT does.
 
     source: the name "shakespeare"; a path or glob of text files; a folder of them; a folder with
     train.bin and val.bin; text itself (a string with a line break); or a 1-d array of token ids.
-    A .jsonl file has a document in each line, at text_field. Several documents, and those of a
-    .jsonl, are separated by an end-of-text id, or by a line break if the tokenizer has no such id.
+    A .jsonl file has a document in each line, at text_field, or a conversation, at "messages": then
+    a ChatData is returned. Several documents, and those of a .jsonl, are separated by an end-of-text id, or by a line break if the tokenizer has no such id.
     tokenizer: a tokenizer, or the kind of tokenizer to make. Raises DataError, also if a split
     has fewer than block_size + 1 tokens, or ValueError from a tokenizer; nothing is cached then.
     """
@@ -176,6 +62,8 @@ def load_data(source, tokenizer: str | Tokenizer, vocab_size: int, block_size: i
     if os.path.isfile(Path(source) / "train.bin"):
         return _from_token_files(Path(source), tokenizer, vocab_size)
     files = _text_files(str(source))
+    if are_conversations(files, text_field):
+        return load_conversations(files, str(source), tokenizer, vocab_size)
     if not isinstance(tokenizer, str):
         return _from_text(read_documents(files, text_field), tokenizer, vocab_size, str(source),
                           are_documents(files))

@@ -41,8 +41,10 @@ class Bigram(LanguageModel):
         self.table = Tensor.zeros(config.vocab_size, config.vocab_size).contiguous().realize()
 
     def __call__(self, idx: Tensor, targets: Tensor | None = None, dropout_key=None,
-                 loss_fn: LossFunction = kernels.cross_entropy) -> Tensor | tuple[Tensor, Tensor]:
-        """Logits (B, T, V) for idx (B, T) int32; with targets (B, T) int32 also the loss."""
+                 loss_fn: LossFunction = kernels.cross_entropy,
+                 starts: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        """Logits (B, T, V) for idx (B, T) int32; with targets (B, T) int32 also the loss. Where
+        documents begin makes no difference: only the last token matters."""
         self._check_tokens(idx, targets)
         logits = kernels.embedding(idx, self.table)  # (B, T, V)
         if targets is None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from tinygrad import GlobalCounters
 
 from tinygpt import device
-from tinygpt.data.load import TokenData
+from tinygpt.data.token_data import TokenData
 from tinygpt.model.language_model import LanguageModel
 from tinygpt.training.config import TrainConfig
 from tinygpt.training.trial import compiled_run

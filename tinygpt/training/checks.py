@@ -7,7 +7,7 @@ import numpy as np
 from tinygrad import dtypes
 
 from tinygpt import checkpoint, device
-from tinygpt.data.load import TokenData
+from tinygpt.data.token_data import TokenData
 from tinygpt.model import lora
 from tinygpt.model.language_model import LanguageModel
 from tinygpt.safetensors_file import BAD_VALUES
@@ -34,6 +34,12 @@ def check_vocabulary(model: LanguageModel, data: TokenData) -> None:
     if tokenizer is not None and tokenizer.vocab_size > size:
         raise ValueError(f"the tokenizer has {tokenizer.vocab_size} ids, the model "
                          f"vocab_size={size}: give it at least as many")
+
+
+def check_curriculum(config: TrainConfig) -> None:
+    """Raises ValueError where a curriculum would cut rows of several conversations."""
+    if config.curriculum:
+        raise ValueError("--curriculum cuts rows, and so the conversations in them: leave it out")
 
 
 def check_memory(model: LanguageModel, config: TrainConfig) -> None:

@@ -198,4 +198,8 @@ PRESETS: dict[str, dict] = {
         gradient_accumulation_steps=32, max_iters=20, learning_rate=3e-5, schedule="constant",
         warmup_iters=0, beta1=0.9, beta2=0.95, weight_decay=0.1, grad_clip=1.0, eval_interval=5,
         eval_iters=40, log_interval=1),
+    # to fine-tune the default model on conversations (bench/chat.py)
+    "chat": dict(
+        batch_size=BATCH_SIZE, optimizer="muon", learning_rate=4e-3, ema=True, ema_decay=0.99,
+        weight_decay=0.0, max_iters=3000, eval_interval=300, eval_iters=40, **USUAL),
 }

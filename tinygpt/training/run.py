@@ -6,17 +6,18 @@ import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from itertools import takewhile
 from pathlib import Path
 
 import numpy as np
 
 from tinygpt import checkpoint, device
-from tinygpt.data.load import Batches, TokenData
-from tinygpt.data.tokenizer import up_to_end
+from tinygpt.data.token_data import TokenData
 from tinygpt.flags import to_json
 from tinygpt.model import lora
 from tinygpt.model.language_model import LanguageModel
 from tinygpt.training.checks import (
+    check_curriculum,
     check_finite,
     check_float32,
     check_memory,
@@ -84,13 +85,15 @@ class Run:
         self.loss_scale = LossScale() if config.dtype == "float16" else None
         block = model.config.block_size
         rows, _ = self.ranks.split(config.batch_size, config.gradient_accumulation_steps)
-        self.batches = Batches(data.train, block, rows, config.seed)
-        self.val_batches = Batches(data.val, block, rows, config.seed)
+        self.batches, self.val_batches = data.batches(block, rows, config.seed)
         self.params = lora.trainable(model.state_dict(), config.freeze)
         self.devices = Devices(config, self.params)
         self.optimizer = make_optimizer(self.devices.owned, config)
         self.ema = EMA(model.state_dict(), config.ema_decay) if config.ema else None
         self.steps = Steps(model, config, self.optimizer, self.ema, self.ranks, self.devices)
+        if self.batches.has_starts:
+            check_curriculum(config)
+            self.steps.use_starts()
 
     def distribute(self) -> None:
         """Places the weights, their moving average and the optimizer's state on the devices."""
@@ -271,15 +274,14 @@ class Run:
                              "or use --dtype float32; the checkpoints before are good")
 
     def sample(self, model: LanguageModel) -> str | None:
-        """A short text by a model with the data's tokenizer; None without a tokenizer."""
-        if (tokenizer := self.data.tokenizer) is None:
-            return None
-        try:
-            prompt = tokenizer.encode("\n")
-        except ValueError:  # a tokenizer of characters that knows no line break
-            prompt = [int(self.data.val[0])]
-        ids = model.stream([prompt], 200, seed=self.config.seed)
-        return tokenizer.decode(list(up_to_end(tokenizer, ids)))
+        """A short text by a model with the data's tokenizer, or answers to the data's questions;
+        None without a tokenizer."""
+        texts = []
+        for prompt in self.data.sample_prompts():
+            ids = takewhile(lambda i, ends=prompt.stop_ids: i not in ends,
+                            model.stream([prompt.ids], 200, seed=self.config.seed))
+            texts.append(prompt.shown + self.data.tokenizer.decode(list(ids)))
+        return "\n".join(texts) if texts else None
 
     def _log_sample(self) -> None:
         if self.ranks.is_main:
@@ -406,8 +408,8 @@ class Run:
             log(f"{self.ranks.size} processes, {self.ranks.local_size} of them on this machine")
         log(f"data {data.source}: {len(data.train):,} training and {len(data.val):,} validation "
             "tokens")
-        if data.note:
-            log(data.note)
+        for note in filter(None, (data.note, self.batches.note)):
+            log(note)
         trained = sum(p.numel() for p in self.params.values())
         log(f"model {self.model.num_params():,} parameters, of which {trained:,} are trained; "
             f"{self.report.work.tokens:,} tokens a step")
@@ -449,5 +451,5 @@ def prepare(model: LanguageModel, config: TrainConfig, data: TokenData,
         ranks.check_same(step=run.iter_num, weights=checksum(model.state_dict()))
     model.tokenizer = data.tokenizer
     run.distribute()
-    model(run.steps.x, run.steps.y)  # not realized: raises where the kernels lack an operation
+    model(run.steps.x, run.steps.y, starts=run.steps.starts)  # not realized: raises where the kernels lack an operation
     return run

@@ -21,6 +21,9 @@ class Steps:
     Whatever changes from step to step is written into tensors, so that each step is compiled once.
     Each rank takes its share of a step's micro-batches, which `Ranks.split` may have made smaller;
     each device takes its rows of a micro-batch.
+
+    A micro-batch is ids and targets (B, T) int32, and where rows hold several documents also
+    starts (B, T) int32, the index where that of each token begins.
     """
 
     def __init__(self, model, config: TrainConfig, optimizer: Optimizer, ema: EMA | None,
@@ -40,7 +43,13 @@ class Steps:
             self.loss_sum = self._buffer(1)
             self.buckets = Buckets(ranks, [self.loss_sum, *self.sums])
             self.apply = compiled(self._apply_step)
+        self.starts: Tensor | None = None
         self.use_length(model.config.block_size)
+
+    def use_starts(self) -> None:
+        """Makes micro-batches have starts."""
+        self.starts = self._rows(*self.x.shape)
+        self.use_length(self.model.config.block_size)
 
     def use_length(self, length: int) -> None:
         """Sets the sequence length of training steps, which are compiled anew.
@@ -50,7 +59,7 @@ class Steps:
         """
         self.length = length
         rows, block = self.x.shape
-        self.inputs = (self.x, self.y) if length == block else tuple(
+        self.inputs = self._whole() if length == block else tuple(
             self._rows(rows * block // length, length) for _ in range(2))
         if self.count == 1:
             self._train = compiled(self._train_step)
@@ -61,8 +70,8 @@ class Steps:
               loss_scale: float = 1.0) -> tuple[float, float]:
         """Training step `number`: its loss, and the norm of its gradient before clipping.
 
-        batch(n) returns micro-batch n, ids and targets (B, T) int32. A step whose norm is above
-        norm_limit changes nothing. With float16 the loss is multiplied by loss_scale before the
+        batch(n) returns micro-batch n. Each counts by its share of the step's targets. A step whose
+        norm is above norm_limit changes nothing. With float16 the loss is multiplied by loss_scale before the
         backward pass; the returned loss and norm are unscaled. If a gradient overflows, the norm is
         not finite and nothing changes.
         """
@@ -70,14 +79,16 @@ class Steps:
         device.write(self.norm_limit, [norm_limit])
         if self.loss_scale is not None:
             device.write(self.loss_scale, [loss_scale])
-        for n in self.ranks.shard(range(number * self.count, (number + 1) * self.count)):
-            self._load(*batch(n), *self.inputs)
+        numbers = range(number * self.count, (number + 1) * self.count)
+        targets = self._targets(batch, numbers)
+        for n in self.ranks.shard(numbers):
+            self._load(batch(n), self.inputs)
             device.write(self.key, make_key(self.config.seed, n))
             if self.count == 1:
-                stats = self._train(*self.inputs, self.key, self.lr)
+                stats = self._train(self.key, self.lr, *self.inputs)
             else:
-                device.write(self.share, [1 / self.count])
-                self.accumulate(*self.inputs, self.key, self.share)
+                device.write(self.share, [targets[n - numbers.start] / targets.sum()])
+                self.accumulate(self.key, self.share, *self.inputs)
         if self.count > 1:
             if self.ranks.size > 1:
                 self.buckets.all_sum()
@@ -86,36 +97,48 @@ class Steps:
         return loss, norm
 
     def evaluate(self, batch, count: int) -> float:
-        """The mean loss of `count` micro-batches, shared among the ranks.
+        """The mean loss of the targets of `count` micro-batches, shared among the ranks.
 
-        batch(n) returns micro-batch n, ids and targets (B, T) int32.
+        batch(n) returns micro-batch n.
         """
-        losses = np.zeros(count)
+        losses, buffers = np.zeros(count), self._whole()
         for n in self.ranks.shard(range(count)):
-            self._load(*batch(n), self.x, self.y)
-            losses[n] = self._evaluate(self.x, self.y).item()
-        return float(np.mean(self.ranks.all_sum(losses)))
+            self._load(batch(n), buffers)
+            losses[n] = self._evaluate(*buffers).item()
+        return float(np.average(self.ranks.all_sum(losses),
+                                weights=self._targets(batch, range(count))))
 
-    def _load(self, x: np.ndarray, y: np.ndarray, to_x: Tensor, to_y: Tensor) -> None:
-        if (largest := max(x.max(), y.max())) >= self.model.config.vocab_size:
+    def _whole(self) -> tuple[Tensor, ...]:
+        """The buffers of a micro-batch of rows of block_size."""
+        return (self.x, self.y) if self.starts is None else (self.x, self.y, self.starts)
+
+    def _targets(self, batch, numbers: range) -> np.ndarray:
+        """The numbers of targets of micro-batches, by which their losses count."""
+        if self.starts is None:  # every token is a target
+            return np.ones(len(numbers))
+        return np.array([(batch(n)[1] >= 0).sum() for n in numbers])
+
+    def _load(self, batch: tuple[np.ndarray, ...], buffers: tuple[Tensor, ...]) -> None:
+        if (largest := max(ids.max() for ids in batch[:2])) >= self.model.config.vocab_size:
             raise ValueError(f"the data has token id {largest}, outside the model's vocabulary of "
                              f"{self.model.config.vocab_size}: is it another tokenizer's?")
-        device.write(to_x, x)
-        device.write(to_y, y)
+        for buffer, array in zip(buffers, batch, strict=True):
+            device.write(buffer, array)
 
     # ---- compiled functions
 
-    def _gradients(self, x: Tensor, y: Tensor, key: Tensor) -> tuple[Tensor, list[Tensor]]:
+    def _gradients(self, key: Tensor, x: Tensor, y: Tensor, starts: Tensor | None = None
+                   ) -> tuple[Tensor, list[Tensor]]:
         """The loss, and the gradients of the scaled loss."""
         config, model = self.config, self.model
         loss_fn = partial(kernels.cross_entropy, label_smoothing=config.label_smoothing,
                           z_loss=config.z_loss)
         key = key if model.config.dropout else None
         if config.grad_checkpoint:
-            loss, chain = model.checkpointed_loss(x, y, key, loss_fn)
+            loss, chain = model.checkpointed_loss(x, y, key, loss_fn, starts)
             grads = chain.gradients(self._scaled(loss), self.params)
         else:
-            _, loss = model(x, y, key, loss_fn)
+            _, loss = model(x, y, key, loss_fn, starts)
             grads = self._scaled(loss).gradient(*self.params.values())
         return loss, [kernels.stored(g.cast(dtypes.float32)) for g in grads]
 
@@ -140,13 +163,13 @@ class Steps:
             updates += self.ema.update(self.optimizer.step, sound)
         return Tensor.stack(loss.reshape(()), norm).realize(*updates)
 
-    def _train_step(self, x: Tensor, y: Tensor, key: Tensor, lr: Tensor) -> Tensor:
-        loss, grads = self._gradients(x, y, key)
+    def _train_step(self, key: Tensor, lr: Tensor, *rows: Tensor) -> Tensor:
+        loss, grads = self._gradients(key, *rows)
         Tensor.realize(loss, *grads)  # two graphs are scheduled in half the time of one
         return self._update(loss, grads, lr)
 
-    def _accumulate_step(self, x: Tensor, y: Tensor, key: Tensor, share: Tensor) -> None:
-        loss, grads = self._gradients(x, y, key)
+    def _accumulate_step(self, key: Tensor, share: Tensor, *rows: Tensor) -> None:
+        loss, grads = self._gradients(key, *rows)
         assigns = [s.assign(s + g * share) for s, g in zip(self.sums, grads, strict=True)]
         Tensor.realize(self.loss_sum.assign(self.loss_sum + loss * share), *assigns)
 
@@ -155,9 +178,9 @@ class Steps:
         Tensor.realize(*(s.assign(s.zeros_like()) for s in (self.loss_sum, *self.sums)))
         return stats
 
-    def _eval_step(self, x: Tensor, y: Tensor) -> Tensor:
+    def _eval_step(self, x: Tensor, y: Tensor, starts: Tensor | None = None) -> Tensor:
         with training(False):  # a user's own loop may have dropout on
-            return self.model(x, y)[1].realize()
+            return self.model(x, y, starts=starts)[1].realize()
 
     # ---- input buffers
 
