@@ -19,12 +19,12 @@ from pathlib import Path
 
 import numpy as np
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).parent.parent))
 from gpt import GPT
 from tinygpt.data.chat import chat_template_of
 from tinygpt.data.load import SHIPPED
 
+ROOT = Path(__file__).parent.parent
 TRAINING, HELD_OUT = 9000, 500  # questions, those of the validation split among the first
 BATCH = 50  # questions that are answered at once
 LONGEST = 24  # tokens of an answer
@@ -87,7 +87,7 @@ def right_answers(model: GPT, asked: list[tuple[str, str, str]]) -> dict[str, fl
             ids = takewhile(lambda i: i not in template.stop_ids, row[len(prompt):])
             right[kind].append(model.tokenizer.decode(list(ids)) == answer)
     return {kind: float(np.mean(found)) for kind, found in right.items()} | {
-        "all": float(np.mean(sum(right.values(), [])))}
+        "all": float(np.mean(np.concatenate(list(right.values()))))}
 
 
 def train(*flags: str) -> float:

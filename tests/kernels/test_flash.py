@@ -101,7 +101,8 @@ def test_symbolic_offset():
     shape = 1, 1, 1, 2, 9, 4
     q, k, v = (Tensor(a, device="PYTHON").realize() for a in list(draw(*shape).values())[:3])
     variable = UOp.variable("offset", 0, 7)
-    jitted = TinyJit(lambda q, k, v, offset: flash.attention(q, k, v, None, offset, window=3).realize())
+    jitted = TinyJit(lambda q, k, v, offset: flash.attention(q, k, v, offset=offset, window=3)
+                     .realize())
     for offset in (1, 7, 0, 5):
         right = attend(reference, draw(*shape), dict(offset=offset, window=3), Device.DEFAULT)[0]
         np.testing.assert_allclose(jitted(q, k, v, variable.bind(offset)).numpy(), right.numpy(),

@@ -26,10 +26,9 @@ def data(tmp_path_factory):
     rng = np.random.default_rng(1)
     lines = []
     for i in range(40):
-        turns = [[{"role": "user", "content": f"{i}?"},
-                  {"role": "assistant", "content": "no" * int(rng.integers(1, 4))}]
-                 for _ in range(1 + (i % 5 == 0))]
-        lines.append(json.dumps({"messages": sum(turns, [])}))
+        answer = "no" * int(rng.integers(1, 4))
+        turn = [{"role": "user", "content": f"{i}?"}, {"role": "assistant", "content": answer}]
+        lines.append(json.dumps({"messages": turn * (1 + (i % 5 == 0))}))
     path = tmp_path_factory.mktemp("chats") / "chats.jsonl"
     path.write_text("\n".join(lines))
     return load_data(str(path), "byte", 256)

@@ -34,8 +34,8 @@ def quick(monkeypatch, without_samples):
 def test_the_tokens_are_those_of_a_run_without_in_shorter_pieces(config, text, monkeypatch):
     seen, compiled = [], []
     call = GPT.__call__
-    monkeypatch.setattr(GPT, "__call__", lambda model, x, *rest: (
-        compiled.append(x.shape), call(model, x, *rest))[1])
+    monkeypatch.setattr(GPT, "__call__", lambda model, x, *rest, **named: (
+        compiled.append(x.shape), call(model, x, *rest, **named))[1])
     monkeypatch.setattr(Steps, "evaluate", lambda *args: 1.0)
     train_one = Steps.train
     monkeypatch.setattr(Steps, "train", lambda steps, *what: (

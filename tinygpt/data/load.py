@@ -46,7 +46,8 @@ def load_data(source, tokenizer: str | Tokenizer, vocab_size: int, block_size: i
     source: the name "shakespeare"; a path or glob of text files; a folder of them; a folder with
     train.bin and val.bin; text itself (a string with a line break); or a 1-d array of token ids.
     A .jsonl file has a document in each line, at text_field, or a conversation, at "messages": then
-    a ChatData is returned. Several documents, and those of a .jsonl, are separated by an end-of-text id, or by a line break if the tokenizer has no such id.
+    a ChatData is returned. Several documents, and those of a .jsonl, are separated by an
+    end-of-text id, or by a line break if the tokenizer has no such id.
     tokenizer: a tokenizer, or the kind of tokenizer to make. Raises DataError, also if a split
     has fewer than block_size + 1 tokens, or ValueError from a tokenizer; nothing is cached then.
     """

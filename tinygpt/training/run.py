@@ -451,5 +451,6 @@ def prepare(model: LanguageModel, config: TrainConfig, data: TokenData,
         ranks.check_same(step=run.iter_num, weights=checksum(model.state_dict()))
     model.tokenizer = data.tokenizer
     run.distribute()
-    model(run.steps.x, run.steps.y, starts=run.steps.starts)  # not realized: raises where the kernels lack an operation
+    # not realized: raises where the kernels lack an operation
+    model(run.steps.x, run.steps.y, starts=run.steps.starts)
     return run

@@ -71,9 +71,9 @@ class Steps:
         """Training step `number`: its loss, and the norm of its gradient before clipping.
 
         batch(n) returns micro-batch n. Each counts by its share of the step's targets. A step whose
-        norm is above norm_limit changes nothing. With float16 the loss is multiplied by loss_scale before the
-        backward pass; the returned loss and norm are unscaled. If a gradient overflows, the norm is
-        not finite and nothing changes.
+        norm is above norm_limit changes nothing. With float16 the loss is multiplied by loss_scale
+        before the backward pass; the returned loss and norm are unscaled. If a gradient overflows,
+        the norm is not finite and nothing changes.
         """
         device.write(self.lr, [lr])
         device.write(self.norm_limit, [norm_limit])
