@@ -34,12 +34,15 @@ class Decoders:
     def __reduce__(self):
         return Decoders, ()  # a copy of the model begins with none
 
-    def run(self, model, prompts: list[np.ndarray], config: SampleConfig) -> Iterator["Drawn"]:
+    def run(self, model, prompts: list[np.ndarray], config: SampleConfig,
+            reuse_cache: bool = False) -> Iterator["Drawn"]:
         """Yields the tokens that follow B prompts, each (T,) int32 with its own T, max_new_tokens
-        times."""
-        decoder = self._take(model, Needs.of(model, prompts, config))
+        times. With reuse_cache the keys and values of tokens that an earlier text began with are
+        not computed again."""
+        needs = Needs.of(model, prompts, config)
+        decoder = self._take(model, needs, prompts if reuse_cache else None)
         with suppress(GeneratorExit):  # the caller stopped reading
-            yield from decoder.run(prompts, config)
+            yield from decoder.run(prompts, config, reuse_cache)
         decoder.model = None
         self._idle.append(decoder)  # not after an exception, which may have stopped half a step
 
@@ -47,13 +50,15 @@ class Decoders:
         """Frees the idle decoders."""
         self._idle.clear()
 
-    def _take(self, model, needs: "Needs") -> "Decoder":
-        for decoder in self._idle:
-            if decoder.needs == needs:
-                self._idle.remove(decoder)
-                decoder.model = model
-                return decoder
-        return Decoder(model, needs)
+    def _take(self, model, needs: "Needs", prompts: list[np.ndarray] | None) -> "Decoder":
+        """An idle decoder, the one whose cache has most of the prompts, or a new one."""
+        fitting = [decoder for decoder in self._idle if decoder.needs == needs]
+        if not fitting:
+            return Decoder(model, needs)
+        decoder = max(fitting, key=lambda d: d.cached_of(prompts)) if prompts else fitting[0]
+        self._idle.remove(decoder)
+        decoder.model = model
+        return decoder
 
 
 class Drawn(NamedTuple):
@@ -110,9 +115,11 @@ class Decoder:
                        for T in {1, *chunks}}
         self.start = buffer(B, dtype=dtypes.int32, device=needs.device) if needs.ragged else None
         self.cache = model._new_cache(B, self.start)
+        self.cached_tokens = np.empty((B, 0), np.int32)  # whose keys and values the cache has
         self.chunks, self.parts, self.steps = chunks, [], {}
 
-    def run(self, prompts: list[np.ndarray], config: SampleConfig) -> Iterator[Drawn]:
+    def run(self, prompts: list[np.ndarray], config: SampleConfig, reuse_cache: bool = False
+            ) -> Iterator[Drawn]:
         """Yields the tokens that follow the prompts, max_new_tokens times."""
         self._follow_model()
         self.parameters.set(config)
@@ -122,7 +129,8 @@ class Decoder:
             lengths = lengths[:1]  # one key for all rows
         window, start = aligned(prompts, self.block_size)
         hop = min(config.window_hop or (self.block_size + 1) // 2, self.block_size)
-        cached = 0  # number of tokens of the window that are in the cache
+        # number of tokens of the window that are in the cache
+        cached = self.cached_of(prompts) if reuse_cache else 0
         for new in range(config.max_new_tokens):
             if window.shape[1] > self.block_size:  # the window moves, and with it all positions
                 full = window.shape[1] - start > self.block_size
@@ -133,17 +141,28 @@ class Decoder:
             device.write(self.key, np.concatenate([make_key(config.seed, length + new)
                                                    for length in lengths]))
             drawn = self._next(window, cached)
-            cached = window.shape[1]
+            cached, self.cached_tokens = window.shape[1], window
             window = np.concatenate([window, drawn.tokens[:, None]], axis=1)
             yield drawn
 
+    def cached_of(self, prompts: list[np.ndarray]) -> int:
+        """The number of tokens at the beginning of all prompts that the cache has. The last one of
+        a prompt does not count, since the logits after it are needed."""
+        if self.start is not None:  # the place of a token depends on the other prompts
+            return 0
+        window, _ = aligned(prompts, self.block_size)
+        n = min(window.shape[1] - 1, self.cached_tokens.shape[1])
+        same = (window[:, :n] == self.cached_tokens[:, :n]).all(axis=0)
+        return int(np.append(same, False).argmin())
+
     def _follow_model(self) -> None:
-        """Drops the steps where the model has other weights or layers than they were compiled with.
-        """
+        """Drops the steps, and what is cached, where the model has other weights or layers than
+        they were compiled with."""
         if not _same(parts := _parts(self.model), self.parts):
             Tensor.realize(*_weights(parts))  # what was assigned, or loaded from a file
             if not _same(parts := _parts(self.model), self.parts):
                 self.parts, self.steps = parts, {}
+                self.cached_tokens = self.cached_tokens[:, :0]
 
     def _mark_seen(self, prompts: list[np.ndarray]) -> None:
         if self.parameters.has("repetition_penalty"):

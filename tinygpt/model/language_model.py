@@ -102,27 +102,32 @@ class LanguageModel:
         return Tensor(np.stack(rows), dtype="int32")
 
     def stream(self, idx, max_new_tokens: int | None = None, *,
-               config: SampleConfig | None = None, **options) -> Iterator[int]:
+               config: SampleConfig | None = None, reuse_cache: bool = False,
+               **options) -> Iterator[int]:
         """Yields the ids that continue idx, (T,) or (1, T), one by one as they are drawn.
 
         The sampling parameters are given as for `generate`. Several streams may be read in turn.
-        Raises ValueError as `generate` does, except for long texts.
+        With reuse_cache the tokens that an earlier text of the model began with, in the same order,
+        are not computed again; the weights must not have changed since then. The text is the same,
+        up to the rounding of sums. Raises ValueError as `generate` does, except for long texts.
         """
         config = _sample_config(max_new_tokens, config, options)
         prompts = self._check_ids(idx, flat=True)
         if len(prompts) != 1:
             raise ValueError(f"stream takes one sequence, not {len(prompts)}: use generate")
-        return (int(drawn.tokens[0]) for drawn in self._decoders.run(self, prompts, config))
+        drawn = self._decoders.run(self, prompts, config, reuse_cache)
+        return (int(step.tokens[0]) for step in drawn)
 
     def stream_batch(self, idx, max_new_tokens: int | None = None, *,
-                     config: SampleConfig | None = None, **options) -> Iterator[Drawn]:
+                     config: SampleConfig | None = None, reuse_cache: bool = False,
+                     **options) -> Iterator[Drawn]:
         """Yields, step by step, what `generate` appends to the rows of idx: the tokens (B,) int32,
         and the logits (B, V) float32 of the model, to be read before the next step.
 
-        Raises ValueError as `generate` does, except for long texts.
+        reuse_cache is as for `stream`. Raises ValueError as `generate` does, except for long texts.
         """
         config = _sample_config(max_new_tokens, config, options)
-        return self._decoders.run(self, self._check_ids(idx), config)
+        return self._decoders.run(self, self._check_ids(idx), config, reuse_cache)
 
     def free_decoders(self) -> None:
         """Frees the caches and compiled steps of `generate` and `stream`, and the memory of
