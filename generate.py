@@ -10,8 +10,7 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
 
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
@@ -20,17 +19,18 @@ import numpy as np
 from gpt import GPT
 from tinygpt import checkpoint, command, device
 from tinygpt.config import LoadConfig, SampleConfig, check, setting
-from tinygpt.data.tokenizer import StreamDecoder, begin_of_text, default_prompt, up_to_end
+from tinygpt.data.chat import chat_template_of
+from tinygpt.data.tokenizer import begin_of_text, default_prompt
 from tinygpt.export import c_file, html
 from tinygpt.flags import parse_flags, read_file
 from tinygpt.huggingface.pretrained import tokenizer_needed
+from tinygpt.inference.chat import Conversation
 from tinygpt.inference.decoder import cache_size
-from tinygpt.inference.stop import StopFilter
+from tinygpt.inference.stop import pieces_of
 from tinygpt.model import lora
 from tinygpt.model.quantize import KINDS
+from tinygpt.terminal import put, read_line, talk
 from tinygpt.training.signals import pending_signals
-
-PROMPT = "> "  # of --interactive
 
 
 def _export_html(model: GPT, path: Path, options: "GenerateConfig") -> None:
@@ -69,6 +69,11 @@ class GenerateConfig(LoadConfig):
     interactive: bool = setting(False,
         "read lines from the keyboard and continue each; Ctrl-C ends a text, Ctrl-D the command",
         section="output")
+    chat: bool = setting(False,
+        "hold a conversation: answer the lines of standard input, by the model's chat template; "
+        "Ctrl-C stops an answer, Ctrl-D ends the command, /help lists more")
+    system: str | None = setting(None, "system message of the conversation",
+        needs=("--chat", lambda c: c.chat))
     num_samples: int = setting(1, "texts to write, as one batch", low=1)
     stop: tuple[str, ...] = setting((), "end before this string; may be given several times")
     json: bool = setting(False,
@@ -107,13 +112,15 @@ SETTINGS = {f.name for cls in (GenerateConfig, SampleConfig) for f in fields(cls
 LOADING = {"checkpoint", "lora", "quantize", *(f.name for f in fields(LoadConfig))}
 SERVING = LOADING | {f.name for f in fields(SampleConfig)} - {"seed", "max_new_tokens"} | {
     "serve", "host", "port", "prompt"}
+CHATTING = LOADING | {f.name for f in fields(SampleConfig)} - {"window_hop"} | {
+    "chat", "system", "stop"}
 
 
 def flags_with_effect(options: GenerateConfig) -> set[str]:
     if options.serve:
         return SERVING
     if options.export is None:
-        return SETTINGS
+        return CHATTING if options.chat else SETTINGS
     return LOADING | {"export"} | ({"prompt"} if options.export.endswith(".html") else set())
 
 
@@ -135,16 +142,6 @@ def prompt_for(model: GPT, options: GenerateConfig) -> str:
     return default_prompt(model.tokenizer) if prompt == GenerateConfig.prompt else prompt
 
 
-def pieces_of(model: GPT, tokens: Iterable[int], stop: Sequence[str]) -> Iterator[str]:
-    """Yields the text of each token until a stop string or end-of-text, and then text held back."""
-    text, until = StreamDecoder(model.tokenizer), StopFilter(stop)
-    for token in up_to_end(model.tokenizer, tokens):
-        yield until.push(text.push(token))
-        if until.stopped:
-            break
-    yield "" if until.stopped else until.push(text.finish()) + until.finish()
-
-
 def write_one(model: GPT, ids: list[int], config: SampleConfig, stop: Sequence[str],
               pending: Sequence[int] = ()) -> tuple[list[int], list[float]]:
     """Prints one continuation while it is sampled, until there is a signal in pending; returns its
@@ -153,14 +150,14 @@ def write_one(model: GPT, ids: list[int], config: SampleConfig, stop: Sequence[s
 
     def timed() -> Iterator[int]:
         start = time.perf_counter()
-        for token in model.stream([ids], config=config):
+        for token in model.stream([ids], config=config, reuse_cache=True):
             seconds.append(time.perf_counter() - start)
             tokens.append(token)
             yield token
             start = time.perf_counter()
 
-    for piece in pieces_of(model, timed(), stop):
-        _put(piece)
+    for piece in pieces_of(model.tokenizer, timed(), stop):
+        put(piece)
         if pending:
             break
     return tokens, seconds
@@ -172,7 +169,7 @@ def draw_many(model: GPT, ids: list[int], config: SampleConfig, stop: Sequence[s
     rows = model.generate([ids] * count, **asdict(config)).numpy()
     found = []
     for row in rows[:, len(ids):].tolist():
-        pieces = list(pieces_of(model, row, stop))
+        pieces = list(pieces_of(model.tokenizer, row, stop))
         found.append(("".join(pieces), len(pieces) - 1))
     return found
 
@@ -192,11 +189,11 @@ def write_many(model: GPT, prompt: str, ids: list[int], config: SampleConfig,
             checkpoint.write_atomically(path, f"{prompt}{text}\n".encode())
             print(path, file=sys.stderr)
         if options.json:
-            _put(json.dumps({"sample": number, "prompt": prompt, "text": text,
+            put(json.dumps({"sample": number, "prompt": prompt, "text": text,
                              "tokens": length, "seconds": round(seconds, 4),
                              "seed": config.seed}) + "\n")
         elif not folder:
-            _put(f"--- sample {number} of {count} ---\n{prompt}{text}\n")
+            put(f"--- sample {number} of {count} ---\n{prompt}{text}\n")
     print(f"{tokens} tokens in {seconds:.2f} s ({tokens / seconds:,.1f} tokens/s, "
           "compilation included)", file=sys.stderr)
 
@@ -238,28 +235,8 @@ def converse(model: GPT, ids: list[int], config: SampleConfig, stop: Sequence[st
         with pending_signals((signal.SIGINT,), "") as pending:
             tokens, _ = write_one(model, ids, replace(config, seed=config.seed + turn), stop,
                                   pending)
-        _put("\n")
+        put("\n")
         ids, between, turn = (ids + tokens)[-model.config.block_size:], "\n", turn + 1
-
-
-def read_line() -> str:
-    """The next line of standard input with its line break, or "" at its end.
-
-    A terminal gets a prompt, and line editing with a history if Python has readline. The prompt is
-    written to stdout only if that is the terminal too.
-    """
-    if not sys.stdin.isatty():
-        return sys.stdin.readline()
-    if not sys.stdout.isatty():
-        print(PROMPT, end="", file=sys.stderr, flush=True)
-        return sys.stdin.readline()
-    with suppress(ImportError):
-        import readline  # noqa: F401 - input() edits lines by it
-    try:
-        return input(PROMPT) + "\n"
-    except EOFError:
-        _put("\n")
-        return ""
 
 
 def _encode_after(model: GPT, between: str, line: str) -> list[int]:
@@ -278,11 +255,6 @@ def statistics(prompt_tokens: int, seconds: list[float]) -> str:
         line += (f"; decode {1 / np.median(seconds[1:]):,.1f} tokens/s in the median, "
                  f"{len(seconds)} tokens in {sum(seconds):.2f} s")
     return line
-
-
-def _put(text: str) -> None:
-    sys.stdout.write(text)
-    sys.stdout.flush()
 
 
 def _check_memory(model: GPT, length: int, count: int) -> None:
@@ -305,6 +277,16 @@ def export(model: GPT, options: GenerateConfig) -> None:
         EXPORTS[path.suffix](model, path, options)
 
 
+def chat(model: GPT, path: str, options: GenerateConfig, config: SampleConfig) -> None:
+    """Holds a conversation over standard input and output."""
+    _check_memory(model, model.config.block_size, 1)
+    conversation = Conversation(model, chat_template_of(model.tokenizer), config, options.system,
+                                options.stop)
+    print(f"{path}, {device.describe()}\ntype a message; Ctrl-C stops an answer, Ctrl-D ends the "
+          "command, /help lists more", file=sys.stderr)
+    talk(conversation)
+
+
 def serve(model: GPT, path: str, options: GenerateConfig, config: SampleConfig) -> None:
     """Answers requests until Ctrl-C, and finishes those that have been accepted."""
     from tinygpt.export import server  # which takes long to import
@@ -323,7 +305,7 @@ def serve(model: GPT, path: str, options: GenerateConfig, config: SampleConfig) 
 
 
 def run(options: GenerateConfig, config: SampleConfig) -> None:
-    if sys.stdin is None and (options.interactive or options.prompt == "-"):
+    if sys.stdin is None and (options.interactive or options.chat or options.prompt == "-"):
         raise ValueError("standard input is closed: give the text as --prompt")
     command.use_machine(options)
     path = options.checkpoint or checkpoint.best_of_newest_run(Path("checkpoints"))
@@ -344,6 +326,8 @@ def run(options: GenerateConfig, config: SampleConfig) -> None:
         model.quantize(options.quantize)
     if options.serve:
         return serve(model, str(path), options, config)
+    if options.chat:
+        return chat(model, str(path), options, config)
     prompt = prompt_for(model, options)
     ids = begin_of_text(model.tokenizer) + model.tokenizer.encode(prompt)
     if not ids:
@@ -355,11 +339,11 @@ def run(options: GenerateConfig, config: SampleConfig) -> None:
         return write_many(model, prompt, ids, config, options, folder)
     if options.interactive:
         print("type a line to continue; Ctrl-C ends a text, Ctrl-D the command", file=sys.stderr)
-    _put(prompt)
+    put(prompt)
     if options.interactive:
         return converse(model, ids, config, options.stop)
     _, seconds = write_one(model, ids, config, options.stop)
-    _put("\n")
+    put("\n")
     if seconds:
         print(statistics(len(ids), seconds), file=sys.stderr)
 
@@ -371,7 +355,7 @@ def main(argv: list[str] | None = None) -> int:
                             sys.argv[1:] if argv is None else argv, __doc__)
         options = flags["generate"]
         if unused := sorted(flags.typed - flags_with_effect(options)):
-            mode = "serve" if options.serve else "export"
+            mode = next(m for m in ("serve", "export", "chat") if getattr(options, m))
             raise ValueError(f"--{unused[0]} has no effect on --{mode}: leave one of them out")
         run(options, flags["sample"])
     except command.FAILURES as error:

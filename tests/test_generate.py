@@ -12,9 +12,10 @@ import pytest
 from conftest import ROOT
 
 import generate
-from generate import converse, pieces_of, read_prompt, statistics
+from generate import converse, read_prompt, statistics
 from gpt import GPT, GPTConfig, SampleConfig
 from tinygpt.data.tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer
+from tinygpt.inference.stop import pieces_of
 from tinygpt.training.optim import EMA
 
 
@@ -142,7 +143,7 @@ def test_interactive_continues_what_is_typed_and_keeps_the_window(saved, monkeyp
     model = GPT.from_checkpoint(saved)
     asked = []
 
-    def stream(rows, config):
+    def stream(rows, config, **_):
         asked.append((bytes(rows[0]).decode(), config.seed))
         yield from b"xyz"
 
@@ -156,7 +157,7 @@ def test_interactive_continues_what_is_typed_and_keeps_the_window(saved, monkeyp
 def test_interactive_prints_what_it_cannot_read_and_continues(monkeypatch, capsys):
     model = GPT(GPTConfig(block_size=8, vocab_size=3, n_layer=1, n_head=2, n_embd=16))
     model.tokenizer = CharTokenizer("abc")  # which has no line break either
-    monkeypatch.setattr(model, "stream", lambda rows, config: iter(rows[0][-1:]))
+    monkeypatch.setattr(model, "stream", lambda rows, config, **_: iter(rows[0][-1:]))
     monkeypatch.setattr("sys.stdin", io.StringIO("ab\nxx\nc\n"))
     converse(model, [0], SampleConfig(), ())
     out, err = capsys.readouterr()
@@ -174,7 +175,7 @@ def test_ctrl_c_ends_the_text_and_not_the_command(saved, monkeypatch, capsys):
     """The first one while a text is written; what is there by then stays part of it."""
     model, asked = GPT.from_checkpoint(saved), []
 
-    def stream(rows, config):
+    def stream(rows, config, **_):
         asked.append(bytes(rows[0]).decode())
         yield ord("x")
         if len(asked) == 1:
@@ -232,5 +233,6 @@ def test_generation_ends_at_end_of_text_which_is_not_printed():
     model = GPT(GPTConfig(block_size=8, vocab_size=257, n_layer=1, n_head=1, n_embd=4))
     model.tokenizer = BPETokenizer.train("some text", 257)
     ids = [*model.tokenizer.encode("na\u00efve"), model.tokenizer.end_of_text, *b"more"]
-    assert "".join(pieces_of(model, iter(ids), [])) == "na\u00efve"
-    assert "".join(pieces_of(model, iter(ids), ["ve "])) == "na\u00efve"  # what was held back too
+    assert "".join(pieces_of(model.tokenizer, iter(ids), [])) == "na\u00efve"
+    held_back = pieces_of(model.tokenizer, iter(ids), ["ve "])
+    assert "".join(held_back) == "na\u00efve"

@@ -9,7 +9,8 @@ import pytest
 from conftest import ROOT
 
 # two of them by python -m, and what all share
-COMMANDS = ("train", "generate", "tinygpt.evaluate", "tinygpt.check", "tinygpt.command")
+COMMANDS = ("train", "generate", "tinygpt.evaluate", "tinygpt.check", "tinygpt.command",
+            "tinygpt.terminal")
 # the rooms of the house, and those that each one knows besides itself
 KNOWS = {
     "machine": set(),  # which all rooms know

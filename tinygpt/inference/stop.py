@@ -1,6 +1,18 @@
-"""Ends a text at a stop string."""
+"""Text from tokens as they are drawn, up to a stop string."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+
+from tinygpt.data.tokenizer import StreamDecoder, Tokenizer, up_to_end
+
+
+def pieces_of(tokenizer: Tokenizer, tokens: Iterable[int], stop: Sequence[str]) -> Iterator[str]:
+    """Yields the text of each token until a stop string or end-of-text, and then text held back."""
+    text, until = StreamDecoder(tokenizer), StopFilter(stop)
+    for token in up_to_end(tokenizer, tokens):
+        yield until.push(text.push(token))
+        if until.stopped:
+            break
+    yield "" if until.stopped else until.push(text.finish()) + until.finish()
 
 
 class StopFilter:
