@@ -130,7 +130,7 @@ def test_training_reads_every_setting(tmp_path, text_file, monkeypatch, read):
 
 def test_generating_reads_every_setting(saved, read, monkeypatch):
     assert generate.main(["--max_new_tokens=10"]) == 0
-    assert unread(read, "generate") == {"GenerateConfig": {"host", "port"}}
+    assert unread(read, "generate") == {"GenerateConfig": {"host", "port", "system"}}
     monkeypatch.setattr("tinygpt.export.server.serve", lambda *args: None)
     assert generate.main(["--serve", "--port=0"]) == 0
     assert not unread(read, "generate")

@@ -246,7 +246,7 @@ def test_what_is_no_request_and_what_is_slow_hinder_nobody(served, ask):
         connection.sendall(b"\x16\x03\x01" + bytes(range(256)) + b"\r\n\r\n")
         assert answer(connection)[0] == 400
     assert served.send(b"", method="DELETE")[0] == 405
-    status, body = served.send(b"", path="/v1/chat/completions")
+    status, body = served.send(b"", path="/v1/embeddings")
     assert status == 404 and "error" in json.loads(body)
     assert len(ask(max_tokens=3).choices) == 1
     for connection in begun:

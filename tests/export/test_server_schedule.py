@@ -18,11 +18,12 @@ class Model:
 
     def __init__(self, text: bytes = b"abcdefgh", tokenizer=None):
         self.text, self.tokenizer = text, tokenizer or ByteTokenizer()
-        self.batches, self.turns = [], []
+        self.batches, self.turns, self.reused = [], [], []
         self.logits = Tensor.zeros(8, self.tokenizer.vocab_size).contiguous().realize()
 
-    def stream_batch(self, prompts, config):
+    def stream_batch(self, prompts, config, reuse_cache):
         self.batches.append([bytes(prompt).decode() for prompt in prompts])
+        self.reused.append(reuse_cache)
         return self.steps(prompts, config)
 
     def steps(self, prompts, config):
@@ -159,3 +160,16 @@ def test_log_probabilities():
     assert [i for i, _ in likeliest] == [1, 3]
     np.testing.assert_allclose([p for _, p in likeliest], np.log([0.4, 0.3]), atol=1e-6)
     assert len(schedule.logprobs(0, logits, 9)[1]) == 4
+
+
+def test_a_cache_is_used_again_where_no_seed_decides_the_text():
+    model = Model()
+    run(model, Reader("ab"), Reader("cd", alone=True))
+    assert model.reused == [True, False]
+
+
+def test_a_stop_id_ends_a_continuation_and_is_not_in_its_text():
+    reader = Reader("ab", new=8)
+    reader.job.stop_ids = frozenset(b"c")
+    run(Model(), reader)
+    assert reader.text() == "ab" and reader.finish == ["stop"]

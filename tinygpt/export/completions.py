@@ -56,12 +56,13 @@ class Completion:
     sample: SampleConfig
     has_seed: bool
     include_usage: bool
+    stop_ids: frozenset[int] = frozenset()  # besides end-of-text
 
     def jobs(self, send: Callable[[Piece | Exception], None]) -> list[Job]:
         """A job for each prompt, with its choices."""
         o = self.options
         return [Job(prompt=prompt, count=o.n, first=i * o.n, config=self.sample, stop=o.stop,
-                    alone=self.has_seed, likeliest=o.logprobs, send=send)
+                    stop_ids=self.stop_ids, alone=self.has_seed, likeliest=o.logprobs, send=send)
                 for i, prompt in enumerate(self.prompts)]
 
 
@@ -72,18 +73,31 @@ def parse(body: object, tokenizer: Tokenizer, vocab_size: int, defaults: SampleC
     defaults has the sampling parameters that are not given, except for the seed, which is random.
     Raises RequestError.
     """
+    given = given_fields(body, WITHOUT_EFFECT)
+    prompts = _prompts(given.pop("prompt", None), tokenizer, vocab_size)
+    return completion_of(prompts, given, defaults, most)
+
+
+def given_fields(body: object, without_effect: dict[str, tuple]) -> dict:
+    """The fields of a request that are not null, without those of a neutral value. Raises
+    RequestError."""
     if not isinstance(body, dict):
-        raise RequestError("the request is not a JSON object: send one with a prompt")
+        raise RequestError("the request is not a JSON object: send one")
     given = {name: value for name, value in body.items() if value is not None}
-    for name, neutral in WITHOUT_EFFECT.items():
+    for name, neutral in without_effect.items():
         if name in given and given.pop(name) not in neutral:
             raise RequestError(f"{name} is not supported: leave it out", param=name)
-    prompts = _prompts(given.pop("prompt", None), tokenizer, vocab_size)
+    return given
+
+
+def completion_of(prompts: list[list[int]], given: dict, defaults: SampleConfig, most: int
+                  ) -> Completion:
+    """The completion of prompts that the other fields of a request ask for. Raises RequestError."""
     include_usage = _include_usage(given.pop("stream_options", {}))
     if isinstance(given.get("stop"), str):
         given["stop"] = [given["stop"]]
-    options = Options(**_checked(Options, given))
-    sampling = _checked(SampleConfig, given)
+    options = Options(**checked(Options, given))
+    sampling = checked(SampleConfig, given)
     if given:
         name = sorted(given)[0][:80]
         raise RequestError(f"there is no parameter {name!r}: leave it out", param=name)
@@ -94,7 +108,7 @@ def parse(body: object, tokenizer: Tokenizer, vocab_size: int, defaults: SampleC
                       include_usage=include_usage)
 
 
-def _checked(cls: type, given: dict) -> dict:
+def checked(cls: type, given: dict) -> dict:
     """Takes the fields of a configuration out of what is given. Raises RequestError."""
     found = {}
     for f in fields(cls):
@@ -157,9 +171,11 @@ def _ids(prompt: object, tokenizer: Tokenizer, vocab_size: int) -> list[int]:
 class Answer:
     """The objects that answer a completion, from the pieces of its choices."""
 
+    id_prefix, kind, chunk_kind = "cmpl", "text_completion", "text_completion"
+
     def __init__(self, completion: Completion, name: str, tokenizer: Tokenizer):
         self.completion, self.tokenizer = completion, tokenizer
-        self.head = {"id": f"cmpl-{secrets.token_hex(12)}", "object": "text_completion",
+        self.head = {"id": f"{self.id_prefix}-{secrets.token_hex(12)}", "object": self.kind,
                      "created": int(time.time()), "model": name}
         count = completion.options.n * len(completion.prompts)
         self.unfinished = count
@@ -167,7 +183,7 @@ class Answer:
 
     def chunk(self, piece: Piece) -> dict:
         """The object of an event, with what a piece adds to its choice."""
-        return self.head | {"choices": [self._choice(piece)]}
+        return self._chunk([self._choice(piece)])
 
     def whole(self, pieces: list[Piece]) -> dict:
         """The object with all choices, from all of their pieces."""
@@ -184,7 +200,10 @@ class Answer:
 
     def last_chunk(self) -> dict:
         """The object of an event without choices, with the usage."""
-        return self.head | {"choices": [], "usage": self.usage}
+        return self._chunk([]) | {"usage": self.usage}
+
+    def _chunk(self, choices: list[dict]) -> dict:
+        return self.head | {"object": self.chunk_kind, "choices": choices}
 
     @property
     def usage(self) -> dict:

@@ -46,7 +46,8 @@ class Job:
     The continuations are numbered from `first` on. alone: has a batch of its own, so that the seed
     decides the text. likeliest: how many of the likeliest tokens to report in each place; with None
     the log-probability of the drawn token is not reported either. send takes each Piece, or the
-    error that ended the batch, and is called by the thread that computes.
+    error that ended the batch, and is called by the thread that computes. stop_ids end a
+    continuation, besides end-of-text.
     """
 
     prompt: list[int]
@@ -57,6 +58,7 @@ class Job:
     alone: bool
     likeliest: int | None
     send: Callable[[Piece | Exception], None]
+    stop_ids: frozenset[int] = frozenset()
     left: bool = False  # nobody waits for it any more
 
     def fits(self, other: "Job") -> bool:
@@ -71,7 +73,7 @@ class Continuation:
 
     def __init__(self, job: Job, index: int, tokenizer: Tokenizer):
         self.job, self.index, self.finish = job, index, None
-        self._end = end_of_text(tokenizer)
+        self._ends = job.stop_ids | {end_of_text(tokenizer)}
         self._decoder, self._until = StreamDecoder(tokenizer), StopFilter(job.stop)
         self._drawn = self._decoded = self._sent = 0  # tokens, characters, characters
         self._held: list[Token] = []
@@ -85,7 +87,7 @@ class Continuation:
     def push(self, token: int, logits: np.ndarray | None) -> None:
         """Sends what the next token adds; logits (V,) if its log-probability is asked for."""
         self._drawn += 1
-        if token == self._end:
+        if token in self._ends:
             return self._close("stop")
         text = self._decoder.push(token)
         self._held.append(Token(token, self._decoded, *(
@@ -116,7 +118,10 @@ class Continuation:
 
 
 class Batch:
-    """Jobs that are written together; each continuation is a row. padding: rows without one."""
+    """Jobs that are written together; each continuation is a row. padding: rows without one.
+
+    Where no seed decides the text, what an earlier batch has computed is used again.
+    """
 
     def __init__(self, model, jobs: list[Job], padding: int):
         self.jobs = jobs
@@ -125,7 +130,7 @@ class Batch:
         prompts = [row.job.prompt for row in self.rows]
         longest = max(job.config.max_new_tokens for job in jobs)
         self._steps = model.stream_batch(prompts + padding * prompts[-1:], config=replace(
-            jobs[0].config, max_new_tokens=longest))
+            jobs[0].config, max_new_tokens=longest), reuse_cache=not jobs[0].alone)
 
     @property
     def is_open(self) -> bool:

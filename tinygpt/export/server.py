@@ -10,8 +10,9 @@ import json
 import socket
 import threading
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 
 import uvicorn
 from starlette.applications import Starlette
@@ -23,6 +24,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from tinygpt import device
 from tinygpt.config import SampleConfig
+from tinygpt.data.chat import ChatTemplate, chat_template_of
+from tinygpt.export.chat_completions import ChatAnswer, parse_chat
 from tinygpt.export.completions import Answer, Completion, RequestError, parse
 from tinygpt.export.schedule import PLACES, Piece, Scheduler
 from tinygpt.inference.decoder import MOST_IDLE, cache_size
@@ -40,7 +43,7 @@ class Service:
     """The endpoints."""
 
     def __init__(self, model, name: str, page: bytes, defaults: SampleConfig):
-        self.tokenizer, self.vocab_size = model.tokenizer, model.config.vocab_size
+        self.tokenizer, self.config = model.tokenizer, model.config
         self.name, self.page, self.defaults = name, page, defaults
         self.created = int(time.time())
         self.scheduler = Scheduler(model, rows_that_fit(model))
@@ -49,7 +52,8 @@ class Service:
         """The application; host is the name that it is served under besides localhost."""
         routes = [Route("/", self.show_page), Route("/v1/models", self.list_models),
                   Route("/v1/models/{name:path}", self.show_model),
-                  Route("/v1/completions", self.complete, methods=["POST"])]
+                  Route("/v1/completions", self.complete, methods=["POST"]),
+                  Route("/v1/chat/completions", self.chat, methods=["POST"])]
         app = Starlette(routes=routes, exception_handlers={
             RequestError: refuse, HTTPException: refuse_path, ClientDisconnect: forget})
         return Guard(app, host)
@@ -73,11 +77,27 @@ class Service:
                                status=404, param="model", code="model_not_found")
 
     async def complete(self, request: Request) -> Response:
+        return await self._respond(request, Answer, lambda body: parse(
+            body, self.tokenizer, self.config.vocab_size, self.defaults, self.scheduler.most_rows))
+
+    async def chat(self, request: Request) -> Response:
+        return await self._respond(request, ChatAnswer, lambda body: parse_chat(
+            body, self.template, self.config.block_size, self.defaults, self.scheduler.most_rows))
+
+    @cached_property
+    def template(self) -> ChatTemplate:
+        """Raises RequestError where the tokenizer has none that can be used."""
+        try:
+            return chat_template_of(self.tokenizer)
+        except ValueError as error:
+            raise RequestError(f"{self.name} holds no conversation: {error}") from error
+
+    async def _respond(self, request: Request, answer_class: type[Answer],
+                       parse: Callable[[object], Completion]) -> Response:
         body = await read_json(request)
-        completion = await asyncio.to_thread(parse, body, self.tokenizer, self.vocab_size,
-                                             self.defaults, self.scheduler.most_rows)
+        completion = await asyncio.to_thread(parse, body)
         self._check_model(completion.options.model)
-        answer = Answer(completion, self.name, self.tokenizer)
+        answer = answer_class(completion, self.name, self.tokenizer)
         writing = Writing(self.scheduler, completion)
         if completion.options.stream:
             return Events(writing, answer)
