@@ -2,7 +2,7 @@
 
 The page opens from a disk and fetches nothing. In it are the model as WebAssembly with its weights,
 the tokenizer, and what is known of the model and its training. Without a module it is the page of a
-server: the same, but it asks /v1/completions of the server that it came from.
+server: the same, but it asks the server that it came from, and holds conversations too.
 """
 
 import base64
@@ -17,7 +17,7 @@ from tinygrad import dtypes
 
 from tinygpt import checkpoint
 from tinygpt.config import SampleConfig
-from tinygpt.data.tokenizer import BPETokenizer, Tokenizer
+from tinygpt.data.tokenizer import BPETokenizer, HFTokenizer, Tokenizer
 from tinygpt.export import program, wasm
 from tinygpt.export.characters import ranges
 
@@ -43,18 +43,23 @@ def write(model, path: Path, quantize: str | None, source: str, prompt: str) -> 
 
 def describe(model, source: str, prompt: str, sample: SampleConfig) -> dict:
     """What a page knows of its model, as JSON values: name, config, parameters, precision,
-    tokenizer, training (None where the checkpoint is not of a run), prompt and sample."""
+    tokenizer, whether that has a chat template, training (None where the checkpoint is not of a
+    run), prompt and sample."""
     head = (model.lm_head or model.wte).weight.dtype
     return {"name": Path(source).stem, "config": asdict(model.config),
             "parameters": model.config.num_params(),
             "precision": PRECISIONS[head],
-            "tokenizer": describe_tokenizer(model.tokenizer), "training": training(Path(source)),
+            "tokenizer": describe_tokenizer(model.tokenizer),
+            "has_template": getattr(model.tokenizer, "chat_template", None) is not None,
+            "training": training(Path(source)),
             "prompt": prompt, "sample": asdict(sample)}
 
 
 def describe_tokenizer(tokenizer: Tokenizer) -> dict:
     """`to_json()` of a tokenizer, and for bpe the letters and numbers of Unicode as ranges of a
-    regular expression in JavaScript."""
+    regular expression in JavaScript. Of a tokenizer.json, which only a server reads, the kind."""
+    if isinstance(tokenizer, HFTokenizer):
+        return {"kind": tokenizer.kind}
     data = tokenizer.to_json()
     if isinstance(tokenizer, BPETokenizer):
         for name, pattern in (("letters", r"\p{L}"), ("numbers", r"\p{N}")):
@@ -95,14 +100,16 @@ def page(metadata: dict, module: wasm.Module | None = None) -> bytes:
     server, by POST v1/completions with OpenAI's stream, where these fields are used: prompt (a list
     of ids), max_tokens, stream, seed, temperature, top_k, top_p, min_p, repetition_penalty,
     logprobs (10), and vLLM's return_tokens_as_token_ids, with which tokens and top_logprobs name a
-    token "token_id:7".
+    token "token_id:7". A conversation is sent to v1/chat/completions.
     """
-    script = "\n".join(_read(name) for name in SCRIPTS)
-    style = _read("page.css")
+    talks = module is None
+    script = "\n".join(map(_read, SCRIPTS + ("conversation.js",) * talks))
+    style = _read("page.css") + _read("conversation.css") * talks
     policy = ("default-src 'none'; "
               f"script-src '{_sha256(script)}' 'wasm-unsafe-eval' blob:; worker-src blob:; "
               f"style-src '{_sha256(style)}'; connect-src {'none' if module else 'self'!r}")
     parts = {"policy": policy, "style": style, "script": script, "metadata": _json(metadata),
+             "conversation": _read("conversation.html") * talks,
              "model": _model(module) if module else ""}
     text = re.sub(r"\{\{(\w+)\}\}", lambda place: parts[place[1]], _read("index.html"))
     return text.encode("ascii")

@@ -49,7 +49,7 @@ function describeSteps() {
   const { n_layer, n_head, n_embd, block_size, vocab_size } = config;
   const steps = [
     ["The text is split into tokens.", `The model knows ${count(vocab_size)} of them, each ` +
-      "with a number. These are the first of your prompt:"],
+      "with a number."],
     ["The tokens pass through the layers.", `Each becomes a vector of ${count(n_embd)} numbers. ` +
       `In each of the ${n_layer} layers, ${n_head} attention heads collect what they need from ` +
       `the last ${count(block_size)} tokens, and an MLP computes with the result.`],
@@ -67,5 +67,6 @@ function describeSteps() {
 function showWords(ids) {
   const shown = ids.slice(0, 12).map((id) =>
     make("span", { class: "word" }, nameOf(id), make("small", {}, String(id))));
-  $("words").replaceChildren(...shown, ids.length > shown.length ? "\u2026" : "");
+  $("words").replaceChildren("The first of your prompt:", ...shown,
+    ids.length > shown.length ? "\u2026" : "");
 }

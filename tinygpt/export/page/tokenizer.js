@@ -14,6 +14,8 @@ class Tokenizer {
       this.tokens = Array.from(data.chars, toBytes);
     } else if (data.kind === "byte") {
       this.tokens = Array.from({ length: 256 }, (_, b) => String.fromCharCode(b));
+    } else if (data.kind === "hf") {
+      this.tokens = []; // the server alone has them
     } else {
       this.tokens = data.tokens.map(atob);
       this.endOfText = this.tokens.length;
