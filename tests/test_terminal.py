@@ -29,7 +29,7 @@ class Echo:
 
     def stream(self, rows, config, reuse_cache):
         said = bytes(rows[0]).decode().split("\n")[-3]
-        for i, byte in enumerate(said.encode()):
+        for i, byte in enumerate(f"{said}\n".encode()[:config.max_new_tokens]):
             if said[:i].endswith("now"):
                 os.kill(os.getpid(), signal.SIGINT)
             yield byte
@@ -50,7 +50,7 @@ def talk(monkeypatch, capsys, tmp_path):
         model = Echo(**config)
         monkeypatch.setattr("sys.stdin", stdin("".join(f"{line}\n" for line in lines)))
         terminal.talk(Conversation(model, ChatTemplate(model.tokenizer),
-                                   SampleConfig(max_new_tokens=20), system))
+                                   SampleConfig(max_new_tokens=50), system))
         return capsys.readouterr()
 
     return run
@@ -88,14 +88,20 @@ def test_a_file_that_exists_or_cannot_be_written_is_refused_and_the_program_goes
 
 
 def test_the_notice_comes_once_for_each_forgetting(talk):
-    out, err = talk("a" * 40, "b", "c", "d", "e" * 70, "f" * 120, "g", block_size=128)
-    assert out.split() == ["a" * 40, "b", "c", "d", "e" * 70, "g"]
+    texts = ["a" * 40, "b", "c", "d", "e" * 30, "f" * 150, "g", "h" * 49]
+    out, err = talk(*texts, block_size=160)
+    assert out.split() == [text for text in texts if "f" not in text]
     assert err.splitlines() == [
         "the context is full: the oldest turn is forgotten",
-        "the context is full: the 3 oldest turns are forgotten",
-        "the message is too long: with the system message it has 138 tokens, and only 108 of the "
-        "context of 128 are left beside the answer; shorten it",
-        "the context is full: the oldest turn is forgotten"]
+        "the message is too long: with the system message it has 168 tokens, the context 160; "
+        "shorten it",
+        "the context is full: the oldest turn is forgotten",
+        "the context is full: the 3 oldest turns are forgotten"]
+
+
+def test_an_answer_that_is_cut_off_has_a_notice(talk):
+    out, err = talk("a" * 60)
+    assert out == "a" * 50 + "\n" and err == "the answer is cut off at its maximum length\n"
 
 
 def test_ctrl_c_stops_an_answer_which_stays_as_far_as_it_was_printed(talk, tmp_path):

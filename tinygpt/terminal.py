@@ -75,15 +75,16 @@ def _answer(conversation: Conversation, text: str) -> None:
     """Prints the answer to a message while it is sampled, until Ctrl-C."""
     before = conversation.forgotten
     with pending_signals((signal.SIGINT,), "") as pending:
-        pieces = conversation.say(text)
-        if (count := conversation.forgotten - before) > 0:
-            turns = "oldest turn is" if count == 1 else f"{count} oldest turns are"
-            notify(f"the context is full: the {turns} forgotten")
-        for piece in pieces:
+        for piece in conversation.say(text):
             put(piece)
             if pending:
                 break
     put("\n")
+    if conversation.is_cut:
+        notify("the answer is cut off at its maximum length")
+    if count := conversation.forgotten - before:
+        turns = "oldest turn is" if count == 1 else f"{count} oldest turns are"
+        notify(f"the context is full: the {turns} forgotten")
 
 
 def _obey(conversation: Conversation, line: str) -> str:

@@ -99,15 +99,17 @@ def test_messages_are_sent_and_answers_shown(open_page, metadata):
 
 
 def test_the_oldest_turns_are_forgotten_where_the_server_finds_no_room(open_page, metadata):
-    page, bodies = open_page(metadata, answer("a"), answer("b"), TOO_LONG, TOO_LONG, answer("c"),
-                             TOO_LONG, TOO_LONG)
+    page, bodies = open_page(metadata, answer("a"), answer("b"), *[TOO_LONG] * 3, answer("c"),
+                             *[TOO_LONG] * 6)
     for text in ("one", "two", "three"):
         send(page, text)
         wait(page)
-    assert [[m["content"] for m in body["messages"]] for body in bodies[2:]] == [
-        ["one", "a", "two", "b", "three"], ["two", "b", "three"], ["three"]]
-    assert page.locator(".message.forgotten").all_text_contents() == ["one", "a", "two", "b"]
-    assert page.eval_on_selector("#forgotten", "line => line.nextSibling.textContent") == "three"
+    assert [([m["content"] for m in body["messages"]], body["max_tokens"])
+            for body in bodies[2:]] == [
+        (texts, tokens) for texts in (["one", "a", "two", "b", "three"], ["two", "b", "three"])
+        for tokens in (32, 16)]
+    assert page.locator(".message.forgotten").all_text_contents() == ["one", "a"]
+    assert page.eval_on_selector("#forgotten", "line => line.nextSibling.textContent") == "two"
     send(page, "too long in itself")
     assert wait(page)[-1] == "c" and "too long" in page.text_content("#talk-status.error")
     assert page.input_value("#message") == "too long in itself"

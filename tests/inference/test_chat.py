@@ -23,9 +23,9 @@ def make(block_size: int = 256) -> GPT:
 
 
 class Scripted:
-    """A model that gives these answers, one after the other, and records what it is asked."""
+    """A model that writes these texts, one after the other, and records what it is asked."""
 
-    def __init__(self, *answers: str, block_size: int = 64, tokenizer=None):
+    def __init__(self, *answers: str | bytes, block_size: int = 64, tokenizer=None):
         self.tokenizer = tokenizer or CharTokenizer(ASCII)
         self.config = GPTConfig(block_size=block_size, vocab_size=self.tokenizer.vocab_size)
         self.answers, self.asked, self.configs = list(answers), [], []
@@ -33,7 +33,9 @@ class Scripted:
     def stream(self, rows, config, reuse_cache):
         self.asked.append(self.tokenizer.decode(rows[0]))
         self.configs.append(config)
-        yield from self.tokenizer.encode(self.answers.pop(0))
+        answer = self.answers.pop(0)
+        ids = self.tokenizer.encode(answer) if isinstance(answer, str) else answer
+        yield from ids[:config.max_new_tokens]
 
 
 def talk_to(model, system: str | None = None, stop=(), **sampling) -> Conversation:
@@ -65,53 +67,52 @@ def test_answers_are_sampled_after_all_messages_of_which_only_the_new_are_comput
 
 def test_an_answer_ends_at_a_stop_id_a_stop_string_or_its_length():
     bpe = BPETokenizer.train("some text", 257)
-    model = Scripted("one\ntwo", "abcdef", tokenizer=bpe, block_size=256)
-    conversation = talk_to(model, stop=["de"])
-    model.stream = lambda rows, **_: iter([*b"x\ny", bpe.end_of_text, *b"z"])
-    assert "".join(conversation.say("?")) == "x\ny"
-    model.stream = lambda rows, **_: iter(b"abcdef")
-    assert "".join(conversation.say("?")) == "abc"
+    model = Scripted(tokenizer=bpe, block_size=256)
+    conversation = talk_to(model, stop=["de"], max_new_tokens=12, seed=3)
+    for answer, shown, is_cut in (([*b"x\ny", bpe.end_of_text, *b"z"], "x\ny", False),
+                                  (b"abcdef", "abc", False), (b"x" * 20, "x" * 12, True)):
+        model.answers = [answer]
+        assert "".join(conversation.say("?")) == shown and conversation.is_cut == is_cut
+    assert [(c.max_new_tokens, c.seed) for c in model.configs] == [(12, 3), (12, 4), (12, 5)]
     assert "".join(talk_to(Scripted("one\ntwo")).say("?")) == "one"  # without end-of-text
-    model = Scripted("a", "b")
-    conversation = talk_to(model, max_new_tokens=7, seed=3)
-    for _ in range(2):
-        list(conversation.say("?"))
-    assert [(c.max_new_tokens, c.seed) for c in model.configs] == [(7, 3), (7, 4)]
 
 
 def test_the_oldest_turns_are_forgotten_and_the_system_message_stays():
-    model = Scripted(*["yes"] * 5, block_size=128)
-    conversation = talk_to(model, "Short.", max_new_tokens=30)
+    model = Scripted(*["yes\n"] * 5, block_size=128)
+    conversation = talk_to(model, "Short.")
     forgotten = []
-    for text in ("one", "two", "three", "four " * 8, "five"):
+    for text in ("one", "two", "three", "four " * 14, "five"):
         list(conversation.say(text))
         forgotten.append(conversation.forgotten)
     assert forgotten == [0, 0, 0, 3, 4]
     begin = "System:\nShort.\nUser:\n"
     assert model.asked[2] == (f"{begin}one\nAssistant:\nyes\nUser:\ntwo\nAssistant:\nyes\n"
                               "User:\nthree\nAssistant:\n")
-    assert model.asked[3] == begin + "four " * 8 + "\nAssistant:\n"
+    assert model.asked[3] == begin + "four " * 14 + "\nAssistant:\n"
     assert model.asked[4] == begin + "five\nAssistant:\n"
-    assert all(len(text) <= 128 - 30 for text in model.asked)
     assert [m["content"] for m in conversation.messages[:3]] == ["Short.", "one", "yes"]
     conversation.reset()
     assert conversation.forgotten == 0 and len(conversation.messages) == 1
 
 
-def test_an_answer_has_at_least_half_of_the_context_and_at_most_what_is_left():
-    model = Scripted("a", "b", block_size=64)
-    conversation = talk_to(model, max_new_tokens=500)
-    list(conversation.say("x"))
-    list(conversation.say("y" * 14))  # with what is around it 32 characters
-    assert conversation.forgotten == 1
-    assert [c.max_new_tokens + len(text) for c, text in zip(model.configs, model.asked,
-                                                            strict=True)] == [64, 64]
+def test_an_answer_that_fills_the_context_goes_on_after_turns_are_forgotten():
+    long = "abcdefghijklmnopqrstuvwxyz" * 3
+    model = Scripted("yes\n", "yes\n", long, long[15:], long[38:], block_size=80)
+    conversation = talk_to(model, max_new_tokens=70)
+    for text in ("1", "2"):
+        list(conversation.say(text))
+    assert "".join(conversation.say("3")) == long[:61] and conversation.forgotten == 2
+    turn = "User:\n{}\nAssistant:\n"
+    two = turn.format(2) + "yes\n" + turn.format(3)
+    assert model.asked[2] == turn.format(1) + "yes\n" + two
+    assert model.asked[3:] == [two + long[:15], turn.format(3) + long[:38]]
+    assert conversation.is_cut and conversation.messages[-1]["content"] == long[:61]
 
 
 @pytest.mark.parametrize(("text", "says"), [
-    ("y" * 15, "it has 33 tokens, and only 32 of the context of 64"), ("\u00e9", "lacks")])
+    ("y" * 46, "it has 64 tokens, the context 64"), ("\u00e9", "lacks")])
 def test_a_message_that_cannot_be_answered_changes_nothing(text, says):
-    model = Scripted("yes", "no", block_size=64)
+    model = Scripted("yes\n", "no\n", block_size=64)
     conversation = talk_to(model)
     list(conversation.say("x"))
     before = list(conversation.messages)
@@ -122,7 +123,7 @@ def test_a_message_that_cannot_be_answered_changes_nothing(text, says):
 
 
 def test_an_answer_that_is_not_read_to_its_end_stays_as_far_as_it_was_read():
-    model = Scripted("yes indeed", "no", block_size=256)
+    model = Scripted("yes indeed\n", "no\n", block_size=256)
     conversation = talk_to(model)
     pieces = conversation.say("x")
     assert next(pieces) + next(pieces) == "ye"

@@ -12,9 +12,10 @@ from tinygpt.inference.stop import pieces_of
 class Conversation:
     """What was said, and the model's answers, each of at most config.max_new_tokens tokens.
 
-    `messages` are all messages, {"role": ..., "content": ...}. Where they outgrow the model's
-    context, it sees only the system message and the last turns; `forgotten` is the number of turns
-    before these. A turn is a message of the user and its answer.
+    `messages` are all messages, {"role": ..., "content": ...}. Where the model's context is full,
+    the oldest turn, a message of the user and its answer, is forgotten: the model sees the system
+    message and the turns after the first `forgotten`. `is_cut` is set where the last answer has
+    reached its maximum length.
     """
 
     def __init__(self, model, template: ChatTemplate, config: SampleConfig,
@@ -25,42 +26,56 @@ class Conversation:
 
     def reset(self) -> None:
         """Begins again, with the system message alone."""
-        self.messages, self.forgotten = list(self._system), 0
+        self.messages, self.forgotten, self.is_cut = list(self._system), 0, False
 
     def say(self, text: str) -> Iterator[str]:
         """Adds a message of the user; returns the pieces of the answer as they are sampled.
 
         An answer that is not read to its end stays in the conversation as far as it was read.
-        Raises ValueError, with nothing changed, where the message cannot be encoded or leaves no
-        room for an answer.
+        Raises ValueError, with nothing changed, where the message cannot be encoded or is too long.
         """
-        turns = [*self.messages[len(self._system):], {"role": "user", "content": text}]
-        ids, self.forgotten = self._newest_that_fit(turns)
+        asked = [*self.messages, {"role": "user", "content": text}]
+        ids, forgotten = self._newest_that_fit(asked, [])
+        if not self._room(ids):
+            raise ValueError(f"the message is too long: with the system message it has {len(ids):,}"
+                             f" tokens, the context {self.model.config.block_size:,}; shorten it")
         answer = {"role": "assistant", "content": ""}
-        self.messages = [*self._system, *turns, answer]
-        config = replace(self.config, seed=self.config.seed + len(turns) // 2, max_new_tokens=min(
-            self.config.max_new_tokens, self.model.config.block_size - len(ids)))
-        return self._answer(answer, ids, config)
+        self.messages, self.forgotten, self.is_cut = [*asked, answer], forgotten, False
+        return self._answer(asked, answer)
 
-    def _answer(self, answer: dict, ids: list[int], config: SampleConfig) -> Iterator[str]:
-        tokens = itertools.takewhile(
-            lambda token: token not in self.template.stop_ids,
-            self.model.stream([ids], config=config, reuse_cache=True))
+    def _answer(self, asked: list[dict], answer: dict) -> Iterator[str]:
+        tokens = itertools.takewhile(lambda token: token not in self.template.stop_ids,
+                                     self._tokens(asked))
         for piece in pieces_of(self.model.tokenizer, tokens, self.stop):
             answer["content"] += piece
             yield piece
 
-    def _newest_that_fit(self, turns: list[dict]) -> tuple[list[int], int]:
-        """The ids of the system message and the newest turns, and how many turns are left out.
+    def _tokens(self, asked: list[dict]) -> Iterator[int]:
+        """Draws an answer to messages; forgets where it fills the context."""
+        drawn: list[int] = []
+        turn = (len(asked) - len(self._system)) // 2
+        config = replace(self.config, seed=self.config.seed + turn)
+        while left := config.max_new_tokens - len(drawn):
+            ids, self.forgotten = self._newest_that_fit(asked, drawn)
+            if not (room := self._room(ids)):
+                break
+            for token in self.model.stream([ids], reuse_cache=True, config=replace(
+                    config, max_new_tokens=min(left, room))):
+                drawn.append(token)
+                yield token
+        self.is_cut = True
 
-        An answer has room for max_new_tokens, or half of the context if that is less.
-        """
-        block_size = self.model.config.block_size
-        most = block_size - min(self.config.max_new_tokens, block_size // 2)
+    def _newest_that_fit(self, asked: list[dict], drawn: list[int]) -> tuple[list[int], int]:
+        """The ids of the system message, the newest turns that leave room, and what is drawn of the
+        answer; and how many turns are left out. The last message is always there."""
+        turns = asked[len(self._system):]
         for forgotten in range(self.forgotten, len(turns) // 2 + 1):
-            ids = self.template.encode([*self._system, *turns[2 * forgotten:]], reply=True)
-            if len(ids) <= most:
-                return ids, forgotten
-        raise ValueError(f"the message is too long: with the system message it has {len(ids):,} "
-                         f"tokens, and only {most:,} of the context of {block_size:,} are left "
-                         "beside the answer; shorten it")
+            seen = [*self._system, *turns[2 * forgotten:]]
+            ids = self.template.encode(seen, reply=True) + drawn
+            if self._room(ids):
+                break
+        return ids, forgotten
+
+    def _room(self, ids: list[int]) -> int:
+        """The number of tokens that fit into the context after ids."""
+        return max(0, self.model.config.block_size - len(ids))

@@ -41,11 +41,13 @@ class Conversation {
     this.follow(answer);
   }
 
-  // The pieces of the answer, {delta, finish_reason}. Forgets turns until the rest fits.
+  // The pieces of the answer, {delta, finish_reason}. It has room for half of the context at most;
+  // where even a quarter is not left, turns are forgotten.
   async *pieces(signal) {
-    for (;;) {
+    for (let share = 1 / 2; ;) {
       const response = await fetch("v1/chat/completions", { method: "POST", signal,
-        headers: { "Content-Type": "application/json" }, body: JSON.stringify(this.request()) });
+        headers: { "Content-Type": "application/json" },
+        body: JSON.stringify(this.request(share)) });
       if (response.ok) {
         for await (const event of eventsOf(response.body)) {
           if (event.error) throw new Error(event.error.message);
@@ -54,17 +56,17 @@ class Conversation {
         return;
       }
       const { error } = await response.json();
-      const isLast = this.forgotten + 2 > this.messages.length - 1;
-      if (error.code !== "context_length_exceeded" || isLast) throw new Error(error.message);
-      this.forget();
+      if (error.code !== "context_length_exceeded") throw new Error(error.message);
+      if (share === 1 / 4 && !this.forget()) throw new Error(error.message);
+      share = share === 1 / 2 ? 1 / 4 : 1 / 2;
     }
   }
 
-  request() {
+  request(share) {
     const { max_new_tokens, seed, window_hop, ...sampling } = options();
     const system = $("system").value.trim();
     return { ...sampling, model: metadata.name, stream: true,
-      max_tokens: Math.max(1, Math.min(max_new_tokens, Math.floor(config.block_size / 2))),
+      max_tokens: Math.max(1, Math.min(max_new_tokens, Math.floor(share * config.block_size))),
       messages: [...(system ? [{ role: "system", content: system }] : []),
         ...this.messages.slice(this.forgotten)] };
   }
@@ -83,12 +85,14 @@ class Conversation {
     if (bottom < innerHeight + 100) answer.scrollIntoView({ block: "nearest" });
   }
 
-  // The oldest turn, a message and its answer.
+  // The oldest turn, a message and its answer. Returns false where only the last message is left.
   forget() {
+    if (this.forgotten + 2 >= this.messages.length) return false;
     this.forgotten += 2;
     const elements = this.root.querySelectorAll(".message");
     for (const element of [...elements].slice(0, this.forgotten)) element.classList.add("forgotten");
     elements[this.forgotten].before(this.line);
+    return true;
   }
 
   stop() {
