@@ -86,8 +86,8 @@ class GenerateConfig(LoadConfig):
         "transformers, or by its ending into a new file: " + ", ".join(EXPORTS))
 
     serve: bool = setting(False,
-        "answer OpenAI's /v1/completions, and show a page at /; a request has the sampling flags "
-        "as its defaults")
+        "answer OpenAI's /v1/completions and /v1/chat/completions, and show a page at /; a request "
+        "has the sampling flags as its defaults")
     host: str = setting("127.0.0.1", "address to serve at; 0.0.0.0: other machines are served too",
         needs=("--serve", lambda c: c.serve))
     port: int = setting(8000, "port to serve at; 0: any that is free", low=0, high=65535,
@@ -190,8 +190,8 @@ def write_many(model: GPT, prompt: str, ids: list[int], config: SampleConfig,
             print(path, file=sys.stderr)
         if options.json:
             put(json.dumps({"sample": number, "prompt": prompt, "text": text,
-                             "tokens": length, "seconds": round(seconds, 4),
-                             "seed": config.seed}) + "\n")
+                            "tokens": length, "seconds": round(seconds, 4),
+                            "seed": config.seed}) + "\n")
         elif not folder:
             put(f"--- sample {number} of {count} ---\n{prompt}{text}\n")
     print(f"{tokens} tokens in {seconds:.2f} s ({tokens / seconds:,.1f} tokens/s, "
@@ -306,7 +306,7 @@ def serve(model: GPT, path: str, options: GenerateConfig, config: SampleConfig) 
 
 def run(options: GenerateConfig, config: SampleConfig) -> None:
     if sys.stdin is None and (options.interactive or options.chat or options.prompt == "-"):
-        raise ValueError("standard input is closed: give the text as --prompt")
+        raise ValueError("standard input is closed: open it, or give the text as --prompt")
     command.use_machine(options)
     path = options.checkpoint or checkpoint.best_of_newest_run(Path("checkpoints"))
     as_stored = options.lora is None and (options.export is None or options.exports_folder)
