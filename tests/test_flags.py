@@ -1,5 +1,6 @@
 """Every flag does something, and every two options of training do what they do together."""
 
+import io
 import itertools
 import json
 import sys
@@ -133,6 +134,8 @@ def test_generating_reads_every_setting(saved, read, monkeypatch):
     assert unread(read, "generate") == {"GenerateConfig": {"host", "port", "system"}}
     monkeypatch.setattr("tinygpt.export.server.serve", lambda *args: None)
     assert generate.main(["--serve", "--port=0"]) == 0
+    monkeypatch.setattr("sys.stdin", io.StringIO())
+    assert generate.main(["--chat"]) == 0
     assert not unread(read, "generate")
 
 

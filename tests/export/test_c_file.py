@@ -15,6 +15,7 @@ from tinygpt import device
 from tinygpt.config import SampleConfig
 from tinygpt.data.tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer
 from tinygpt.export import c_file
+from tinygpt.inference.stop import pieces_of
 from tinygpt.model.bigram import Bigram, BigramConfig
 
 STRICT = ("-Wall", "-Wextra", "-Werror")
@@ -89,7 +90,7 @@ def test_the_text_is_that_of_generate(exported, program, options):
     prompt = "Then walk them so\u00e9"  # longer than the window
     flags = [word for k, v in options.items() for word in (f"--{k}", v)]
     tokens = list(model.stream(list(prompt.encode()), **options))
-    expected = "".join(generate.pieces_of(model, tokens, ())) + "\n"
+    expected = "".join(pieces_of(model.tokenizer, tokens, ())) + "\n"
     assert "\ufffd" in expected  # bytes that are no character
     assert output(program, prompt, *flags) == prompt + expected
     for compiler, more in ((None, SANITIZERS), ([device.zig(), "cc"], ["-O3"])):
@@ -106,7 +107,7 @@ def test_a_text_ends_at_end_of_text(bpe, tmp_path):
     assert bpe.end_of_text in tokens
     c_file.write(model, tmp_path / "model.c", "none")
     found = output(compiled(tmp_path / "model.c"), "lead", "--max_new_tokens=40")
-    assert found == "lead" + "".join(generate.pieces_of(model, tokens, ())) + "\n"
+    assert found == "lead" + "".join(pieces_of(model.tokenizer, tokens, ())) + "\n"
 
 
 HARNESS = """
