@@ -92,7 +92,10 @@ def in_process(tmp_path, monkeypatch, capsys):
     def run(module, *flags) -> subprocess.CompletedProcess:
         monkeypatch.chdir(tmp_path)
         capsys.readouterr()
-        status = module.main(list(map(str, flags)))
+        try:
+            status = module.main(list(map(str, flags)))
+        except SystemExit as end:  # of flags that are not understood
+            status = end.code
         return subprocess.CompletedProcess(flags, status, *capsys.readouterr())
 
     return run
