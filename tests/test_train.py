@@ -26,9 +26,8 @@ def weights(model) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.parametrize("settings", [
-    dict(), dict(gradient_accumulation_steps=3), dict(optimizer="lion"), dict(optimizer="muon"),
-    dict(optimizer="adamw8bit", gradient_accumulation_steps=2),
-    dict(ema=True, ema_decay=0.5)], ids=str)
+    dict(optimizer="lion"), dict(optimizer="muon", ema=True, ema_decay=0.5),
+    dict(optimizer="adamw8bit", gradient_accumulation_steps=2)], ids=str)
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(config, text, tmp_path, settings):
     config = replace(config, **settings)
     shape = replace(TINY, dropout=0.2)
@@ -41,8 +40,8 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(config, text, tmp_pa
     rest = GPT(shape, seed=99)  # its own weights do not matter
     train(rest, replace(parts, resume=True), text)
     assert losses(tmp_path / "parts") == expected
-    for name, w in weights(whole).items():
-        assert np.array_equal(w, weights(rest)[name]), name
+    ours, theirs = weights(rest), weights(whole)
+    assert all(np.array_equal(w, ours[name]) for name, w in theirs.items())
     ends = [checkpoint.load(tmp_path / out / "ckpt_6.safetensors")[0] for out in ("out", "parts")]
     assert set(ends[0]) == set(ends[1])
     assert all(np.array_equal(array, ends[1][name]) for name, array in ends[0].items())
@@ -104,17 +103,18 @@ def test_accumulation_equals_one_large_batch(config, text, tmp_path):
     assert np.allclose(list(large.values()), list(losses(tmp_path / "small").values()), atol=1e-5)
 
 
-@pytest.mark.parametrize("kernels", ["portable", "reference"])
-def test_all_kernels_train_alike_over_200_steps(config, text, tmp_path, kernels):
+def test_all_kernels_train_alike_over_200_steps(config, text, tmp_path):
     config = replace(config, max_iters=200, eval_interval=200, lr_decay_iters=200)
-    train(GPT(TINY), config, text)
-    expected = losses(tmp_path / "out")
+    expected = None
     try:
-        train(GPT(TINY), replace(config, kernels=kernels), text)
+        for kernels in ("auto", "portable", "reference"):
+            train(GPT(TINY), replace(config, kernels=kernels), text)
+            found = list(losses(tmp_path / "out").values())
+            expected = expected or found
+            assert len(found) == 200 and np.allclose(expected, found, atol=1e-4), kernels
     finally:
         use("auto")
-    assert (tmp_path / "out" / "run_1" / "metrics.jsonl").exists()
-    assert np.allclose(list(expected.values()), list(losses(tmp_path / "out").values()), atol=1e-4)
+    assert (tmp_path / "out" / "run_2" / "metrics.jsonl").exists()
 
 
 def test_one_batch_overfits(config, tmp_path):
