@@ -24,6 +24,7 @@ PAGE = 65536  # bytes
 LARGEST = 1 << 32  # bytes that a module can address
 HEAD = """#include <stddef.h>
 #include <stdint.h>
+#include <wasm_simd128.h>
 
 #define VECTORIZED
 """
@@ -49,20 +50,28 @@ class Module:
 def build(model) -> Module:
     """The module of a GPT, quantized or not. Raises ValueError where it does not fit into a
     module's memory, or there is no compiler."""
-    c, weights = model.config, program.weights(model)
+    c = model.config
+    is_int8 = program.kind(model) == "int8"
+    weights = program.weights(model, program.pairs if is_int8 else program.panels)
     if (needed := len(weights) + 4 * cache_size(c)) > LARGEST - (1 << 28):
         raise ValueError(f"the model takes {needed / 1e9:.1f} GB, and WebAssembly can address "
                          "4.3 GB: choose --quantize int8, or a smaller model")
     code = _compile("\n".join([
         HEAD, program.source("functions.c"), program.constants(model),
-        f"#define WEIGHTS_BYTES {len(weights)}u\n",
-        program.source("model.c", "sampler.c", "module.c")]))
+        f"#define WEIGHTS_BYTES {len(weights)}u\n", program.enum(dict(BITS=_bits(c))),
+        program.source("pairs.c" if is_int8 else "panels.c", "model.c", "sampler.c", "module.c")]))
     addresses, pages = _exports(code)
     layout = {name: addresses[name] for name in PLACES}
     layout |= dict(first=addresses["weights_image"], pages=pages, chunk=min(64, c.block_size),
                    block_size=c.block_size, vocab_size=program.known_ids(model),
                    n_layer=c.n_layer, n_head=c.n_head)
     return Module(code, weights, layout)
+
+
+def _bits(config) -> int:
+    """Bits in half of an input of c/pairs.c, at most as many as the sums of the longest layer, of
+    products with 127, allow in 32 bits."""
+    return min(12, 25 - (program.longest(config) - 1).bit_length())
 
 
 def _compile(source: str) -> bytes:
