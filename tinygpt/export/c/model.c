@@ -91,8 +91,8 @@ static void take_model(const char *file) {
 
 /* ---- the layers */
 
-/* y0 and y1 (PANEL) = x0 and x1 (K) times a panel of floats (K, PANEL), 16 outputs at a time, so that
- * all sums fit into registers */
+/* y0 and y1 (PANEL) = x0 and x1 (K) times a panel of floats (K, PANEL), 16 outputs at a time, so
+ * that all sums fit into registers */
 VECTORIZED
 static void multiply_two(float *restrict y0, float *restrict y1, const float *restrict x0,
                          const float *restrict x1, const float *restrict panel, int K) {
@@ -109,8 +109,8 @@ static void multiply_two(float *restrict y0, float *restrict y1, const float *re
   }
 }
 
-/* y (T, PANEL) = x (T, K) times a panel; of several tokens each weight is converted once. last is the
- * last token as an input, where T is odd. */
+/* y (T, PANEL) = x (T, K) times a panel; of several tokens each weight is converted once. last is
+ * the last token as an input, where T is odd. */
 static void multiply_rows(float y[][PANEL], const float *x, int T, const input_t *last,
                           const weight_t *panel, int K) {
   static float numbers[(LONGEST + 1) * PANEL];
@@ -120,31 +120,35 @@ static void multiply_rows(float y[][PANEL], const float *x, int T, const input_t
   if (T % 2) multiply(y[T - 1], last, panel, K);
 }
 
+/* y (count) = the products of outputs n, n + 1, ... scaled, plus the bias, plus y if `add` */
+static void finish(float *restrict y, const float *restrict products, int n, int count,
+                   const struct linear *l, int add) {
+  for (int i = 0; i < count; i++) {
+    const float product = HAS_SCALE ? products[i] * l->scale[n + i] : products[i];
+    y[i] = add ? product + y[i] : product;
+  }
+  if (l->bias)
+    for (int i = 0; i < count; i++) y[i] += l->bias[n + i];
+}
+
 /* y (T, N) = x (T, K) times the weights, plus the bias, plus y if `add` */
 static void linear(float *y, const float *x, int T, const struct linear *l, int add) {
   static float products[CHUNK][PANEL];
   const input_t *last = T % 2 ? prepare(x + (size_t)(T - 1) * l->K, l->K) : 0;
   const weight_t *panel = l->weight;
   for (int n = 0; n < l->N; n += PANEL, panel += panel_size(l->K)) {
+    const int count = l->N - n < PANEL ? l->N - n : PANEL;
     multiply_rows(products, x, T, last, panel, l->K);
-    for (int t = 0; t < T; t++)
-      for (int i = 0; i < PANEL && n + i < l->N; i++) {
-        float *out = y + (size_t)t * l->N + n + i;
-        const float product = HAS_SCALE ? products[t][i] * l->scale[n + i] : products[t][i];
-        *out = product + (l->bias ? l->bias[n + i] : 0.f) + (add ? *out : 0.f);
-      }
+    for (int t = 0; t < T; t++) finish(y + (size_t)t * l->N + n, products[t], n, count, l, add);
   }
 }
 
 /* y (n) = LayerNorm or RMSNorm of x (n); y may be x */
 static void norm(float *y, const float *x, const struct norm *l, int n, int rms) {
-  float mean = 0.f, variance = 0.f;
-  if (!rms)
-    for (int i = 0; i < n; i++) mean += x[i] / n;
-  for (int i = 0; i < n; i++) variance += (x[i] - mean) * (x[i] - mean) / n;
-  const float scale = 1.f / __builtin_sqrtf(variance + NORM_EPS);
-  for (int i = 0; i < n; i++)
-    y[i] = (x[i] - mean) * scale * l->weight[i] + (l->bias ? l->bias[i] : 0.f);
+  const float mean = rms ? 0.f : sum_of(x, n) / n;
+  for (int i = 0; i < n; i++) y[i] = x[i] - mean;
+  const float scale = 1.f / __builtin_sqrtf(dot(y, y, n) / n + NORM_EPS);
+  for (int i = 0; i < n; i++) y[i] = y[i] * scale * l->weight[i] + (l->bias ? l->bias[i] : 0.f);
 }
 
 /* the last of every NO_ROPE_INTERVAL layers has no RoPE; 0: all have it */

@@ -1,6 +1,6 @@
 /* ---- Weights of 8 bits in panels of pairs, (ceil(N / PANEL), ceil(K / 2), PANEL, 2), since
- * WebAssembly multiplies pairs of 16-bit numbers and adds them in one instruction, and no weight has
- * to become a float. Inputs become whole numbers of 24 bits, as exact as floats, in two halves:
+ * WebAssembly multiplies pairs of 16-bit numbers and adds them in one instruction, and no weight
+ * has to become a float. Inputs become whole numbers of 24 bits, as exact as floats, in two halves:
  * x[k] = (high[k] * 2^BITS + low[k]) * step. */
 
 enum { PANEL = 16, VECTORS = PANEL / 4 };
@@ -16,8 +16,9 @@ static inline float weight_of(const weight_t *panel, int k, int i) {
 static const input_t *prepare(const float *x, int K) {
   static input_t y;
   const float most = (1 << (2 * BITS - 1)) - 1;
-  float top = 0.f;
-  for (int k = 0; k < K; k++) top = __builtin_fabsf(x[k]) > top ? __builtin_fabsf(x[k]) : top;
+  static float sizes[LONGEST];
+  for (int k = 0; k < K; k++) sizes[k] = __builtin_fabsf(x[k]);
+  const float top = largest(sizes, K);
   const float steps = top > 0.f ? most / top : 0.f;
   y.step = top / most;
   for (int k = 0; k < K; k++) {
