@@ -5,7 +5,8 @@ The module exports its memory and the functions of c/module.c:
     prefill(start_pos, row)   reads tokens[0..row] at positions start_pos.. and writes the logits
                               of the token after tokens[row]
     step(start_pos)           reads token, and writes logits and attention
-    sample(key)               draws the next token from logits by parameters and seen
+    predict()                 writes the probabilities of logits, and the ids of the ten highest
+    sample(key)               predicts, and draws the next token by parameters and seen
     make_key(seed, length)    the key of the token that follows a text of that length
 
 The weights go into its memory before the first call.
@@ -28,7 +29,8 @@ HEAD = """#include <stddef.h>
 
 #define VECTORIZED
 """
-PLACES = ("tokens", "token", "logits", "parameters", "seen", "probabilities", "attention")
+PLACES = ("tokens", "token", "logits", "parameters", "seen", "probabilities", "likeliest",
+          "attention")
 
 
 @dataclass(frozen=True)
@@ -37,9 +39,10 @@ class Module:
 
     layout has the addresses of tokens int32 (chunk,), token int32 (1,), logits float32
     (V,), parameters float32 (5,) in the order of `tinygpt.inference.sampling.OPTIONS`, seen uint8
-    (vocab_size,), probabilities float32 (vocab_size,), which `sample` writes, and attention float32
-    (n_layer, n_head, block_size); the sizes chunk, block_size, vocab_size (of ids that may be
-    drawn), n_layer and n_head; and pages, the 64 KB pages of memory.
+    (vocab_size,), probabilities float32 (vocab_size,), likeliest int32 (listed,) in falling order,
+    and attention float32 (n_layer, n_head, block_size); the sizes chunk, block_size, vocab_size (of
+    ids that may be drawn), listed (at most 10), n_layer and n_head; and pages, the 64 KB pages of
+    memory.
     """
 
     code: bytes
@@ -62,8 +65,9 @@ def build(model) -> Module:
         program.source("pairs.c" if is_int8 else "panels.c", "model.c", "sampler.c", "module.c")]))
     addresses, pages = _exports(code)
     layout = {name: addresses[name] for name in PLACES}
+    vocab_size = program.known_ids(model)
     layout |= dict(first=addresses["weights_image"], pages=pages, chunk=min(64, c.block_size),
-                   block_size=c.block_size, vocab_size=program.known_ids(model),
+                   block_size=c.block_size, vocab_size=vocab_size, listed=min(10, vocab_size),
                    n_layer=c.n_layer, n_head=c.n_head)
     return Module(code, weights, layout)
 
