@@ -33,7 +33,7 @@ HEAD = """/* A GPT of {params:,} weights, which writes text:
 #define VECTORIZED
 #endif
 """
-FILES = ("panels.c", "model.c", "sampler.c", "tokenizer.c", "options.c", "main.c")
+FILES = ("panels.c", "model.c", "sampler.c", "tokenizer.c", "output.c", "options.c", "main.c")
 
 
 def write(model, path: Path, quantize: str | None) -> None:
