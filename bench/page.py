@@ -63,7 +63,7 @@ def draw(path: Path) -> None:
 
     shots = []
     for scheme in ("light", "dark"):
-        with opened(path, color_scheme=scheme, viewport={"width": 700, "height": 900}) as page:
+        with opened(path, color_scheme=scheme, viewport={"width": 700, "height": 1000}) as page:
             page.eval_on_selector("#status", "line => line.replaceChildren()")  # a machine's speed
             if scheme == "light":
                 page.locator(".token").nth(TOKEN).click()
@@ -77,7 +77,7 @@ def draw(path: Path) -> None:
     for number, image in enumerate(images):
         both.paste(image, (number * images[0].width, 0))
     PICTURE.parent.mkdir(exist_ok=True)
-    both.quantize(128).save(PICTURE, optimize=True)
+    both.save(PICTURE, optimize=True)
 
 
 def main() -> None:
