@@ -52,6 +52,11 @@ def longest(config) -> int:
     return max(config.n_embd, config.n_head * config.head_size, config.inner_size)
 
 
+def chunk(config) -> int:
+    """The most tokens that are read at once."""
+    return min(64, config.block_size)
+
+
 def kind(model) -> str:
     """The type of the matrices: "int8", "float16" or "float32"."""
     return str(_output_layer(model).weight.numpy().dtype)
@@ -74,7 +79,7 @@ def constants(model) -> str:
         NO_ROPE_INTERVAL=c.nope_interval or 0,
         QK_NORM=c.qk_norm, WINDOW=c.sliding_window or 0, PARALLEL=c.parallel,
         TIE_WEIGHTS=c.tie_weights, HAS_SCALE=_scale_of(output) is not None,
-        LONGEST=longest(c))
+        LONGEST=longest(c), CHUNK=chunk(c))
     return (enum(values) + f"#define NORM_EPS {c.norm_eps!r}f\n\n"
             + WEIGHT_TYPES[kind(model)])
 
@@ -85,7 +90,7 @@ def enum(values: dict[str, int]) -> str:
 
 
 def weights(model, layout: Callable[[np.ndarray], np.ndarray]) -> bytes:
-    """The weights as `take_model` in c/model.c takes them; layout, of a matrix, is panels or pairs."""
+    """The weights as `take_model` in c/model.c takes them; layout is `panels` or `pairs`."""
     return b"".join(array.tobytes() for array in _arrays(model, layout))
 
 

@@ -66,7 +66,7 @@ def build(model) -> Module:
     addresses, pages = _exports(code)
     layout = {name: addresses[name] for name in PLACES}
     vocab_size = program.known_ids(model)
-    layout |= dict(first=addresses["weights_image"], pages=pages, chunk=min(64, c.block_size),
+    layout |= dict(first=addresses["weights_image"], pages=pages, chunk=program.chunk(c),
                    block_size=c.block_size, vocab_size=vocab_size, listed=min(10, vocab_size),
                    n_layer=c.n_layer, n_head=c.n_head)
     return Module(code, weights, layout)

@@ -6,8 +6,7 @@
 
 enum {
   Q_SIZE = N_HEAD * HEAD_SIZE,           /* numbers of all queries of a token */
-  KV_SIZE = N_KV_HEAD * HEAD_SIZE,       /* of all its keys, and of all its values */
-  CHUNK = BLOCK_SIZE < 64 ? BLOCK_SIZE : 64    /* the most tokens that are read at once */
+  KV_SIZE = N_KV_HEAD * HEAD_SIZE        /* of all its keys, and of all its values */
 };
 
 struct norm { const float *weight, *bias; };   /* no bias: 0 */
@@ -91,35 +90,6 @@ static void take_model(const char *file) {
 
 /* ---- the layers */
 
-/* y0 and y1 (PANEL) = x0 and x1 (K) times a panel of floats (K, PANEL), 16 outputs at a time, so
- * that all sums fit into registers */
-VECTORIZED
-static void multiply_two(float *restrict y0, float *restrict y1, const float *restrict x0,
-                         const float *restrict x1, const float *restrict panel, int K) {
-  enum { STRIP = 16 };
-  for (int first = 0; first < PANEL; first += STRIP) {
-    float sum0[STRIP] = {0}, sum1[STRIP] = {0};
-    for (int k = 0; k < K; k++)
-      for (int i = 0; i < STRIP; i++) {
-        sum0[i] += x0[k] * panel[k * PANEL + first + i];
-        sum1[i] += x1[k] * panel[k * PANEL + first + i];
-      }
-    for (int i = 0; i < STRIP; i++) y0[first + i] = sum0[i];
-    for (int i = 0; i < STRIP; i++) y1[first + i] = sum1[i];
-  }
-}
-
-/* y (T, PANEL) = x (T, K) times a panel; of several tokens each weight is converted once. last is
- * the last token as an input, where T is odd. */
-static void multiply_rows(float y[][PANEL], const float *x, int T, const input_t *last,
-                          const weight_t *panel, int K) {
-  static float numbers[(LONGEST + 1) * PANEL];
-  if (T > 1) unpack(numbers, panel, K);
-  for (int t = 0; t + 1 < T; t += 2)
-    multiply_two(y[t], y[t + 1], x + (size_t)t * K, x + (size_t)(t + 1) * K, numbers, K);
-  if (T % 2) multiply(y[T - 1], last, panel, K);
-}
-
 /* y (count) = the products of outputs n, n + 1, ... scaled, plus the bias, plus y if `add` */
 static void finish(float *restrict y, const float *restrict products, int n, int count,
                    const struct linear *l, int add) {
@@ -134,11 +104,11 @@ static void finish(float *restrict y, const float *restrict products, int n, int
 /* y (T, N) = x (T, K) times the weights, plus the bias, plus y if `add` */
 static void linear(float *y, const float *x, int T, const struct linear *l, int add) {
   static float products[CHUNK][PANEL];
-  const input_t *last = T % 2 ? prepare(x + (size_t)(T - 1) * l->K, l->K) : 0;
+  const input_t *inputs = prepare(x, T, l->K);
   const weight_t *panel = l->weight;
   for (int n = 0; n < l->N; n += PANEL, panel += panel_size(l->K)) {
     const int count = l->N - n < PANEL ? l->N - n : PANEL;
-    multiply_rows(products, x, T, last, panel, l->K);
+    multiply_rows(products, inputs, T, panel, l->K);
     for (int t = 0; t < T; t++) finish(y + (size_t)t * l->N + n, products[t], n, count, l, add);
   }
 }

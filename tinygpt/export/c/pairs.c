@@ -13,21 +13,25 @@ static inline float weight_of(const weight_t *panel, int k, int i) {
   return (float)panel[((size_t)(k / 2) * PANEL + i) * 2 + k % 2];
 }
 
-static const input_t *prepare(const float *x, int K) {
-  static input_t y;
-  const float most = (1 << (2 * BITS - 1)) - 1;
+static void round_to_whole(input_t *y, const float *x, int K) {
   static float sizes[LONGEST];
   for (int k = 0; k < K; k++) sizes[k] = __builtin_fabsf(x[k]);
-  const float top = largest(sizes, K);
+  const float top = largest(sizes, K), most = (1 << (2 * BITS - 1)) - 1;
   const float steps = top > 0.f ? most / top : 0.f;
-  y.step = top / most;
+  y->step = top / most;
   for (int k = 0; k < K; k++) {
     const int32_t whole = (int32_t)(x[k] * steps + (x[k] < 0.f ? -0.5f : 0.5f));
-    y.high[k] = (int16_t)((whole + (1 << (BITS - 1))) >> BITS);
-    y.low[k] = (int16_t)(whole - y.high[k] * (1 << BITS));
+    y->high[k] = (int16_t)((whole + (1 << (BITS - 1))) >> BITS);
+    y->low[k] = (int16_t)(whole - y->high[k] * (1 << BITS));
   }
-  if (K % 2) y.high[K] = y.low[K] = 0;
-  return &y;
+  if (K % 2) y->high[K] = y->low[K] = 0;
+}
+
+/* x (T, K) as multiply_rows takes it */
+static const input_t *prepare(const float *x, int T, int K) {
+  static input_t inputs[CHUNK];
+  for (int t = 0; t < T; t++) round_to_whole(&inputs[t], x + (size_t)t * K, K);
+  return inputs;
 }
 
 /* y (PANEL) = x (K) times a panel */
@@ -51,13 +55,7 @@ static void multiply(float *restrict y, const input_t *restrict x, const weight_
   }
 }
 
-/* y (K, PANEL) = a panel as floats */
-static void unpack(float *restrict y, const weight_t *restrict panel, int K) {
-  for (int k = 0; k < K; k += 2)
-    for (int i = 0; i < PANEL; i += 4) {
-      const v128_t w = wasm_i16x8_load8x8(panel + k * PANEL + 2 * i);
-      const v128_t even = wasm_i32x4_shr(wasm_i32x4_shl(w, 16), 16), odd = wasm_i32x4_shr(w, 16);
-      wasm_v128_store(y + k * PANEL + i, wasm_f32x4_convert_i32x4(even));
-      wasm_v128_store(y + (k + 1) * PANEL + i, wasm_f32x4_convert_i32x4(odd));
-    }
+/* y (T, PANEL) = x (T, K) times a panel */
+static void multiply_rows(float y[][PANEL], const input_t *x, int T, const weight_t *panel, int K) {
+  for (int t = 0; t < T; t++) multiply(y[t], &x[t], panel, K);
 }
