@@ -53,7 +53,7 @@ static void multiply_two(float *restrict y0, float *restrict y1, const float *re
 
 /* y (T, PANEL) = x (T, K) times a panel; of several tokens each weight is converted once */
 static void multiply_rows(float y[][PANEL], const input_t *x, int T, const weight_t *panel, int K) {
-  static float numbers[LONGEST * PANEL];
+  static float numbers[LONGEST * PANEL];   /* no K is larger than LONGEST */
   if (T > 1) unpack(numbers, panel, K);
   for (int t = 0; t + 1 < T; t += 2)
     multiply_two(y[t], y[t + 1], x + (size_t)t * K, x + (size_t)(t + 1) * K, numbers, K);
