@@ -81,7 +81,7 @@ def draw(path: Path) -> None:
     for number, image in enumerate(images):
         both.paste(image, (number * images[0].width, 0))
     PICTURE.parent.mkdir(exist_ok=True)
-    both.save(PICTURE, optimize=True)
+    both.quantize(256).save(PICTURE, optimize=True)
 
 
 def main() -> None:
