@@ -94,9 +94,10 @@ def main() -> None:
         draw(flags.page)
         print(f"{PICTURE}, {PICTURE.stat().st_size // 1024} KB")
     else:
-        record("page.py", "HTML file, size", flags.page.stat().st_size / 1e6, unit="MB")
-        for what, value in measure(flags.page, flags.tokens).items():
-            record("page.py", f"HTML file, {what[0]}", value, unit=what[1])
+        size = flags.page.stat().st_size / 1e6
+        for (case, unit), value in {("size", "MB"): size,
+                                    **measure(flags.page, flags.tokens)}.items():
+            record("page.py", f"HTML file, {case}", value, "", None, unit)
 
 
 if __name__ == "__main__":
