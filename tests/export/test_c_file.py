@@ -101,10 +101,10 @@ def test_the_text_is_that_of_generate(exported, program, options):
 def test_a_text_ends_before_a_stop_string(exported, program):
     model, _ = exported["byte"]
     tokens = list(model.stream(list(b"Then"), max_new_tokens=60))
-    text = "".join(generate.pieces_of(model, tokens, ()))
+    text = "".join(pieces_of(model.tokenizer, tokens, ()))
     for stops in ([text[20:23]], [text[30:32] + "?", text[31:34]], [text[25:29], text[26:28]],
                   [text[-1] + "?"], [text[-2:] + text[-2:]], ["\ufffd"], ["no"] * 32):
-        expected = "".join(generate.pieces_of(model, tokens, stops))
+        expected = "".join(pieces_of(model.tokenizer, tokens, stops))
         flags = [f"--stop={stop}" for stop in stops]
         assert output(program, "Then", "--max_new_tokens=60", *flags) == f"Then{expected}\n"
 
