@@ -98,6 +98,17 @@ def test_the_text_is_that_of_generate(exported, program, options):
         assert output(other, *flags, prompt) == prompt + expected
 
 
+def test_a_text_ends_before_a_stop_string(exported, program):
+    model, _ = exported["byte"]
+    tokens = list(model.stream(list(b"Then"), max_new_tokens=60))
+    text = "".join(pieces_of(model.tokenizer, tokens, ()))
+    for stops in ([text[20:23]], [text[30:32] + "?", text[31:34]], [text[25:29], text[26:28]],
+                  [text[-1] + "?"], [text[-2:] + text[-2:]], ["\ufffd"], ["no"] * 32):
+        expected = "".join(pieces_of(model.tokenizer, tokens, stops))
+        flags = [f"--stop={stop}" for stop in stops]
+        assert output(program, "Then", "--max_new_tokens=60", *flags) == f"Then{expected}\n"
+
+
 def test_a_text_ends_at_end_of_text(bpe, tmp_path):
     model = small(bpe)
     weights = {k: w.numpy() for k, w in model.state_dict().items()}
@@ -161,6 +172,7 @@ def test_the_tokenizer_is_ours(exported, kind):
     (["--top-k", "1.5"], "whole number"), (["--seed", "x"], "seed=x"),
     (["--seed"], "needs a value"),
     (["--top_p", "nan"], "top_p=nan"), (["--tempratur", "1"], "no option --tempratur"),
+    (["--stop", ""], "stop is empty"), (["--stop=a"] * 33, "more than 32 times"),
     (["a", "b"], "two prompts"), ([""], "prompt is empty"), ([b"\xff"], "not text in UTF-8"),
     ([b"\xe2\x82"], "not text in UTF-8"), ([b"\xed\xa0\x80"], "not text in UTF-8")])
 def test_mistakes(program, words, says):
@@ -170,7 +182,7 @@ def test_mistakes(program, words, says):
 
 
 def test_help_has_every_sampling_option(program):
-    for name in SampleConfig.__dataclass_fields__:
+    for name in [*SampleConfig.__dataclass_fields__, "stop"]:
         assert f"--{name} " in output(program, "--help")
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from browser import chromium
 from conftest import VERSES
+from test_server import Served
 from tinygrad import Tensor
 
 import generate
@@ -315,3 +316,33 @@ def test_the_page_of_a_server_shows_its_errors(served):
     page.wait_for_selector("#status.error")
     assert "too many texts" in page.text_content("#status")
     assert page.locator("#write").is_enabled()
+
+
+@pytest.fixture(scope="module")
+def server(run, browser):  # without a browser none is started
+    server = Served(run)
+    yield server
+    server.close()
+
+
+def test_the_page_of_a_real_server(browser, server, run):
+    model, page, complaints = GPT.from_checkpoint(run), browser.new_page(), []
+    page.on("console", lambda message: complaints.append(message.text))
+    page.on("pageerror", lambda error: complaints.append(str(error)))
+    page.goto(f"http://127.0.0.1:{server.port}/")
+    set_options(page, max_new_tokens=40, seed=3)
+    page.fill("#prompt", PROMPT)
+    page.click("#write")
+    options = {"temperature": 0.9, "max_new_tokens": 40, "seed": 3}
+    ids = expected(model, model.tokenizer.encode(PROMPT), **options)
+    assert written(page, 40) == ids
+    page.locator(".token").nth(25).click()
+    rows = page.locator("#popover li button")
+    logits = model(Tensor([ids[:25]])).numpy()[0, -1]
+    listed = [int(row.get_attribute("data-id")) for row in rows.all()]
+    assert listed[:10] == np.argsort(-logits)[:10].tolist()
+    forget(page)
+    rows.nth(2).click()
+    assert written(page, 40) == expected(model, [*ids[:25], listed[2]], **options)
+    page.close()
+    assert not complaints

@@ -72,6 +72,28 @@ def test_logits_and_attention(row):
     np.testing.assert_allclose(weights[..., :T].sum(-1), 1, atol=1e-5)
 
 
+@pytest.mark.parametrize("sizes", [
+    dict(n_embd=21, n_head=3, n_inner=37), dict(n_embd=4, n_head=1, n_inner=40000)], ids=str)
+def test_odd_and_large_sizes_of_int8(sizes):
+    """In the large one all addends of a sum are equal, and so it is as large as it can be."""
+    config = GPTConfig(**SHAPE | dict(n_layer=1, position="learned") | sizes)
+    ours, rng = GPT(config), np.random.default_rng(5)
+    weights = {name: rng.standard_normal(w.shape) for name, w in ours.state_dict().items()}
+    if config.n_inner > 1000:
+        weights["h.0.mlp.c_fc.weight"] = np.full((config.n_inner, 4), 1e-3)
+        weights["h.0.mlp.c_fc.bias"] = np.ones(config.n_inner)
+        weights["h.0.mlp.c_proj.weight"] = np.repeat([[1e-5], [2e-5], [0], [-4e-5]], 40000, 1)
+    ours.load_state_dict(weights)
+    ours.tokenizer = Tokens()
+    ours.quantize("int8")
+    instance = Instance(wasm.build(ours))
+    for p in range(T):
+        instance.write("token", IDS[p:p + 1])
+        instance.step(p)
+    expected = ours(Tensor(IDS.reshape(1, T))).numpy()[0, -1]
+    np.testing.assert_allclose(instance.read("logits", V), expected, rtol=1e-4, atol=1e-4)
+
+
 @pytest.fixture(scope="module")
 def sampler():
     model = GPT(GPTConfig(block_size=4, vocab_size=V + 2, n_layer=1, n_head=1, n_embd=8))

@@ -33,7 +33,7 @@ HEAD = """/* A GPT of {params:,} weights, which writes text:
 #define VECTORIZED
 #endif
 """
-FILES = ("model.c", "sampler.c", "tokenizer.c", "options.c", "main.c")
+FILES = ("panels.c", "model.c", "sampler.c", "tokenizer.c", "output.c", "options.c", "main.c")
 
 
 def write(model, path: Path, quantize: str | None) -> None:
@@ -47,7 +47,7 @@ def write(model, path: Path, quantize: str | None) -> None:
         raise ValueError(f"{data_path} already exists: name a new file")
     program.quantize(model, quantize)
     sizes, tables = _tokenizer(model.tokenizer)
-    data = program.weights(model) + tables
+    data = program.weights(model, program.panels) + tables
     head = HEAD.format(params=model.config.num_params(), name=path.stem)
     write_atomically(data_path, data)
     write_atomically(path, "\n".join([

@@ -1,7 +1,7 @@
 """A model as a C program: its options as constants, and its weights in the order in which
 `c/model.c` takes them."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +11,6 @@ from tinygpt.model import lora
 from tinygpt.model.rope import rope_tables
 
 FOLDER = Path(__file__).parent / "c"
-PANEL = 32  # rows of a matrix that are stored together, as in c/model.c
 
 # a weight in C, and how it becomes a float
 WEIGHT_TYPES = {
@@ -25,9 +24,9 @@ WEIGHT_TYPES = {
                "static inline float number(weight_t w) { return w; }\n"}
 
 
-def quantize(model, kind: str | None) -> None:
+def quantize(model, how: str | None) -> None:
     """Quantizes a model as --quantize says; None is int8. Raises ValueError if it is no GPT, or
-    has no tokenizer of ours, or where kind is int4, which the C code does not read."""
+    has no tokenizer of ours, or where how is int4, which the C code does not read."""
     if model.kind != "gpt":
         raise ValueError(f"a {model.kind} model has no form without Python: leave out --export")
     if model.tokenizer is None:
@@ -36,16 +35,31 @@ def quantize(model, kind: str | None) -> None:
     if isinstance(model.tokenizer, HFTokenizer):
         raise ValueError("the model's tokenizer.json has no form without Python: export the model "
                          "into a folder in Hugging Face's layout")
-    if kind == "int4":
+    if how == "int4":
         raise ValueError("quantize=int4 is exported as GGUF only: choose int8, or a .gguf file")
     lora.merge(model)
-    if kind != "none":
-        model.quantize(kind or "int8")
+    if how != "none":
+        model.quantize(how or "int8")
 
 
 def source(*files: str) -> str:
     """The text of C files of this package, one after another."""
     return "\n".join((FOLDER / file).read_text(encoding="utf-8") for file in files)
+
+
+def longest(config) -> int:
+    """The inputs of the linear layer that has the most of them."""
+    return max(config.n_embd, config.n_head * config.head_size, config.inner_size)
+
+
+def chunk(config) -> int:
+    """The most tokens that are read at once."""
+    return min(64, config.block_size)
+
+
+def kind(model) -> str:
+    """The type of the matrices: "int8", "float16" or "float32"."""
+    return str(_output_layer(model).weight.numpy().dtype)
 
 
 def known_ids(model) -> int:
@@ -64,9 +78,10 @@ def constants(model) -> str:
         GELU_TANH=c.activation == "gelu_tanh", SWIGLU=c.is_gated, ROPE=c.position == "rope",
         NO_ROPE_INTERVAL=c.nope_interval or 0,
         QK_NORM=c.qk_norm, WINDOW=c.sliding_window or 0, PARALLEL=c.parallel,
-        TIE_WEIGHTS=c.tie_weights, HAS_SCALE=_scale_of(output) is not None)
+        TIE_WEIGHTS=c.tie_weights, HAS_SCALE=_scale_of(output) is not None,
+        LONGEST=longest(c), CHUNK=chunk(c))
     return (enum(values) + f"#define NORM_EPS {c.norm_eps!r}f\n\n"
-            + WEIGHT_TYPES[str(output.weight.numpy().dtype)])
+            + WEIGHT_TYPES[kind(model)])
 
 
 def enum(values: dict[str, int]) -> str:
@@ -74,14 +89,27 @@ def enum(values: dict[str, int]) -> str:
     return "enum {\n" + ",\n".join(f"  {k} = {int(v)}" for k, v in values.items()) + "\n};\n"
 
 
-def weights(model) -> bytes:
-    """The weights as `take_model` in c/model.c takes them."""
-    return b"".join(array.tobytes() for array in _arrays(model))
+def weights(model, layout: Callable[[np.ndarray], np.ndarray]) -> bytes:
+    """The weights as `take_model` in c/model.c takes them; layout is `panels` or `pairs`."""
+    return b"".join(array.tobytes() for array in _arrays(model, layout))
 
 
-def _arrays(model) -> Iterator[np.ndarray]:
+def panels(matrix: np.ndarray) -> np.ndarray:
+    """A matrix (N, K) as c/panels.c has it: (ceil(N / 32), K, 32)."""
+    N, K = matrix.shape
+    return np.pad(matrix, ((0, -N % 32), (0, 0))).reshape(-1, 32, K).transpose(0, 2, 1)
+
+
+def pairs(matrix: np.ndarray) -> np.ndarray:
+    """A matrix (N, K) as c/pairs.c has it: (ceil(N / 16), ceil(K / 2), 16, 2)."""
+    N, K = matrix.shape
+    padded = np.pad(matrix, ((0, -N % 16), (0, K % 2)))
+    return padded.reshape(-1, 16, (K + 1) // 2, 2).transpose(0, 2, 1, 3)
+
+
+def _arrays(model, layout) -> Iterator[np.ndarray]:
     c = model.config
-    yield from _linear(_output_layer(model))
+    yield from _linear(_output_layer(model), layout)
     if not c.tie_weights:
         yield model.wte.weight.numpy()
     if c.position == "learned":
@@ -90,16 +118,16 @@ def _arrays(model) -> Iterator[np.ndarray]:
         tables = rope_tables(c.block_size, c.frequencies(c.head_size), model.device)
         yield from (table.numpy() for table in tables)
     for block in model.h:
-        yield from _block(block)
+        yield from _block(block, layout)
     yield from _vectors(model.ln_f)
 
 
-def _block(block) -> Iterator[np.ndarray]:
+def _block(block, layout) -> Iterator[np.ndarray]:
     attn, mlp = block.attn, block.mlp
     for layer in (block.ln_1, attn.c_attn, attn.q_norm, attn.k_norm, attn.c_proj, block.ln_2,
                   mlp.c_fc, mlp.c_gate, mlp.c_proj):
         if layer is not None:
-            yield from _linear(layer) if layer.weight.ndim == 2 else _vectors(layer)
+            yield from _linear(layer, layout) if layer.weight.ndim == 2 else _vectors(layer)
 
 
 def _vectors(layer) -> Iterator[np.ndarray]:
@@ -110,12 +138,8 @@ def _vectors(layer) -> Iterator[np.ndarray]:
             yield vector.numpy()
 
 
-def _linear(layer) -> Iterator[np.ndarray]:
-    """A matrix (N, K) as panels (ceil(N / PANEL), K, PANEL), and its vectors."""
-    matrix = layer.weight.numpy()
-    N, K = matrix.shape
-    padded = np.pad(matrix, ((0, -N % PANEL), (0, 0)))
-    yield padded.reshape(-1, PANEL, K).transpose(0, 2, 1)
+def _linear(layer, layout) -> Iterator[np.ndarray]:
+    yield layout(layer.weight.numpy())
     yield from _vectors(layer)
 
 

@@ -5,7 +5,8 @@ The module exports its memory and the functions of c/module.c:
     prefill(start_pos, row)   reads tokens[0..row] at positions start_pos.. and writes the logits
                               of the token after tokens[row]
     step(start_pos)           reads token, and writes logits and attention
-    sample(key)               draws the next token from logits by parameters and seen
+    predict()                 writes the probabilities of logits, and the ids of the ten highest
+    sample(key)               predicts, and draws the next token by parameters and seen
     make_key(seed, length)    the key of the token that follows a text of that length
 
 The weights go into its memory before the first call.
@@ -24,10 +25,12 @@ PAGE = 65536  # bytes
 LARGEST = 1 << 32  # bytes that a module can address
 HEAD = """#include <stddef.h>
 #include <stdint.h>
+#include <wasm_simd128.h>
 
 #define VECTORIZED
 """
-PLACES = ("tokens", "token", "logits", "parameters", "seen", "probabilities", "attention")
+PLACES = ("tokens", "token", "logits", "parameters", "seen", "probabilities", "likeliest",
+          "attention")
 
 
 @dataclass(frozen=True)
@@ -36,9 +39,10 @@ class Module:
 
     layout has the addresses of tokens int32 (chunk,), token int32 (1,), logits float32
     (V,), parameters float32 (5,) in the order of `tinygpt.inference.sampling.OPTIONS`, seen uint8
-    (vocab_size,), probabilities float32 (vocab_size,), which `sample` writes, and attention float32
-    (n_layer, n_head, block_size); the sizes chunk, block_size, vocab_size (of ids that may be
-    drawn), n_layer and n_head; and pages, the 64 KB pages of memory.
+    (vocab_size,), probabilities float32 (vocab_size,), likeliest int32 (listed,) in falling order,
+    and attention float32 (n_layer, n_head, block_size); the sizes chunk, block_size, vocab_size (of
+    ids that may be drawn), listed (at most 10), n_layer and n_head; and pages, the 64 KB pages of
+    memory.
     """
 
     code: bytes
@@ -49,20 +53,29 @@ class Module:
 def build(model) -> Module:
     """The module of a GPT, quantized or not. Raises ValueError where it does not fit into a
     module's memory, or there is no compiler."""
-    c, weights = model.config, program.weights(model)
+    c = model.config
+    is_int8 = program.kind(model) == "int8"
+    weights = program.weights(model, program.pairs if is_int8 else program.panels)
     if (needed := len(weights) + 4 * cache_size(c)) > LARGEST - (1 << 28):
         raise ValueError(f"the model takes {needed / 1e9:.1f} GB, and WebAssembly can address "
                          "4.3 GB: choose --quantize int8, or a smaller model")
     code = _compile("\n".join([
         HEAD, program.source("functions.c"), program.constants(model),
-        f"#define WEIGHTS_BYTES {len(weights)}u\n",
-        program.source("model.c", "sampler.c", "module.c")]))
+        f"#define WEIGHTS_BYTES {len(weights)}u\n", program.enum(dict(BITS=_bits(c))),
+        program.source("pairs.c" if is_int8 else "panels.c", "model.c", "sampler.c", "module.c")]))
     addresses, pages = _exports(code)
     layout = {name: addresses[name] for name in PLACES}
-    layout |= dict(first=addresses["weights_image"], pages=pages, chunk=min(64, c.block_size),
-                   block_size=c.block_size, vocab_size=program.known_ids(model),
+    vocab_size = program.known_ids(model)
+    layout |= dict(first=addresses["weights_image"], pages=pages, chunk=program.chunk(c),
+                   block_size=c.block_size, vocab_size=vocab_size, listed=min(10, vocab_size),
                    n_layer=c.n_layer, n_head=c.n_head)
     return Module(code, weights, layout)
+
+
+def _bits(config) -> int:
+    """Bits in half of an input of c/pairs.c, at most as many as the sums of the longest layer, of
+    products with 127, allow in 32 bits."""
+    return min(12, 25 - (program.longest(config) - 1).bit_length())
 
 
 def _compile(source: str) -> bytes:

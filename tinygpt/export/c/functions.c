@@ -54,11 +54,45 @@ static inline float gelu_tanh(float x) {
   return x * sigmoid(1.5957691f * x * (1.f + 0.044715f * x * x));
 }
 
+/* Sums and maxima are taken of PARTS interleaved parts, so that these loops become vector code. */
+enum { PARTS = 8 };
+
+/* the sum of x[i] * y[i], of n numbers */
+static float dot(const float *x, const float *y, int n) {
+  float part[PARTS] = {0}, sum = 0.f;
+  const int whole = n - n % PARTS;
+  for (int i = 0; i < whole; i += PARTS)
+    for (int j = 0; j < PARTS; j++) part[j] += x[i + j] * y[i + j];
+  for (int i = whole; i < n; i++) sum += x[i] * y[i];
+  for (int j = 0; j < PARTS; j++) sum += part[j];
+  return sum;
+}
+
+static float sum_of(const float *x, int n) {
+  float part[PARTS] = {0}, sum = 0.f;
+  const int whole = n - n % PARTS;
+  for (int i = 0; i < whole; i += PARTS)
+    for (int j = 0; j < PARTS; j++) part[j] += x[i + j];
+  for (int i = whole; i < n; i++) sum += x[i];
+  for (int j = 0; j < PARTS; j++) sum += part[j];
+  return sum;
+}
+
+static float largest(const float *x, int n) {
+  float part[PARTS], top = x[0];
+  const int whole = n - n % PARTS;
+  for (int j = 0; j < PARTS; j++) part[j] = top;
+  for (int i = 0; i < whole; i += PARTS)
+    for (int j = 0; j < PARTS; j++) part[j] = x[i + j] > part[j] ? x[i + j] : part[j];
+  for (int i = whole; i < n; i++) top = x[i] > top ? x[i] : top;
+  for (int j = 0; j < PARTS; j++) top = part[j] > top ? part[j] : top;
+  return top;
+}
+
 /* y = the probabilities that are proportional to exp(x), of n numbers; y may be x */
 static void softmax(float *y, const float *x, int n) {
-  float top = x[0], sum = 0.f;
-  for (int i = 1; i < n; i++) top = x[i] > top ? x[i] : top;
+  const float top = largest(x, n);
   for (int i = 0; i < n; i++) y[i] = exponential(x[i] - top);
-  for (int i = 0; i < n; i++) sum += y[i];
+  const float sum = sum_of(y, n);
   for (int i = 0; i < n; i++) y[i] /= sum;
 }

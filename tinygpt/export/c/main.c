@@ -7,9 +7,9 @@ static int generate(int32_t *ids, int count, int wanted) {
   const int hop = moves < BLOCK_SIZE ? moves : BLOCK_SIZE;
   int n = count < BLOCK_SIZE ? count : BLOCK_SIZE, cached = 0;   /* tokens of the window */
   int32_t *window = ids + count - n;
-  struct partial character = {0};
   int new = 0;
-  for (; new < wanted; new++) {
+  begin_output();
+  for (; new < wanted && !output.is_stopped; new++) {
     if (n > BLOCK_SIZE) {   /* the window moves, and with it all positions */
       window += hop;
       n -= hop;
@@ -23,10 +23,10 @@ static int generate(int32_t *ids, int count, int wanted) {
     if (token == END_OF_TEXT) break;
     int length;
     const char *bytes = bytes_of(token, &length);
-    put_bytes(&character, bytes, length);
+    put_bytes(bytes, length);
     window[n++] = token;
   }
-  puts(character.have ? "\xef\xbf\xbd" : "");
+  end_output();
   return new;
 }
 

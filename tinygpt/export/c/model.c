@@ -6,16 +6,12 @@
 
 enum {
   Q_SIZE = N_HEAD * HEAD_SIZE,           /* numbers of all queries of a token */
-  KV_SIZE = N_KV_HEAD * HEAD_SIZE,       /* of all its keys, and of all its values */
-  CHUNK = BLOCK_SIZE < 64 ? BLOCK_SIZE : 64,   /* the most tokens that are read at once */
-  LONGEST = N_INNER > N_EMBD + Q_SIZE ? N_INNER : N_EMBD + Q_SIZE,   /* no K is larger */
-  PANEL = 32                             /* outputs whose weights are stored together */
+  KV_SIZE = N_KV_HEAD * HEAD_SIZE        /* of all its keys, and of all its values */
 };
 
 struct norm { const float *weight, *bias; };   /* no bias: 0 */
 
-/* weight is (ceil(N / PANEL), K, PANEL): for each input the weights of PANEL outputs, so that a
- * loop over these becomes vector code. scale (N) or 0, bias (N) or 0. */
+/* weight has ceil(N / PANEL) panels of K inputs; scale (N) or 0, bias (N) or 0 */
 struct linear { int K, N; const weight_t *weight; const float *scale, *bias; };
 
 struct block {
@@ -61,9 +57,8 @@ static struct norm take_norm(int size, int has_bias) {
 }
 
 static struct linear take_linear(int N, int K, int has_bias) {
-  const size_t rows = (N + PANEL - 1) / PANEL * PANEL;
   struct linear linear = {.K = K, .N = N};
-  linear.weight = take(rows * K * sizeof(weight_t));
+  linear.weight = take((size_t)(N + PANEL - 1) / PANEL * panel_size(K) * sizeof(weight_t));
   if (HAS_SCALE) linear.scale = take_floats(N);
   if (has_bias) linear.bias = take_floats(N);
   return linear;
@@ -95,72 +90,35 @@ static void take_model(const char *file) {
 
 /* ---- the layers */
 
-/* y (PANEL) = x (K) times a panel (K, PANEL) */
-VECTORIZED
-static void multiply(float *restrict y, const float *restrict x, const weight_t *restrict panel,
-                     int K) {
-  float sum[PANEL] = {0};
-  for (int k = 0; k < K; k++, panel += PANEL)
-    for (int i = 0; i < PANEL; i++) sum[i] += x[k] * number(panel[i]);
-  for (int i = 0; i < PANEL; i++) y[i] = sum[i];
-}
-
-/* y0 and y1 (PANEL) = x0 and x1 (K) times a panel of floats, half of it at a time, so that all sums
- * fit into registers */
-VECTORIZED
-static void multiply_two(float *restrict y0, float *restrict y1, const float *restrict x0,
-                         const float *restrict x1, const float *restrict panel, int K) {
-  enum { HALF = PANEL / 2 };
-  for (int first = 0; first < PANEL; first += HALF) {
-    float sum0[HALF] = {0}, sum1[HALF] = {0};
-    for (int k = 0; k < K; k++)
-      for (int i = 0; i < HALF; i++) {
-        sum0[i] += x0[k] * panel[k * PANEL + first + i];
-        sum1[i] += x1[k] * panel[k * PANEL + first + i];
-      }
-    for (int i = 0; i < HALF; i++) y0[first + i] = sum0[i];
-    for (int i = 0; i < HALF; i++) y1[first + i] = sum1[i];
+/* y (count) = the products of outputs n, n + 1, ... scaled, plus the bias, plus y if `add` */
+static void finish(float *restrict y, const float *restrict products, int n, int count,
+                   const struct linear *l, int add) {
+  for (int i = 0; i < count; i++) {
+    const float product = HAS_SCALE ? products[i] * l->scale[n + i] : products[i];
+    y[i] = add ? product + y[i] : product;
   }
-}
-
-VECTORIZED
-static void unpack(float *restrict y, const weight_t *restrict weights, int count) {
-  for (int i = 0; i < count; i++) y[i] = number(weights[i]);
-}
-
-/* y (T, PANEL) = x (T, K) times a panel; of several tokens each weight is converted once */
-static void multiply_rows(float y[][PANEL], const float *x, int T, const weight_t *panel, int K) {
-  static float numbers[LONGEST * PANEL];
-  if (T > 1) unpack(numbers, panel, K * PANEL);
-  for (int t = 0; t + 1 < T; t += 2)
-    multiply_two(y[t], y[t + 1], x + (size_t)t * K, x + (size_t)(t + 1) * K, numbers, K);
-  if (T % 2) multiply(y[T - 1], x + (size_t)(T - 1) * K, panel, K);
+  if (l->bias)
+    for (int i = 0; i < count; i++) y[i] += l->bias[n + i];
 }
 
 /* y (T, N) = x (T, K) times the weights, plus the bias, plus y if `add` */
 static void linear(float *y, const float *x, int T, const struct linear *l, int add) {
   static float products[CHUNK][PANEL];
+  const input_t *inputs = prepare(x, T, l->K);
   const weight_t *panel = l->weight;
-  for (int n = 0; n < l->N; n += PANEL, panel += (size_t)l->K * PANEL) {
-    multiply_rows(products, x, T, panel, l->K);
-    for (int t = 0; t < T; t++)
-      for (int i = 0; i < PANEL && n + i < l->N; i++) {
-        float *out = y + (size_t)t * l->N + n + i;
-        const float product = HAS_SCALE ? products[t][i] * l->scale[n + i] : products[t][i];
-        *out = product + (l->bias ? l->bias[n + i] : 0.f) + (add ? *out : 0.f);
-      }
+  for (int n = 0; n < l->N; n += PANEL, panel += panel_size(l->K)) {
+    const int count = l->N - n < PANEL ? l->N - n : PANEL;
+    multiply_rows(products, inputs, T, panel, l->K);
+    for (int t = 0; t < T; t++) finish(y + (size_t)t * l->N + n, products[t], n, count, l, add);
   }
 }
 
 /* y (n) = LayerNorm or RMSNorm of x (n); y may be x */
 static void norm(float *y, const float *x, const struct norm *l, int n, int rms) {
-  float mean = 0.f, variance = 0.f;
-  if (!rms)
-    for (int i = 0; i < n; i++) mean += x[i] / n;
-  for (int i = 0; i < n; i++) variance += (x[i] - mean) * (x[i] - mean) / n;
-  const float scale = 1.f / __builtin_sqrtf(variance + NORM_EPS);
-  for (int i = 0; i < n; i++)
-    y[i] = (x[i] - mean) * scale * l->weight[i] + (l->bias ? l->bias[i] : 0.f);
+  const float mean = rms ? 0.f : sum_of(x, n) / n;
+  for (int i = 0; i < n; i++) y[i] = x[i] - mean;
+  const float scale = 1.f / __builtin_sqrtf(dot(y, y, n) / n + NORM_EPS);
+  for (int i = 0; i < n; i++) y[i] = y[i] * scale * l->weight[i] + (l->bias ? l->bias[i] : 0.f);
 }
 
 /* the last of every NO_ROPE_INTERVAL layers has no RoPE; 0: all have it */
@@ -244,10 +202,10 @@ static void block(const struct block *b, int layer, int T, int p) {
 /* x (C) = the embedding of a token at position p */
 static void embed(float *x, int token, int p) {
   const struct linear *l = &model.lm_head;
-  const weight_t *panel = l->weight + (size_t)(token / PANEL) * PANEL * N_EMBD + token % PANEL;
+  const weight_t *panel = l->weight + (size_t)(token / PANEL) * panel_size(N_EMBD);
   for (int i = 0; i < N_EMBD; i++) {
     if (TIE_WEIGHTS)
-      x[i] = number(panel[(size_t)i * PANEL]) * (HAS_SCALE ? l->scale[token] : 1.f);
+      x[i] = weight_of(panel, i, token % PANEL) * (HAS_SCALE ? l->scale[token] : 1.f);
     else
       x[i] = model.wte[(size_t)token * N_EMBD + i];
     if (!ROPE) x[i] += model.wpe[(size_t)p * N_EMBD + i];

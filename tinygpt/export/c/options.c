@@ -9,14 +9,16 @@ static struct option {
 
 enum { OPTION_COUNT = sizeof options / sizeof *options };
 
-/* the option of a name, which may be written with - or _ and may be followed by = */
-static struct option *option_of(const char *name) {
-  for (int i = 0; i < OPTION_COUNT; i++) {
-    const char *a = options[i].name, *b = name;
-    while (*a && (*a == *b || (*a == '_' && *b == '-'))) a++, b++;
-    if (!*a && (!*b || *b == '=')) return &options[i];
-  }
-  fail("there is no option --%s: see --help", name);
+/* whether a word of the command names an option: with - or _, followed by = or nothing */
+static int is_named(const char *word, const char *name) {
+  while (*name && (*name == *word || (*name == '_' && *word == '-'))) name++, word++;
+  return !*name && (!*word || *word == '=');
+}
+
+static struct option *option_of(const char *word) {
+  for (int i = 0; i < OPTION_COUNT; i++)
+    if (is_named(word, options[i].name)) return &options[i];
+  fail("there is no option --%s: see --help", word);
   return 0;
 }
 
@@ -35,6 +37,7 @@ static void print_help(const char *program) {
   printf("usage: %s [PROMPT] [--OPTION VALUE ...]\n\n", program);
   for (int i = 0; i < OPTION_COUNT; i++)
     printf("  --%-20s %s (%g)\n", options[i].name, options[i].help, options[i].value);
+  printf("  --%-20s end before this string; may be given several times\n", "stop");
   exit(0);
 }
 
@@ -48,10 +51,11 @@ static const char *parse(int argc, char **argv) {
       prompt = argv[i];
       continue;
     }
-    struct option *o = option_of(argv[i] + 2);
-    const char *value = strchr(argv[i], '=');
-    if (!value && i + 1 == argc) fail("--%s needs a value", o->name);
-    set(o, value ? value + 1 : argv[++i]);
+    const char *name = argv[i] + 2, *given = strchr(name, '=');
+    struct option *o = is_named(name, "stop") ? 0 : option_of(name);
+    if (!given && i + 1 == argc) fail("--%s needs a value", name);
+    const char *value = given ? given + 1 : argv[++i];
+    if (o) set(o, value); else add_stop(value);
   }
   return prompt ? prompt : DEFAULT_PROMPT;
 }

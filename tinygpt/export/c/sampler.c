@@ -30,10 +30,9 @@ static void keep_heaviest(const float *weights, float target) {
 }
 
 static void keep_min_p(float p) {
-  float top = scores[0];
-  for (int i = 1; i < KNOWN_IDS; i++) top = scores[i] > top ? scores[i] : top;
+  const float least = largest(scores, KNOWN_IDS) + logarithm(p);
   for (int i = 0; i < KNOWN_IDS; i++)
-    if (scores[i] < top + logarithm(p)) scores[i] = -__builtin_inff();
+    if (scores[i] < least) scores[i] = -__builtin_inff();
 }
 
 /* Wellons' lowbias32 */
@@ -52,10 +51,10 @@ static inline float gumbel(uint32_t index, uint32_t key) {
 /* The next token, drawn from the logits by a key; it counts as seen from now on. */
 int32_t sample(uint32_t key) {
   const float temperature = parameters[TEMPERATURE], penalty = parameters[REPETITION_PENALTY];
+  const float divisor = temperature > 0.f ? temperature : 1.f;
   for (int i = 0; i < KNOWN_IDS; i++) {
-    scores[i] = logits[i];
-    if (seen[i]) scores[i] = logits[i] > 0.f ? logits[i] / penalty : logits[i] * penalty;
-    if (temperature > 0.f) scores[i] /= temperature;
+    const float penalized = logits[i] > 0.f ? logits[i] / penalty : logits[i] * penalty;
+    scores[i] = (seen[i] ? penalized : logits[i]) / divisor;
   }
   if (temperature > 0.f) {
     if (parameters[TOP_K] > 0.f) keep_heaviest(0, parameters[TOP_K]);
@@ -66,9 +65,9 @@ int32_t sample(uint32_t key) {
     if (parameters[MIN_P] > 0.f) keep_min_p(parameters[MIN_P]);
     for (int i = 0; i < KNOWN_IDS; i++) scores[i] += gumbel((uint32_t)i, key);
   }
+  const float top = largest(scores, KNOWN_IDS);
   int32_t token = 0;
-  for (int i = 1; i < KNOWN_IDS; i++)
-    if (scores[i] > scores[token]) token = i;
+  while (scores[token] < top) token++;
   seen[token] = 1;
   return token;
 }

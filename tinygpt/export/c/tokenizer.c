@@ -78,18 +78,6 @@ static int is_utf8(const char *text) {
   return !c.have;
 }
 
-/* Writes the characters that are complete with these bytes, U+FFFD for what is no character. */
-static void put_bytes(struct partial *c, const char *bytes, int length) {
-  for (int i = 0; i < length; i++) {
-    const int began = c->have;
-    const int complete = add_byte(c, (unsigned char)bytes[i]);
-    if (complete > 0) fwrite(c->bytes, 1, (size_t)c->need, stdout);
-    if (complete < 0) fputs("\xef\xbf\xbd", stdout);
-    if (complete < 0 && began) i--;   /* this byte may begin the next one */
-  }
-  fflush(stdout);
-}
-
 /* ---- words, as GPT-2 splits them:
  * '(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+ */
 

@@ -30,7 +30,7 @@ function rowsOf({ parameters, precision, training }) {
   const validation = training?.evaluations.at(-1)?.[2].toFixed(2);
   if (validation) rows.push(["Validation loss", `${validation} nats per token`]);
   if (training?.bits_per_byte) {
-    rows.push(["", `${training.bits_per_byte.toFixed(2)} bits per byte`]);
+    rows.push(["Loss per byte", `${training.bits_per_byte.toFixed(2)} bits per byte`]);
   }
   return rows;
 }

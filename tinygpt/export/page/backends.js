@@ -5,7 +5,7 @@
 //     {id, probability, alternatives: [[id, probability], ...]}. Its promise is fulfilled at the
 //     end, or soon after the signal is aborted. With `again` a new text begins with ids.
 // and, where the model is in this page,
-//   predict(ids, id): a promise of {probability, alternatives} of id after ids
+//   predict(ids, id): a promise of {id, probability, alternatives} of id after ids
 //   lookBack(ids): a promise of how much the last of ids attends to those before it,
 //     {heads: [[weights, ...] of each head, ...] of each layer, start}: weights begin at ids[start]
 // Their promises are rejected with an Error whose message is for the reader.
@@ -50,17 +50,28 @@ class BrowserModel {
     const stop = () => this.call("stop");
     signal.addEventListener("abort", stop);
     await this.call("write", { ids, options, again, end: this.endOfText },
-      ({ tokens }) => onTokens(tokens));
+      ({ batch }) => onTokens(tokensOfBatch(batch)));
     signal.removeEventListener("abort", stop);
   }
 
-  predict(ids, id) {
-    return this.call("predict", { ids, id });
+  async predict(ids, id) {
+    const [token] = tokensOfBatch(await this.call("predict", { ids, id }));
+    return token;
   }
 
   lookBack(ids) {
     return this.call("lookBack", { ids });
   }
+}
+
+// The tokens of a batch of the worker.
+function tokensOfBatch({ ids, probabilities, likeliest, odds }) {
+  const listed = likeliest.length / ids.length;
+  return Array.from(ids, (id, i) => {
+    const places = Array.from({ length: listed }, (_, rank) => i * listed + rank);
+    return { id, probability: probabilities[i],
+      alternatives: places.map((place) => [likeliest[place], odds[place]]) };
+  });
 }
 
 class ServerModel {

@@ -2,6 +2,8 @@
 
 const SIGNS = { " ": "\u00b7", "\n": "\u21b5", "\t": "\u2192", "\r": "\u240d" };
 
+const PART = 50; // tokens at least in a block of the text, but for the last
+
 // How a token is written where its blanks have to be seen; bytes that are no text in hexadecimal.
 function nameOf(id) {
   if (id === tokenizer.endOfText) return "end of text";
@@ -43,26 +45,38 @@ class Text {
   }
 
   append(tokens) {
-    const added = document.createDocumentFragment();
     for (const token of tokens) {
-      const text = this.decode(token.id), isEnd = token.id === tokenizer.endOfText;
-      const span = make("span", { class: "token", "data-id": token.id,
-        tabindex: this.spans.length ? -1 : 0 }, isEnd ? " end of text " : text);
-      span.classList.toggle("end", isEnd);
-      span.classList.toggle("break", text.startsWith("\n"));
-      span.classList.toggle("prompt", Boolean(token.isPrompt));
-      span.classList.toggle("chosen", Boolean(token.isChosen));
-      if (!token.isPrompt) span.style.setProperty("--surprise", surprise(token.probability));
+      const span = this.spanOf(token, this.decode(token.id));
       this.tokens.push(token);
       this.spans.push(span);
-      added.append(span);
+      this.part().append(span);
     }
-    this.root.append(added);
+  }
+
+  spanOf(token, text) {
+    const span = document.createElement("span"), isEnd = token.id === tokenizer.endOfText;
+    const classes = { end: isEnd, break: text.startsWith("\n"), prompt: token.isPrompt,
+      chosen: token.isChosen };
+    span.className = ["token", ...Object.keys(classes).filter((name) => classes[name])].join(" ");
+    span.dataset.id = token.id;
+    span.tabIndex = this.spans.length ? -1 : 0;
+    span.textContent = isEnd ? " end of text " : text;
+    if (!token.isPrompt) span.style.setProperty("--surprise", surprise(token.probability));
+    return span;
+  }
+
+  // The block that takes the next token. The browser lays out the last one only while the text
+  // grows, and so a block ends at a line break once it is long.
+  part() {
+    const last = this.root.lastElementChild;
+    const isFull = last?.childElementCount >= PART && last.lastChild.textContent.endsWith("\n");
+    return last && !isFull ? last : this.root.appendChild(make("div", { class: "part" }));
   }
 
   // Keeps the first `length` tokens.
   cut(length) {
     for (const span of this.spans.splice(length)) span.remove();
+    for (const part of this.root.querySelectorAll(".part:empty")) part.remove();
     this.tokens.length = length;
     this.decode = tokenizer.decoder();
     for (const token of this.tokens) this.decode(token.id);

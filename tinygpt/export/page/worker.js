@@ -1,8 +1,7 @@
 // The model in a worker, so that the page never waits for it. It reads and writes texts over the
 // key-value cache of the WebAssembly module as Decoder.run in tinygpt/inference/decoder.py does.
 
-const LIKELIEST = 10; // alternatives that are listed for a token
-const BATCH = 16; // milliseconds between two messages to the page
+const PAUSE = 30; // milliseconds between two messages to the page, each of which it draws anew
 
 class Model {
   constructor(exports, layout) {
@@ -12,8 +11,8 @@ class Model {
     this.tokens = view(Int32Array, layout.tokens, layout.chunk);
     this.parameters = view(Float32Array, layout.parameters, 5);
     this.seen = view(Uint8Array, layout.seen, layout.vocab_size);
-    this.logits = view(Float32Array, layout.logits, layout.vocab_size);
     this.probabilities = view(Float32Array, layout.probabilities, layout.vocab_size);
+    this.likeliest = view(Int32Array, layout.likeliest, layout.listed);
     this.attention = view(Float32Array, layout.attention,
       layout.n_layer * layout.n_head * layout.block_size);
   }
@@ -50,8 +49,8 @@ class Model {
     this.exports.prefill(begin, length - 1);
   }
 
-  // Yields {id, probability, alternatives: [[id, probability], ...]} of each token that follows
-  // ids. With `again` nothing of the cache is used, so that the same seed gives the same text to
+  // Yields the ids of the tokens that follow ids; probabilities and likeliest are then those of that
+  // place. With `again` nothing of the cache is used, so that the same seed gives the same text to
   // the last bit.
   *write(ids, options, again) {
     if (again) this.cached = [];
@@ -65,20 +64,18 @@ class Model {
       if (window.length > this.block_size) window = window.slice(hop);
       this.read(window);
       const id = this.exports.sample(this.exports.make_key(options.seed, n));
-      yield { id, probability: this.probabilities[id],
-        alternatives: likeliest(this.probabilities) };
+      yield id;
       window.push(id);
     }
   }
 
-  // {probability, alternatives} of id after ids.
+  // What is known of id after ids, as a batch of one.
   predict(ids, id) {
     this.read(ids.slice(-this.block_size));
-    const highest = this.logits.reduce((a, b) => Math.max(a, b));
-    const odds = this.logits.map((logit) => Math.exp(logit - highest));
-    const sum = odds.reduce((a, b) => a + b);
-    const probabilities = odds.map((p) => p / sum);
-    return { probability: probabilities[id], alternatives: likeliest(probabilities) };
+    this.exports.predict();
+    const batch = new Batch();
+    batch.push(id, this);
+    return batch.message();
   }
 
   // How much the last of ids attends to itself and those before it in its window:
@@ -97,23 +94,31 @@ class Model {
   }
 }
 
-// The largest probabilities and their ids, [[id, probability], ...] in falling order.
-function likeliest(probabilities) {
-  const found = [];
-  let least = -1;
-  for (let id = 0; id < probabilities.length; id++) {
-    const p = probabilities[id];
-    if (p <= least) continue;
-    let at = found.length;
-    while (at > 0 && found[at - 1][1] < p) at--;
-    found.splice(at, 0, [id, p]);
-    if (found.length > LIKELIEST) found.pop();
-    if (found.length === LIKELIEST) least = found[LIKELIEST - 1][1];
+// Tokens for the page, as few arrays: ids and probabilities of them, and of the likeliest tokens in
+// the place of each, in falling order.
+class Batch {
+  ids = [];
+  probabilities = [];
+  likeliest = [];
+  odds = []; // of the likeliest
+
+  push(id, { probabilities, likeliest }) {
+    this.ids.push(id);
+    this.probabilities.push(probabilities[id]);
+    for (const other of likeliest) {
+      this.likeliest.push(other);
+      this.odds.push(probabilities[other]);
+    }
   }
-  return found;
+
+  message() {
+    return { ids: Int32Array.from(this.ids), probabilities: Float32Array.from(this.probabilities),
+      likeliest: Int32Array.from(this.likeliest), odds: Float32Array.from(this.odds) };
+  }
 }
 
 function fromBase64(text) {
+  if (Uint8Array.fromBase64) return Uint8Array.fromBase64(text); // in browsers of 2025 and later
   const binary = atob(text), bytes = new Uint8Array(binary.length);
   for (let i = 0; i < bytes.length; i++) bytes[i] = binary.charCodeAt(i);
   return bytes;
@@ -152,17 +157,17 @@ let model, stopped;
 
 async function write({ ids, options, again, end }, send) {
   stopped = false;
-  let batch = [], sent = -Infinity; // the first token goes out at once
-  for (const token of model.write(ids, options, again)) {
-    batch.push(token);
-    if (token.id === end) break;
-    if (performance.now() - sent < BATCH) continue;
-    send({ tokens: batch });
-    [batch, sent] = [[], performance.now()];
+  let batch = new Batch(), sent = -Infinity; // the first token goes out at once
+  for (const id of model.write(ids, options, again)) {
+    batch.push(id, model);
+    if (id === end) break;
+    if (performance.now() - sent < PAUSE) continue;
+    send({ batch: batch.message() });
+    [batch, sent] = [new Batch(), performance.now()];
     await pause();
     if (stopped) break;
   }
-  if (batch.length) send({ tokens: batch });
+  if (batch.ids.length) send({ batch: batch.message() });
 }
 
 const CALLS = {
