@@ -1,9 +1,9 @@
 """A model that answers: trains the default model on the play, fine-tunes it on generated questions,
 and counts the right answers to other questions before and after:
 
-    python bench/chat.py [--checkpoint FILE] [--out FOLDER] [-- flags of the fine-tuning]
+    python bench/chat.py [--checkpoint FILE] [--out FOLDER] [flags of train.py]
 
-The questions ask to add two numbers below 100, and to spell or to reverse an invented word.
+The questions ask for the number after another, and to spell or to reverse a word of three letters.
 """
 
 import argparse
@@ -25,22 +25,22 @@ from tinygpt.data.chat import chat_template_of
 from tinygpt.data.load import SHIPPED
 
 ROOT = Path(__file__).parent.parent
-TRAINING, HELD_OUT = 9000, 500  # questions, those of the validation split among the first
+TRAINING, HELD_OUT = 3000, 400  # questions, those of the validation split among the first
 BATCH = 50  # questions that are answered at once
 LONGEST = 24  # tokens of an answer
 FINE_TUNING = ["--preset", "chat"]
 
 
 def word(rng: np.random.Generator) -> str:
-    """Two or three syllables."""
-    consonants, vowels = "bdfgklmnprstvz", "aeiou"
-    return "".join(consonants[rng.integers(len(consonants))] + vowels[rng.integers(len(vowels))]
-                   for _ in range(rng.integers(2, 4)))
+    """A consonant, a vowel and a consonant."""
+    consonants, vowels = "bdfghjklmnprstvwz", "aeiou"
+    return "".join(letters[rng.integers(len(letters))]
+                   for letters in (consonants, vowels, consonants))
 
 
-def addition(rng: np.random.Generator) -> tuple[str, str]:
-    a, b = rng.integers(0, 100, 2)
-    return f"What is {a} + {b}?", str(a + b)
+def counting(rng: np.random.Generator) -> tuple[str, str]:
+    number = rng.integers(10, 1000)
+    return f"What comes after {number}?", str(number + 1)
 
 
 def spelling(rng: np.random.Generator) -> tuple[str, str]:
@@ -53,7 +53,7 @@ def reversal(rng: np.random.Generator) -> tuple[str, str]:
     return f"Reverse {chosen}.", chosen[::-1]
 
 
-KINDS: tuple[Callable, ...] = (addition, spelling, reversal)
+KINDS: tuple[Callable, ...] = (counting, spelling, reversal)  # as many of each
 
 
 def questions(count: int, seed: int = 1) -> list[tuple[str, str, str]]:
@@ -97,6 +97,16 @@ def train(*flags: str) -> float:
     return time.perf_counter() - start
 
 
+def record(row: dict) -> None:
+    path = ROOT / "bench/chat.csv"
+    is_new = not path.exists()
+    with path.open("a", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, row)
+        if is_new:
+            writer.writeheader()
+        writer.writerow(row)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--checkpoint", type=Path, help="instead of a new default model")
@@ -112,16 +122,12 @@ def main() -> None:
     tuned = options.out / "tuned"
     seconds = train("--init_from", str(base), "--data", str(chats), "--out_dir", str(tuned),
                     *FINE_TUNING, *flags)
-    rows = []
     for name, path in (("before", base), ("after", tuned / "best.safetensors")):
         found = right_answers(GPT.from_pretrained(path), pairs[TRAINING:])
-        rows += [[datetime.date.today(), name, kind, f"{share:.3f}"]
-                 for kind, share in found.items()]
-    for row in rows:
-        print(*row[1:])
-    with (ROOT / "bench/chat.csv").open("a", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows([*row, f"{seconds:.0f}", " ".join([*FINE_TUNING, *flags])]
-                                   for row in rows)
+        shares = {kind: f"{share:.3f}" for kind, share in found.items()}
+        print(name, shares)
+        record({"date": datetime.date.today(), "model": name, **shares,
+                "seconds": f"{seconds:.0f}", "flags": " ".join([*FINE_TUNING, *flags])})
 
 
 if __name__ == "__main__":

@@ -51,6 +51,7 @@ class PackedBatches:
 
     def __init__(self, conversations: Encoded, block_size: int, batch_size: int, seed: int):
         self.block_size, self.batch_size, self.seed = block_size, batch_size, seed
+        self._order: tuple[int, np.ndarray] | None = None  # an epoch, and that of its rows
         self.parts = []  # ids and targets of the conversations, cut to a row
         lengths = np.diff(conversations.ends, prepend=0)
         for index in range(len(conversations)):
@@ -71,18 +72,21 @@ class PackedBatches:
     def batch(self, number: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Batch `number`, from 0: ids, the ids that follow them, -1 where they are not learned, and
         where the conversation of each id begins in its row; all (B, T) int32."""
-        rows = []
-        for position in np.arange(self.batch_size) + number * self.batch_size:
-            epoch, index = divmod(int(position), len(self.rows))
-            order = np.random.default_rng([self.seed, epoch]).permutation(len(self.rows))
-            rows.append(self.rows[order[index]])
-        return self._stack(rows)
+        first = number * self.batch_size
+        return self._stack([self._row_at(p) for p in range(first, first + self.batch_size)])
 
     def spread(self, number: int, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Batch `number` of `count` batches whose rows are spread evenly over all."""
         positions = np.arange(self.batch_size) + number * self.batch_size
         index = positions * ((len(self.rows) - 1) / max(1, count * self.batch_size - 1))
         return self._stack([self.rows[i] for i in index.round().astype(np.int64)])
+
+    def _row_at(self, position: int) -> list[int]:
+        epoch, index = divmod(position, len(self.rows))
+        if self._order is None or self._order[0] != epoch:
+            rng = np.random.default_rng([self.seed, epoch])
+            self._order = epoch, rng.permutation(len(self.rows))
+        return self.rows[self._order[1][index]]
 
     def _stack(self, rows: list[list[int]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         return tuple(map(np.stack, zip(*map(self._row, rows), strict=True)))

@@ -19,8 +19,8 @@ class TrainConfig(MachineConfig):
     """
 
     data: str = setting("shakespeare",
-        "a text or .jsonl file, a folder or glob of them, a folder with train.bin and val.bin, or "
-        "'shakespeare'", empty=True, section="data")
+        "a text or .jsonl file, of texts or conversations, a folder or glob of them, a folder with "
+        "train.bin and val.bin, or 'shakespeare'", empty=True, section="data")
     text_field: str = setting("text", "where the text is in each object of a .jsonl file")
     tokenizer: str = setting("bpe", "bpe is trained on the data", fixed=True, choices=TOKENIZERS)
     batch_size: int = setting(12,
@@ -200,6 +200,6 @@ PRESETS: dict[str, dict] = {
         eval_iters=40, log_interval=1),
     # to fine-tune the default model on conversations (bench/chat.py)
     "chat": dict(
-        batch_size=BATCH_SIZE, optimizer="muon", learning_rate=4e-3, ema=True, ema_decay=0.99,
-        weight_decay=0.0, max_iters=3000, eval_interval=300, eval_iters=40, **USUAL),
+        batch_size=BATCH_SIZE, optimizer="muon", learning_rate=8e-3, ema=True, ema_decay=0.99,
+        max_iters=2000, eval_interval=200, eval_iters=40, **USUAL),
 }
