@@ -72,7 +72,7 @@ class Replay:
         None where the step has other calls than of programs for the CPU with few arguments, and
         where DEBUG asks tinygrad to show each of them.
         """
-        calls = [part for call in step.captured.linear.src for part in _flat(call)]
+        calls = kernels_of(step)
         if DEBUG < 2 and all(map(_is_plain, calls)):
             return cls(calls, tokens, key, *step.captured.ret)
         return None
@@ -96,10 +96,13 @@ def _run():
     return function(*source("replay.c", "replay"))
 
 
-def _flat(call: UOp) -> tuple[UOp, ...]:
-    """The calls that 0.13 put together into a graph."""
-    is_graph = call.src[0].op is Ops.CUSTOM_FUNCTION and call.src[0].arg == "graph"
-    return call.src[0].src[0].src if is_graph else (call,)
+def kernels_of(step: TinyJit) -> list[UOp]:
+    """The calls of a captured step, with those that 0.13 put together into graphs one by one."""
+    calls = []
+    for call in step.captured.linear.src:
+        is_graph = call.src[0].op is Ops.CUSTOM_FUNCTION and call.src[0].arg == "graph"
+        calls += call.src[0].src[0].src if is_graph else [call]
+    return calls
 
 
 def _is_plain(call: UOp) -> bool:
