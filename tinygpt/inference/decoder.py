@@ -142,8 +142,9 @@ class Decoder:
                 window, start, cached = window[:, start.min():], start - start.min(), 0
             if self.start is not None and not cached:
                 device.write(self.start, start)
-            count = min(self.ahead if cached and not with_logits else 1,
-                        config.max_new_tokens - new, self.block_size - window.shape[1] + 1)
+            one = with_logits or not 0 < cached == window.shape[1] - 1
+            count = 1 if one else min(self.ahead, config.max_new_tokens - new,
+                                      self.block_size - cached)
             keys = self._keys(config.seed, [[length + new + i for length in lengths]
                                             for i in range(count)])
             drawn, logits = self._next(window, cached, keys)
