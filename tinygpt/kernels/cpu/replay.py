@@ -69,13 +69,12 @@ class Replay:
         """That of a captured step, which returned the tokens drawn (B,) int32 and the logits, and
         read tokens (B, T) int32 and key (K,) uint32.
 
-        None where the step has other calls than of programs for the CPU with few arguments, and
-        where DEBUG asks tinygrad to show each of them.
+        None where the step has other calls than of programs for the CPU with few arguments, where
+        JIT=0 prevents capturing, and where DEBUG=2 asks tinygrad to show each call.
         """
-        calls = kernels_of(step)
-        if DEBUG < 2 and all(map(_is_plain, calls)):
-            return cls(calls, tokens, key, *step.captured.ret)
-        return None
+        if step.captured is None or DEBUG >= 2 or not all(map(_is_plain, kernels_of(step))):
+            return None
+        return cls(kernels_of(step), tokens, key, *step.captured.ret)
 
     def __call__(self, tokens: np.ndarray, start_pos: int, row: int, keys: np.ndarray
                  ) -> tuple[np.ndarray, Tensor]:
