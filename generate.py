@@ -14,8 +14,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
-import numpy as np
-
 from gpt import GPT
 from tinygpt import checkpoint, command, device
 from tinygpt.config import LoadConfig, SampleConfig, check, setting
@@ -248,13 +246,16 @@ def _encode_after(model: GPT, between: str, line: str) -> list[int]:
 
 
 def statistics(prompt_tokens: int, seconds: list[float]) -> str:
-    """The speed of prefill and decoding in one line."""
+    """The speed of prefill and decoding in one line, given the seconds before each token.
+
+    Decoding is what follows the second token, during which its step is compiled. There is no median
+    since several tokens may be drawn at once.
+    """
     line = (f"prefill {prompt_tokens} tokens in {seconds[0]:.2f} s "
             f"({prompt_tokens / seconds[0]:,.1f} tokens/s, compilation included)")
-    if len(seconds) > 1:
-        line += (f"; decode {1 / np.median(seconds[1:]):,.1f} tokens/s in the median, "
-                 f"{len(seconds)} tokens in {sum(seconds):.2f} s")
-    return line
+    if len(seconds) > 2:
+        line += f"; decode {(len(seconds) - 2) / sum(seconds[2:]):,.1f} tokens/s"
+    return f"{line}; {len(seconds)} tokens in {sum(seconds):.2f} s"
 
 
 def _check_memory(model: GPT, length: int, count: int) -> None:

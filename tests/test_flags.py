@@ -341,7 +341,7 @@ def drawn(monkeypatch):
     SampleConfig."""
     given = []
 
-    def run(decoder, prompts, config, reuse_cache):
+    def run(decoder, prompts, config, reuse_cache, with_logits):
         given.append((tuple(map(len, prompts)), config))
         yield from [Drawn(np.full(len(prompts), ord("a")), None)] * config.max_new_tokens
 

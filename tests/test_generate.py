@@ -223,9 +223,10 @@ def test_a_prompt_that_is_not_utf8_is_refused(tmp_path):
         read_prompt(f"FILE:{tmp_path / 'p'}")
 
 
-def test_statistics_name_prefill_and_median_decode():
-    line = statistics(6, [2.0, 0.01, 0.01, 5.0])
-    assert "prefill 6 tokens in 2.00 s" in line and "decode 100.0 tokens/s" in line
+def test_statistics_name_prefill_and_decode():
+    line = statistics(6, [2.0, 5.0, 0.04, 0.0, 0.0])
+    assert "prefill 6 tokens in 2.00 s" in line and "decode 75.0 tokens/s" in line
+    assert "tokens/s" not in statistics(6, [2.0, 5.0]).partition("included")[2]
     assert json.dumps(line)
 
 

@@ -46,9 +46,9 @@ def talk_to(model, system: str | None = None, stop=(), **sampling) -> Conversati
 def test_answers_are_sampled_after_all_messages_of_which_only_the_new_are_computed(monkeypatch):
     computed, call = [], decoder.Decoder._call
 
-    def counted(self, tokens, start_pos, row):
+    def counted(self, tokens, start_pos, row, keys):
         computed.append(tokens.shape[1])
-        return call(self, tokens, start_pos, row)
+        return call(self, tokens, start_pos, row, keys)
 
     monkeypatch.setattr(decoder.Decoder, "_call", counted)
     monkeypatch.setattr(decoder, "CHUNKS", (64, 256))
@@ -58,7 +58,7 @@ def test_answers_are_sampled_after_all_messages_of_which_only_the_new_are_comput
         before = [*conversation.messages, {"role": "user", "content": text}]
         computed.clear()
         answer = "".join(conversation.say(text))
-        assert computed[0] == (256 if turn == 0 else 64) and set(computed[1:]) == {1}
+        assert computed[0] == 64 and set(computed[1:]) == ({64, 1} if turn == 0 else {1})
         assert conversation.messages == [*before, {"role": "assistant", "content": answer}]
         prompt = conversation.template.encode(before, reply=True)
         ids = list(model.stream(prompt, 10, temperature=1.2, seed=5 + turn))

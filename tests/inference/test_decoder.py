@@ -250,11 +250,32 @@ def test_streams_that_are_abandoned_or_fail_change_nothing(compilations, monkeyp
     failing = model.stream(PROMPT, max_new_tokens=9)
     next(failing)
     with monkeypatch.context() as patched:
-        patched.setattr(decoder.device, "read", lambda tensor: 1 / 0)
+        patched.setattr(decoder, "make_key", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             next(failing)
     assert list(model.stream(PROMPT, max_new_tokens=9, seed=1)) == whole
     assert len(compilations) == 4  # a step that failed may be half done: it is not used again
+
+
+# ---- several tokens in one call
+
+def test_tokens_that_are_drawn_ahead_are_those_drawn_one_by_one(monkeypatch):
+    options = dict(seed=2, repetition_penalty=1.5, top_k=9, window_hop=3)
+    model = small()
+    monkeypatch.setattr(decoder, "SECONDS_AHEAD", 1e9)  # as many as may be
+    ahead = model.generate(RAGGED, 40, **options)
+    assert model._decoders._idle[0].ahead == decoder.MOST_AHEAD
+    model.free_decoders()
+    monkeypatch.setattr(decoder.Replay, "of", lambda *_: None)
+    assert model.generate(RAGGED, 40, **options) == ahead
+
+
+def test_what_is_drawn_between_the_chunks_of_a_prompt_is_not_seen(rng, monkeypatch):
+    monkeypatch.setattr(decoder, "CHUNKS", (4, 4))
+    model, prompt = small(), rng.integers(0, 61, (1, 12))
+    text = model.generate(prompt, 1, repetition_penalty=1.5).numpy()
+    seen = model._decoders._idle[0].seen.numpy()[0]
+    assert set(np.flatnonzero(seen)) == set(text[0])
 
 
 # ---- prompts of several lengths
@@ -415,9 +436,9 @@ def computed(monkeypatch) -> list[int]:
     """The number of tokens that each step reads."""
     counts, call = [], decoder.Decoder._call
 
-    def counted(self, tokens, start_pos, row):
-        counts.append(tokens.shape[1])
-        return call(self, tokens, start_pos, row)
+    def counted(self, tokens, start_pos, row, keys):
+        counts.extend([tokens.shape[1]] * len(keys))
+        return call(self, tokens, start_pos, row, keys)
 
     monkeypatch.setattr(decoder.Decoder, "_call", counted)
     monkeypatch.setattr(decoder, "CHUNKS", (4, 16))
@@ -460,7 +481,7 @@ def test_what_is_cached_is_known_after_texts_that_are_abandoned_repeated_or_in_a
         steps = model.stream_batch(rows, 5, temperature=0, **options)
         return np.array([drawn.tokens for drawn in steps]).T.tolist()
 
-    for rows, steps in (([ids, [*ids[:-1], 50]], [1] * 5), (RAGGED, [16, 1, 1, 1, 1])):
+    for rows, steps in (([ids, [*ids[:-1], 50]], [1] * 5), (RAGGED, [4, 4, 4, 1, 1, 1, 1])):
         expected = written(rows)
         model.generate([rows[0]] * 2, 5, temperature=0)
         computed.clear()

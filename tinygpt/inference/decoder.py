@@ -1,6 +1,7 @@
 """Draws token after token for a batch, over a key-value cache, through two compiled steps."""
 
 import operator
+import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import suppress
@@ -12,10 +13,12 @@ from tinygrad import Tensor, UOp, dtypes
 from tinygpt import device, kernels
 from tinygpt.config import SampleConfig
 from tinygpt.inference.sampling import SamplingParameters, enabled_options, sample
+from tinygpt.kernels.cpu.replay import Replay
 from tinygpt.kernels.jit import compiled
 from tinygpt.kernels.random import make_key
 
-CHUNKS = 64, 256  # tokens of a short and of a long prompt that are read at once
+CHUNKS = 32, 256  # tokens of a short and of a long prompt that are read at once
+MOST_AHEAD, SECONDS_AHEAD = 16, 0.01  # tokens of a text that are drawn in one call, and their time
 MOST_IDLE = 8  # decoders that are kept for a model, each with a cache
 
 
@@ -35,14 +38,14 @@ class Decoders:
         return Decoders, ()  # a copy of the model begins with none
 
     def run(self, model, prompts: list[np.ndarray], config: SampleConfig,
-            reuse_cache: bool = False) -> Iterator["Drawn"]:
+            reuse_cache: bool = False, with_logits: bool = False) -> Iterator["Drawn"]:
         """Yields the tokens that follow B prompts, each (T,) int32 with its own T, max_new_tokens
-        times. With reuse_cache the keys and values of tokens that an earlier text began with are
-        not computed again."""
+        times; without logits several are drawn at once. With reuse_cache the keys and values of
+        tokens that an earlier text began with are not computed again."""
         needs = Needs.of(model, prompts, config)
         decoder = self._take(model, needs, prompts if reuse_cache else None)
         with suppress(GeneratorExit):  # the caller stopped reading
-            yield from decoder.run(prompts, config, reuse_cache)
+            yield from decoder.run(prompts, config, reuse_cache, with_logits)
         decoder.model = None
         self._idle.append(decoder)  # not after an exception, which may have stopped half a step
 
@@ -62,11 +65,11 @@ class Decoders:
 
 
 class Drawn(NamedTuple):
-    """The tokens (B,) int32 that a step has drawn, and the model's logits (B, V) float32, which the
-    next step overwrites."""
+    """The tokens (B,) int32 that a step has drawn, and the model's logits (B, V) float32 where they
+    are asked for, which the next step overwrites."""
 
     tokens: np.ndarray
-    logits: Tensor
+    logits: Tensor | None
 
 
 class Needs(NamedTuple):
@@ -95,7 +98,8 @@ class Decoder:
 
     Prompts are read in chunks of two lengths, new tokens one at a time; start_pos and row are
     symbolic, so that no step is compiled again as the text grows. Steps read the memory of the
-    weights: they are compiled again after weights or layers of the model were replaced.
+    weights: they are compiled again after weights or layers of the model were replaced. Where a
+    step can be replayed by C, one call of it draws several tokens.
 
     Prompts of several lengths are aligned at their ends. `start` (B,) int32 is the number of
     padding tokens before each in the window, which attention does not see.
@@ -116,10 +120,10 @@ class Decoder:
         self.start = buffer(B, dtype=dtypes.int32, device=needs.device) if needs.ragged else None
         self.cache = model._new_cache(B, self.start)
         self.cached_tokens = np.empty((B, 0), np.int32)  # whose keys and values the cache has
-        self.chunks, self.parts, self.steps = chunks, [], {}
+        self.chunks, self.parts, self.steps, self.replays, self.ahead = chunks, [], {}, {}, 1
 
-    def run(self, prompts: list[np.ndarray], config: SampleConfig, reuse_cache: bool = False
-            ) -> Iterator[Drawn]:
+    def run(self, prompts: list[np.ndarray], config: SampleConfig, reuse_cache: bool,
+            with_logits: bool) -> Iterator[Drawn]:
         """Yields the tokens that follow the prompts, max_new_tokens times."""
         self._follow_model()
         self.parameters.set(config)
@@ -129,21 +133,32 @@ class Decoder:
             lengths = lengths[:1]  # one key for all rows
         window, start = aligned(prompts, self.block_size)
         hop = min(config.window_hop or (self.block_size + 1) // 2, self.block_size)
-        # number of tokens of the window that are in the cache
-        cached = self.cached_of(prompts) if reuse_cache else 0
-        for new in range(config.max_new_tokens):
+        # tokens that were drawn, and tokens of the window that are in the cache
+        new, cached = 0, self.cached_of(prompts) if reuse_cache else 0
+        while new < config.max_new_tokens:
             if window.shape[1] > self.block_size:  # the window moves, and with it all positions
                 full = window.shape[1] - start > self.block_size
                 start[full] = window.shape[1] - self.block_size + hop - 1
                 window, start, cached = window[:, start.min():], start - start.min(), 0
             if self.start is not None and not cached:
                 device.write(self.start, start)
-            device.write(self.key, np.concatenate([make_key(config.seed, length + new)
-                                                   for length in lengths]))
-            drawn = self._next(window, cached)
-            cached, self.cached_tokens = window.shape[1], window
-            window = np.concatenate([window, drawn.tokens[:, None]], axis=1)
-            yield drawn
+            one = with_logits or not 0 < cached == window.shape[1] - 1
+            count = 1 if one else min(self.ahead, config.max_new_tokens - new,
+                                      self.block_size - cached)
+            keys = self._keys(config.seed, [[length + new + i for length in lengths]
+                                            for i in range(count)])
+            drawn, logits = self._next(window, cached, keys)
+            new, cached = new + count, window.shape[1] + count - 1
+            window = np.concatenate([window, drawn.T], axis=1)
+            self.cached_tokens = window[:, :cached]
+            for tokens in drawn:
+                yield Drawn(tokens, logits if with_logits else None)
+
+    def _keys(self, seed: int, places: list[list[int]]) -> np.ndarray:
+        """The keys (n, K) uint32 of n steps, which draw the tokens at those places of the texts."""
+        if not self.parameters.has("temperature"):
+            return np.zeros((len(places), len(places[0])), np.uint32)
+        return np.array([[make_key(seed, place)[0] for place in row] for row in places])
 
     def cached_of(self, prompts: list[np.ndarray]) -> int:
         """The number of tokens at the beginning of all prompts that the cache has. The last one of
@@ -161,7 +176,7 @@ class Decoder:
         if not _same(parts := _parts(self.model), self.parts):
             Tensor.realize(*_weights(parts))  # what was assigned, or loaded from a file
             if not _same(parts := _parts(self.model), self.parts):
-                self.parts, self.steps = parts, {}
+                self.parts, self.steps, self.replays, self.ahead = parts, {}, {}, 1
                 self.cached_tokens = self.cached_tokens[:, :0]
 
     def _mark_seen(self, prompts: list[np.ndarray]) -> None:
@@ -171,30 +186,45 @@ class Decoder:
                 row[ids[ids < self.needs.vocab_size]] = True
             device.write(self.seen, seen)
 
-    def _next(self, window: np.ndarray, cached: int) -> Drawn:
-        """What is drawn after window (B, n), the first `cached` columns of which are cached."""
-        n = window.shape[1]
-        if n - cached == 1 and n > 1:
-            return self._call(window[:, -1:], n - 1, row=0)
-        short, long = self.chunks
-        T = short if n - cached <= short else long
-        for begin in range(cached, n - T, T):
-            self._call(window[:, begin:begin + T], begin, row=T - 1)
-        begin = max(0, n - T)  # the last chunk may overlap what is cached: it writes the same
+    def _next(self, window: np.ndarray, cached: int, keys: np.ndarray) -> tuple[np.ndarray, Tensor]:
+        """The tokens (n, B) that n keys draw after window (B, T), the first `cached` columns of
+        which are cached, and the last logits (B, V). More than one where all but one are cached."""
+        end, (short, long) = window.shape[1], self.chunks
+        T = short if end - cached <= long * 3 // 4 else long
+        while end - cached > T:
+            seen = device.read(self.seen)
+            self._call(window[:, cached:cached + T], cached, T - 1, keys[:1])
+            device.write(self.seen, seen)  # what was drawn on the way is no part of the text
+            cached += T
+        if 0 < cached == end - 1:
+            return self._call(window[:, cached:], cached, 0, keys)
+        begin = max(0, end - T)  # the last chunk may overlap what is cached: it writes the same
         padded = np.zeros((len(window), T), np.int32)
-        padded[:, :n - begin] = window[:, begin:]
-        return self._call(padded, begin, row=n - begin - 1)
+        padded[:, :end - begin] = window[:, begin:]
+        return self._call(padded, begin, end - begin - 1, keys)
 
-    def _call(self, tokens: np.ndarray, start_pos: int, row: int) -> Drawn:
+    def _call(self, tokens: np.ndarray, start_pos: int, row: int, keys: np.ndarray
+              ) -> tuple[np.ndarray, Tensor]:
+        """Runs the step for tokens (B, T), once for each of the keys (n, K)."""
         T, last = tokens.shape[1], self.block_size - tokens.shape[1]
+        if replay := self.replays.get(T):
+            begin = time.perf_counter()
+            made = replay(tokens, start_pos, row, keys)
+            if T == 1:
+                seconds = (time.perf_counter() - begin) / len(keys)
+                self.ahead = max(1, min(MOST_AHEAD, int(SECONDS_AHEAD / seconds)))
+            return made
         device.write(self.tokens[T], tokens)
+        device.write(self.key, keys)
         where = UOp.variable("start_pos", 0, last).bind(start_pos) if last else 0
         which = UOp.variable("row", 0, T - 1).bind(row) if T > 1 else 0
         if T not in self.steps:
             self._follow_model()  # the weights may have been replaced since the text began
             self.steps[T] = compiled(self._step)
         drawn, logits = self.steps[T](self.tokens[T], where, which)
-        return Drawn(device.read(drawn), logits)
+        if T not in self.replays:
+            self.replays[T] = Replay.of(self.steps[T], self.tokens[T], self.key)
+        return device.read(drawn)[None], logits
 
     def _step(self, tokens: Tensor, start_pos: UOp | int, row: UOp | int
               ) -> tuple[Tensor, Tensor]:

@@ -127,7 +127,7 @@ class LanguageModel:
         reuse_cache is as for `stream`. Raises ValueError as `generate` does, except for long texts.
         """
         config = _sample_config(max_new_tokens, config, options)
-        return self._decoders.run(self, self._check_ids(idx), config, reuse_cache)
+        return self._decoders.run(self, self._check_ids(idx), config, reuse_cache, with_logits=True)
 
     def free_decoders(self) -> None:
         """Frees the caches and compiled steps of `generate` and `stream`, and the memory of

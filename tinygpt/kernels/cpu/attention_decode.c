@@ -61,7 +61,8 @@ KERNEL void NAME(ARGUMENTS) {
   append(&a, values, v, v_strides, B, p);
   const long threads = (long)shared->pool->threads, chunks = (a.last - a.first + CHUNK - 1) / CHUNK;
   a.splits = MAX(1, MIN((threads + B * G - 1) / (B * G), chunks));
-  parallel_for(shared->pool, some_keys, &a, B * G * a.splits);
+  parallel_for_work(shared->pool, some_keys, &a, B * G * a.splits,
+                    2 * B * H * (a.last - a.first) * D);
   if (a.splits > 1)
     for (long head = 0; head < B * H; head++) merge(&a, head);
 }

@@ -52,6 +52,8 @@ INLINE void pool_take_tasks(pool_t* pool) {
   }
 }
 
+#define SMALL 32768   /* multiplications, which take as long as handing some of them over */
+
 /* run(args, i) for i in 0 .. count-1, spread over the threads; returns when all are finished */
 INLINE void parallel_for(pool_t* pool, task_fn run, void* args, long count) {
   if (count <= 1 || pool->threads <= 1) {
@@ -72,4 +74,10 @@ INLINE void parallel_for(pool_t* pool, task_fn run, void* args, long count) {
       ((int (*)(u64))pool->sem_post)(pool->semaphores[w]);
   pool_take_tasks(pool);
   while (__atomic_load_n(&pool->done, __ATOMIC_ACQUIRE) < (u64)count) CPU_RELAX();
+}
+
+/* the same for work of so many multiplications; little work stays in the thread that calls */
+INLINE void parallel_for_work(pool_t* pool, task_fn run, void* args, long count, long work) {
+  if (work >= SMALL) return parallel_for(pool, run, args, count);
+  for (long i = 0; i < count; i++) run(args, (int)i);
 }

@@ -20,7 +20,7 @@ KERNEL void NAME(ARGUMENTS) {
   DECLARE_NAMES
   rope_t g = {.x = x, .cos = cos, .sin = sin, .out = out, .H = H, .T = T, .D = D,
               .batch = batch, .head = head, .row = row};
-  parallel_for(shared->pool, one_head, &g, B * H);
+  parallel_for_work(shared->pool, one_head, &g, B * H, 2 * B * H * T * D);
 }
 
 KERNEL static void one_head(void* args, int index) {

@@ -163,12 +163,18 @@ HOT float slog2(float x) {
   return s * p * LOG2E + (float)exponent + (x - x);
 }
 
+/* the upper half is added to the lower one until a number is left */
 HOT float vsum(vfloat v) {
-  float s[LANES];
-  STORE(s, v);
-  for (int n = LANES / 2; n; n /= 2)
-    for (int i = 0; i < n; i++) s[i] += s[i + n];
-  return s[0];
+#if LANES == 16
+  const __typeof__(v.lo) eight = v.lo + v.hi;
+  const __typeof__(eight.lo) four = eight.lo + eight.hi;
+#elif LANES == 8
+  const __typeof__(v.lo) four = v.lo + v.hi;
+#else
+  const vfloat four = v;
+#endif
+  const __typeof__(four.lo) two = four.lo + four.hi;
+  return two.x + two.y;
 }
 HOT float vmaximum(vfloat v) {
   float s[LANES];
