@@ -9,6 +9,7 @@ buffers and variables, get_runtime, and the addresses of code and buffers.
 
 import ctypes
 import functools
+import sys
 
 import numpy as np
 from tinygrad import Device, Tensor, TinyJit
@@ -108,6 +109,9 @@ def _is_plain(call: UOp) -> bool:
     if call.src[0].op is not Ops.PROGRAM or any(x.device != "CPU" for x in get_call_arg_uops(call)):
         return False
     program = call.src[0].arg
+    on_stack = min(len(program.vars), len(program.globals) + len(program.vars) - 8)
+    if sys.platform == "darwin" and on_stack > 1:  # which packs two of 32 bits into a word there
+        return False
     return (all(isinstance(n, int) for n in program.global_size)
             and {v.expr for v in program.vars} <= {*VARIABLES, "core_id"}
             and len(program.globals) + len(program.vars) < WORDS)
