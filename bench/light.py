@@ -22,7 +22,8 @@ DATA = sys.modules[train.load_data.__module__]
 TEXT = "The harbour sleeps, and I that know her dreams\nMust wake and walk them with a lead.\n"
 FLAGS = ("--data", "text.txt", "--tokenizer", "byte", "--block_size", "8", "--n_layer", "1",
          "--n_head", "2", "--n_embd", "16", "--batch_size", "4", "--eval_iters", "1",
-         "--log_interval", "1", "--max_iters", "10", "--eval_interval", "2", "--out_dir", "out")
+         "--log_interval", "1", "--max_iters", "10", "--eval_interval", "2", "--patience", "0",
+         "--out_dir", "out")
 
 
 class LightSteps(RUN.Steps):
