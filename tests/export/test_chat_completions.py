@@ -3,10 +3,10 @@
 import numpy as np
 import openai
 import pytest
-from test_server import Served
+from test_server import Served, random_checkpoint
 from tinygrad import Tensor
 
-from gpt import GPT, GPTConfig, SampleConfig
+from gpt import GPT, SampleConfig
 from tinygpt.data.chat import ChatTemplate
 from tinygpt.data.tokenizer import BPETokenizer, CharTokenizer
 from tinygpt.export.chat_completions import parse_chat
@@ -18,12 +18,7 @@ MESSAGES = [{"role": "system", "content": "Be kind."}, {"role": "user", "content
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    model = GPT(GPTConfig(block_size=128, vocab_size=len(ASCII), n_layer=1, n_head=2, n_embd=16))
-    rng = np.random.default_rng(3)
-    model.load_state_dict({name: rng.normal(0, 0.3, w.shape).astype(np.float32)
-                           for name, w in model.state_dict().items()})
-    model.tokenizer = CharTokenizer(ASCII)
-    return model.save_checkpoint(1, None, tmp_path_factory.mktemp("served"))
+    return random_checkpoint(CharTokenizer(ASCII), 128, tmp_path_factory.mktemp("served"))
 
 
 @pytest.fixture(scope="module")

@@ -78,14 +78,20 @@ def answer(connection: socket.socket) -> tuple[int, bytes]:
     return int(head.split()[1]), body
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    model = GPT(GPTConfig(block_size=16, vocab_size=256, n_layer=1, n_head=2, n_embd=16))
+def random_checkpoint(tokenizer, block_size: int, folder):
+    """A model whose weights are large enough for its texts to differ."""
+    model = GPT(GPTConfig(block_size=block_size, vocab_size=tokenizer.vocab_size, n_layer=1,
+                          n_head=2, n_embd=16))
     rng = np.random.default_rng(3)
     model.load_state_dict({name: rng.normal(0, 0.3, w.shape).astype(np.float32)
                            for name, w in model.state_dict().items()})
-    model.tokenizer = ByteTokenizer()
-    return model.save_checkpoint(1, None, tmp_path_factory.mktemp("served"))
+    model.tokenizer = tokenizer
+    return model.save_checkpoint(1, None, folder)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return random_checkpoint(ByteTokenizer(), 16, tmp_path_factory.mktemp("served"))
 
 
 @pytest.fixture(scope="module")

@@ -1,14 +1,13 @@
 """Reads .jsonl files with a conversation in each line: {"messages": [{"role": ..., "content": ...},
 ...]}."""
 
-import json
 from pathlib import Path
 
 import numpy as np
 
 from tinygpt.data import DataError
 from tinygpt.data.chat import chat_template_of, check_messages, plain_text
-from tinygpt.data.documents import UTF8_BOM, is_jsonl, open_file, read_text
+from tinygpt.data.documents import UTF8_BOM, is_jsonl, open_file, parse_json, read_text
 from tinygpt.data.packing import Encoded, PackedBatches
 from tinygpt.data.token_data import SamplePrompt, TokenData, mean_bytes
 from tinygpt.data.token_files import digest
@@ -56,8 +55,8 @@ def are_conversations(files: list[Path], text_field: str) -> bool:
     with open_file(files[0]) as file:
         line = next((line for line in file if line.strip()), b"")
     try:
-        first = json.loads(line.removeprefix(UTF8_BOM))
-    except (ValueError, RecursionError):
+        first = parse_json(line.removeprefix(UTF8_BOM))
+    except ValueError:
         return False
     return isinstance(first, dict) and "messages" in first and text_field not in first
 
@@ -111,10 +110,10 @@ def encode_conversations(lines: list[tuple[str, Messages]], tokenizer: Tokenizer
 
 def _messages(where: str, line: str) -> Messages:
     try:
-        value = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{where}: invalid JSON ({getattr(error, 'msg', error)}): write an object "
-                        'with "messages" in each line') from error
+        value = parse_json(line)
+    except ValueError as error:
+        raise DataError(f"{where}: {error}: write an object with \"messages\" in each line"
+                        ) from error
     if not isinstance(value, dict) or "messages" not in value:
         raise DataError(f"{where}: no messages: write an object with \"messages\" in each line")
     try:

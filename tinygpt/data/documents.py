@@ -149,12 +149,17 @@ def parse_jsonl(path: Path, text: str, text_field: str, offset: int = 0) -> list
     return documents
 
 
-def _document(line: str, text_field: str) -> str:
-    """The text in a line of JSON. Raises ValueError with what the line has instead."""
+def parse_json(line: str | bytes):
+    """The value of a line of JSON. Raises ValueError with what is wrong."""
     try:
-        value = json.loads(line)
+        return json.loads(line)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"invalid JSON ({getattr(error, 'msg', error)})") from error
+
+
+def _document(line: str, text_field: str) -> str:
+    """The text in a line of JSON. Raises ValueError with what the line has instead."""
+    value = parse_json(line)
     if not isinstance(value, dict):
         raise ValueError(f"{_json_type(value)}, not a JSON object with the field {text_field!a},")
     if text_field not in value:

@@ -80,7 +80,8 @@ class Steps:
         if self.loss_scale is not None:
             device.write(self.loss_scale, [loss_scale])
         numbers = range(number * self.count, (number + 1) * self.count)
-        targets = self._targets(batch, numbers)
+        if self.count > 1:
+            targets = self._targets(batch, numbers)
         for n in self.ranks.shard(numbers):
             self._load(batch(n), self.inputs)
             device.write(self.key, make_key(self.config.seed, n))
