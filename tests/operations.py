@@ -121,27 +121,28 @@ def unmix(word: int) -> int:
 # ---- running them
 
 
-def skip_where_it_is_not_for(implementation: str, dtype: str = "float32") -> None:
-    if not cases.can_run(implementation, dtype):
+def skip_where_it_is_not_for(implementation: str, dtype: str = "float32",
+                             operation: str | None = None) -> None:
+    if not cases.can_run(implementation, dtype, operation):
         pytest.skip(f"{implementation} is not for {dtype} here")
 
 
 def call(operation: str, implementation: str, *inputs: Tensor, **options) -> Tensor:
     """The output, or a skip where the implementation is not for the device."""
-    skip_where_it_is_not_for(implementation)
+    skip_where_it_is_not_for(implementation, operation=operation)
     return getattr(kernels, operation)(*inputs, **options, implementation=implementation)
 
 
 def differentiate(operation: str, implementation: str, *args):
     """See `cases.differentiate`; a skip where the implementation is not for the device."""
-    skip_where_it_is_not_for(implementation)
+    skip_where_it_is_not_for(implementation, operation=operation)
     return cases.differentiate(operation, implementation, *args)
 
 
 def run(operation: str, implementation: str, arrays: dict[str, np.ndarray], options: dict,
         dtype: str = "float32", dy: np.ndarray | None = None) -> dict[str, np.ndarray]:
     """See `cases.run`; a skip where the implementation is not for the device and dtype."""
-    skip_where_it_is_not_for(implementation, dtype)
+    skip_where_it_is_not_for(implementation, dtype, operation)
     return cases.run(operation, implementation, arrays, options, dtype, dy)
 
 

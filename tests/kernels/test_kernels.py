@@ -26,11 +26,13 @@ from operations import (
     np_dropout,
     result,
     run,
+    skip_where_it_is_not_for,
     tensors,
 )
 from tinygrad import Tensor, TinyJit, dtypes
 
 from tinygpt import kernels
+from tinygpt.kernels.cases import can_run
 from tinygpt.kernels.cpu import compile, kernel
 from tinygpt.kernels.random import make_key, random_bits
 
@@ -53,6 +55,7 @@ def restore():
 @pytest.mark.parametrize("implementation", implementations("linear"))
 def test_matrices_of_16_bits_are_read_as_they_are(implementation, dtype, rng):
     """With activations in float32, nothing is rounded."""
+    skip_where_it_is_not_for(implementation, operation="linear")
     narrow = Tensor(rng.normal(size=(29, 37)).astype(np.float32)).cast(dtype).realize()
     wide = narrow.float().realize()
     for rows in (1, 9):  # a dot product for each, and a matrix product
@@ -94,7 +97,9 @@ def test_16_bits_are_close_to_float32(operation, implementation, dtype):
 
 @pytest.mark.parametrize("implementation", kernels.IMPLEMENTATIONS)
 def test_same_under_the_jit(implementation):
-    offered = [o for o in CASES if implementation in implementations(o)]
+    skip_where_it_is_not_for(implementation)
+    offered = [o for o in CASES if implementation in implementations(o)
+               and can_run(implementation, operation=o)]
     fixed = {o: constants(CASES[o][0][1]) for o in offered}
 
     @TinyJit
@@ -136,13 +141,13 @@ def test_use_decides_what_auto_means(restore, monkeypatch):
         for operation in ("attention", "gelu"):
             if hasattr(module, operation):
                 monkeypatch.setattr(module, operation, lambda *_, name=name: name)
-    for module in (kernels.cpu, kernels.flash):
+    for module in (kernels.cpu, kernels.cuda, kernels.flash):
         monkeypatch.setattr(module, "fits", lambda *_: True)
     q, k, v = (Tensor.zeros(1, 2, 3, 4) for _ in range(3))
     before = kernels.gelu(q), kernels.attention(q, k, v)
-    for name in kernels.IMPLEMENTATIONS:
-        kernels.use(name)
-        assert kernels.attention(q, k, v) == name
+    for name, module in kernels.IMPLEMENTATIONS.items():
+        kernels.use(name)  # cuda has no attention
+        assert kernels.attention(q, k, v) == (name if hasattr(module, "attention") else before[1])
     kernels.use("flash")
     assert kernels.gelu(q) == before[0]  # flash has attention alone
     kernels.use("reference")

@@ -2,6 +2,7 @@
 
     reference   plain Tensor code: the specification
     cpu         C for the CPU (kernels/cpu/)
+    cuda        CUDA C++ for NVIDIA's GPUs (kernels/cuda/)
     portable    Tensor code that tinygrad compiles well on every device
     flash       UOps for a GPU's workgroups and tensor cores (attention only, kernels/flash.py)
 
@@ -16,7 +17,7 @@ import warnings
 
 from tinygrad import Tensor, UOp, dtypes
 
-from tinygpt.kernels import cpu, flash, portable, reference
+from tinygpt.kernels import cpu, cuda, flash, portable, reference
 from tinygpt.kernels.cpu.kernel import stored
 from tinygpt.kernels.cpu.threads import set_threads
 
@@ -25,10 +26,11 @@ __all__ = ["IMPLEMENTATIONS", "adamw", "adamw8bit", "attention", "cached_attenti
            "linear", "lion", "orthogonalize", "quantized_embedding", "quantized_linear",
            "rms_norm", "rope", "set_threads", "square_sum", "stored", "swiglu", "use"]
 
-IMPLEMENTATIONS = {"reference": reference, "cpu": cpu, "portable": portable, "flash": flash}
+IMPLEMENTATIONS = {"reference": reference, "cpu": cpu, "cuda": cuda, "portable": portable,
+                   "flash": flash}
 # What "auto" tries on a device, the fastest first, elsewhere "portable" alone. Flash attention is
 # there where it was measured to be faster in every case (bench/gpu.csv).
-AUTO = {"CPU": ("cpu", "portable"), "CUDA": ("flash", "portable")}
+AUTO = {"CPU": ("cpu", "portable"), "CUDA": ("cuda", "flash", "portable")}
 _in_use = "auto"
 
 

@@ -53,6 +53,7 @@ LION = LionOptions(learning_rate=0.1, beta1=0.9, beta2=0.95, weight_decay=0.2, g
 # first of each only
 CASES = {
     "linear": [
+        (dict(x=(3, 27, 40), weight=(50, 40), bias=(50,), residual=(3, 27, 50)), {}),
         (dict(x=(3, 7, 10), weight=(6, 10), bias=(6,), residual=(3, 7, 6)), {}),
         (dict(x=(17, 5), weight=(1, 5)), {}),
         (dict(x=(1, 1, 80), weight=(13, 80), bias=(13,)), {}),
@@ -175,12 +176,16 @@ def implementations(operation: str, but: str = "") -> list[str]:
             if name != but and hasattr(module, operation)]
 
 
-def can_run(implementation: str, dtype: str = "float32") -> bool:
+def can_run(implementation: str, dtype: str = "float32", operation: str | None = None) -> bool:
     """Whether the implementation is for the default device and for that dtype there."""
-    on_cpu = Device.DEFAULT.startswith("CPU")
-    if not on_cpu and getattr(dtypes, dtype) not in renderer_of(Device.DEFAULT).supported_dtypes():
+    device = Device.DEFAULT.split(":")[0]
+    if (device != "CPU" and getattr(dtypes, dtype) not in
+            renderer_of(Device.DEFAULT).supported_dtypes()):
         return False
-    return implementation not in ("cpu", "flash") or on_cpu == (implementation == "cpu")
+    if (implementation, operation, dtype) == ("cuda", "linear", "float32"):
+        return False
+    return {"cpu": device == "CPU", "cuda": device == "CUDA", "flash": device != "CPU"
+            }.get(implementation, True)
 
 
 def differentiate(operation: str, implementation: str, inputs: dict[str, Tensor], options: dict,

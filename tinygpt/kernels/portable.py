@@ -39,14 +39,18 @@ def linear(x, weight, bias=None, residual=None):
     return _barrier((y if residual is None else residual + y).cast(x.dtype))
 
 
-def embedding(idx, weight):
+def embedding(idx, weight, gradient=None):
+    """gradient: what makes weight's gradient of the output's, if not a matrix product."""
     V, C = weight.shape
 
-    def backward(dy: UOp, _) -> tuple[UOp, None]:
-        # a product with a one-hot matrix, since tinygrad has no scatter
-        dy = narrow(Tensor(dy)).contiguous().reshape(-1, C)
+    def by_product(dy: Tensor) -> Tensor:
+        # with a one-hot matrix, since tinygrad has no scatter
         one_hot = counter(V, idx.device).unsqueeze(-1) == idx.reshape(-1)  # (V, N)
-        return _barrier(_matmul(one_hot.cast(dy.dtype).contiguous(), dy)).uop, None
+        return _barrier(_matmul(one_hot.cast(dy.dtype).contiguous(), dy))
+
+    def backward(dy: UOp, _) -> tuple[UOp, None]:
+        dy = narrow(Tensor(dy)).contiguous().reshape(-1, C)
+        return (gradient or by_product)(dy).uop, None
 
     rows = reference.embedding(idx.as_param(1), weight.as_param(0))
     return (weight.call(idx, fxn=rows, grad_fxn=backward) * 1).contiguous() * 1

@@ -45,20 +45,24 @@ __bf16 __truncsfbf2(float x) {
 def source(file: str, name: str, defines: tuple[tuple[str, str | int], ...] = ()
            ) -> tuple[str, str]:
     """The name, and a C file with its includes and defines, of which NAME is one."""
-    def read(name: str) -> str:
-        text = (FOLDER / name).read_text(encoding="utf-8")
-        return re.sub(r'^#include "(.*)"$', lambda m: included(m[1]), text, flags=re.M)
+    return name, f"// for {processor()}\n" + with_includes(FOLDER / file, name, defines)
 
+
+def with_includes(path: Path, name: str, defines: tuple[tuple[str, str | int], ...]) -> str:
+    """The text of a C file, its defines and NAME before it, and each file that it includes once."""
     seen: set[str] = set()
 
-    def included(name: str) -> str:
-        if name in seen:
-            return ""
-        seen.add(name)
-        return read(name)
+    def read(file: Path) -> str:
+        return re.sub(r'^#include "(.*)"$', lambda m: included(m[1]),
+                      file.read_text(encoding="utf-8"), flags=re.M)
 
-    lines = [f"#define {k} {v}\n" for k, v in (*defines, ("NAME", name))]
-    return name, f"// for {processor()}\n" + "".join(lines) + read(file)
+    def included(other: str) -> str:
+        if other in seen:
+            return ""
+        seen.add(other)
+        return read(path.parent / other)
+
+    return "".join(f"#define {k} {v}\n" for k, v in (*defines, ("NAME", name))) + read(path)
 
 
 @functools.cache

@@ -53,11 +53,12 @@ class Kernel:
         """
         name, build = self._program(outputs, inputs, sizes, flops)
         empty, given = _flat(outputs), {key: plain(x) for key, x in _flat(inputs).items()}
-        arguments = [x.uop for x in (*given.values(), *_tables(sizes))]
+        arguments = [x.uop for x in (*given.values(), *self._tables(sizes))]
 
         def backward(dy: UOp, call: UOp):
             made = [Tensor(call.gettuple(i)) for i in range(len(empty))]
-            grads = gradient(Tensor(dy), _nested(outputs, made))
+            first = next(iter(empty.values()))
+            grads = gradient(Tensor(dy).reshape(first.shape), _nested(outputs, made))
             assert grads.keys() <= inputs.keys()
             found = [grads.get(key) for key in given] + [None] * (len(arguments) - len(given))
             return tuple(g if g is None else g.reshape(x.shape).uop
@@ -65,7 +66,8 @@ class Kernel:
 
         # A function of its arguments: an output is a value, and has no memory until it is realized
         # that an assignment to it would write into. Flat memory is what tinygrad need not copy.
-        written = [Tensor.empty(t.numel(), dtype=t.dtype, device="CPU").uop for t in empty.values()]
+        written = [Tensor.empty(t.numel(), dtype=t.dtype, device=t.device).uop
+                   for t in empty.values()]
         body = [*written, *(uop.param_like(i) for i, uop in enumerate(arguments))]
         kernel = build(*(UOp.placeholder_like(x, slot=i) for i, x in enumerate(body))).call(*body)
         call = UOp.maketuple(*(buffer.after(kernel) for buffer in written)).call(
@@ -78,7 +80,7 @@ class Kernel:
         """Runs a kernel that writes into realized tensors, and returns them as they are then."""
         _, build = self._program(changed, inputs, sizes, flops)
         given = [plain(x) for x in _flat(inputs).values()]
-        made = Tensor.custom_kernel(*_flat(changed).values(), *given, *_tables(sizes),
+        made = Tensor.custom_kernel(*_flat(changed).values(), *given, *self._tables(sizes),
                                     fxn=build)
         return _nested(changed, made)
 
@@ -100,7 +102,7 @@ class Kernel:
             for name, value in tensors.items():
                 parts = _flat({name: value})
                 if not parts:
-                    declared.append(f"void* const {name} = 0;")
+                    declared.append(f"{const}{self.missing}* const {name} = 0;")
                     title.append(f"no_{name}")
                     continue
                 kind = defines[f"{name}_t"] = C_TYPES[next(iter(parts.values())).dtype]
@@ -108,7 +110,22 @@ class Kernel:
                 arguments += [f"{const}{name}_t* {part}" for part in parts]
                 if isinstance(value, list):
                     declared.append(f"{const}{name}_t* {name}[] = {{{', '.join(parts)}}};")
-        at = 0
+        defines["ARGUMENTS"] = ", ".join([*arguments, *self.last_arguments])
+        defines["DECLARE_NAMES"] = " ".join(declared + self._declare_sizes(sizes))
+        return "_".join(title).lower(), tuple(defines.items())
+
+    # how a kernel gets its sizes: in a table, so that one program is right for all of them
+
+    missing = "void"  # the type of a tensor that is None
+    last_arguments = ("const long* sizes", "const shared_t* shared")
+
+    def _tables(self, sizes: Sizes) -> list[Tensor]:
+        """The tensors of the last arguments: the sizes, and shared_t of pool.h."""
+        words = [word for size in sizes.values() for word in _words(size)]
+        return [constants(dtypes.int64, *words), table()]
+
+    def _declare_sizes(self, sizes: Sizes) -> list[str]:
+        declared, at = [], 0
         for name, value in sizes.items():
             if isinstance(value, list):
                 declared.append(f"const long* {name} = sizes + {at};")
@@ -117,10 +134,7 @@ class Kernel:
             else:
                 declared.append(f"const long {name} = sizes[{at}];")
             at += len(_words(value))
-        arguments += ["const long* sizes", "const shared_t* shared"]
-        defines["ARGUMENTS"] = ", ".join(arguments)
-        defines["DECLARE_NAMES"] = " ".join(declared)
-        return "_".join(title).lower(), tuple(defines.items())
+        return declared
 
 
 def _words(size: int | float | list[int]) -> list[int]:
@@ -128,12 +142,6 @@ def _words(size: int | float | list[int]) -> list[int]:
     if isinstance(size, float):
         return list(struct.unpack("q", struct.pack("d", size)))
     return size if isinstance(size, list) else [size]
-
-
-def _tables(sizes: Sizes) -> list[Tensor]:
-    """A kernel's last two arguments: its sizes, and shared_t of pool.h."""
-    words = [word for size in sizes.values() for word in _words(size)]
-    return [constants(dtypes.int64, *words), table()]
 
 
 def _flat(tensors: Tensors) -> dict[str, Tensor]:
