@@ -17,7 +17,7 @@ from tinygrad import Tensor, UOp, dtypes
 from tinygrad.dtype import DType
 from tinygrad.renderer import Renderer
 
-from tinygpt.kernels.cpu.kernel import plain, untransposed
+from tinygpt.kernels.cpu.kernel import call_function, memory, untransposed
 from tinygpt.kernels.jit import constant
 from tinygpt.kernels.tiles import MATRICES, Heads, Problem, Tiles, choose_tiles
 from tinygpt.kernels.workgroup import arguments, find_core, render, renderer_of
@@ -238,8 +238,7 @@ def _write_rows(t: Tiles, buffer: UOp, heads: Heads, registers: UOp, b: UOp, h: 
 def attention(q, k, v, starts=None, offset=0, window=None, dropout_p=0.0, dropout_key=None):
     assert starts is None
     B, H, T, D = q.shape
-    inputs, layouts = zip(*[_heads(x) for x in (q, k, v)], strict=True)
-    inputs = [plain(x) for x in inputs]
+    inputs, layouts = _projected(q, k, v) or _apart(q, k, v)
     drops = dropout_p > 0 and dropout_key is not None
     problem = _problem(q.shape, k.shape, q.dtype, renderer_of(q.device), layouts, window,
                        dropout_p if drops else 0.0)
@@ -247,29 +246,59 @@ def attention(q, k, v, starts=None, offset=0, window=None, dropout_p=0.0, dropou
         start = (Tensor.zeros(1, dtype=dtypes.int32, device=q.device) + offset).contiguous()
     else:
         start = _position(offset, q.device)
-    given = [*inputs, start, *([dropout_key] if drops else [])]
+    rest = [start, *([dropout_key] if drops else [])]
 
-    def backward(dy: UOp, call: UOp):
-        y, lse = [Tensor(b.after(call)) for b in call.src[1:3]]
-        dy = Tensor(dy).cast(q.dtype).contiguous()
+    def backward(dy: Tensor, made: list[Tensor]) -> list[Tensor | None]:
+        y, lse = made
+        dy = dy.cast(q.dtype)
         delta = (dy.cast(dtypes.float32) * y.cast(dtypes.float32)).sum(-1).contiguous()
-        more = [dy, lse, delta, *given]
-        dq = _run(gradient_of_queries, problem, [_like(inputs[0])], more)
-        dkv = _run(gradient_of_keys, problem, [_like(x) for x in inputs[1:]], more)
-        return (None, None, *[x.uop for x in (*dq, *dkv)], *[None] * (len(given) - 3))
+        more = [dy, lse, delta, *inputs, *rest]
+        dq, dk, dv = [_like(x) for x in inputs]
+        if inputs[0] is inputs[1]:  # one matrix, of which each kernel writes some columns
+            kernels = [(gradient_of_queries, (0,)), (gradient_of_keys, (0, 0))]
+            grads = [*_run(problem, kernels, [dq], more), None, None]
+        else:
+            grads = [*_run(problem, [(gradient_of_queries, (0,))], [dq], more),
+                     *_run(problem, [(gradient_of_keys, (0, 1))], [dk, dv], more)]
+        return [*grads, *[None] * len(rest)]
 
     out = Tensor.empty(B, T, H, D, dtype=q.dtype, device=q.device)
     lse = Tensor.empty(B, T, H, dtype=dtypes.float32, device=q.device)
-    return _run(forward, problem, [out, lse], given, backward)[0].transpose(1, 2)
+    made = _run(problem, [(forward, (0, 1))], [out, lse], [*inputs, *rest], backward)
+    return made[0].transpose(1, 2)
 
 
-def _run(kernel, problem: Problem, outputs: list[Tensor], inputs: list[Tensor],
+def _apart(q: Tensor, k: Tensor, v: Tensor) -> tuple[list[Tensor], list[Heads]]:
+    """The memory of q, k and v, and where the elements of each are."""
+    inputs, layouts = zip(*[_heads(x) for x in (q, k, v)], strict=True)
+    return list(inputs), list(layouts)
+
+
+def _projected(q: Tensor, k: Tensor, v: Tensor) -> tuple[list[Tensor], list[Heads]] | None:
+    """The same where a kernel made q, k and v as the columns of one matrix: three times that."""
+    (B, H, T, D), G = q.shape, k.shape[1]
+    width = (H + 2 * G) * D
+    views = [memory(x) for x in (q, k, v)]
+    source = views[0][0]
+    together = [(start, (T * width, D, width, 1)) for start in (0, H * D, (H + G) * D)]
+    if (k.shape != (B, G, T, D) or source.numel() != B * T * width
+            or any(other.uop is not source.uop for other, _, _ in views)
+            or [(start, tuple(strides)) for _, start, strides in views] != together):
+        return None
+    return [source] * 3, [Heads(*strides[:3], start) for start, strides in together]
+
+
+def _run(problem: Problem, kernels: list[tuple], outputs: list[Tensor], inputs: list[Tensor],
          gradient=None) -> list[Tensor]:
-    def build(*buffers: UOp) -> UOp:
-        return kernel(problem, *[b.base for b in buffers])
+    """Runs kernels, each given with the numbers of the outputs that it writes."""
+    def build(kernel, numbers: tuple[int, ...]):
+        def program(*buffers: UOp) -> UOp:
+            flat = [b.base for b in buffers]
+            return kernel(problem, *[flat[n] for n in numbers], *flat[len(outputs):])
+        return program
 
-    made = Tensor.custom_kernel(*outputs, *inputs, fxn=build, grad_fxn=gradient)[:len(outputs)]
-    return [y * 1 for y in made]  # values: see `tinygpt.kernels.cpu.kernel.Kernel`
+    name = problem.name(kernels[0][0].__name__)
+    return call_function(name, [build(*k) for k in kernels], outputs, inputs, gradient)
 
 
 def sources(q: tuple[int, ...], k: tuple[int, ...], dtype: DType, renderer: Renderer,

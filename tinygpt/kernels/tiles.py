@@ -24,9 +24,10 @@ class Heads:
     batch: int
     head: int
     row: int
+    first: int = 0
 
     def at(self, b: UOp, h: UOp, i: UOp, d: UOp | int = 0) -> UOp:
-        return b * self.batch + h * self.head + i * self.row + d
+        return b * self.batch + h * self.head + i * self.row + d + self.first
 
 
 @dataclass(frozen=True)

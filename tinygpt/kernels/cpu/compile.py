@@ -45,24 +45,25 @@ __bf16 __truncsfbf2(float x) {
 def source(file: str, name: str, defines: tuple[tuple[str, str | int], ...] = ()
            ) -> tuple[str, str]:
     """The name, and a C file with its includes and defines, of which NAME is one."""
-    return name, f"// for {processor()}\n" + with_includes(FOLDER / file, name, defines)
+    return name, f"// for {processor()}\n" + with_includes(FOLDER, file, name, defines)
 
 
-def with_includes(path: Path, name: str, defines: tuple[tuple[str, str | int], ...]) -> str:
+def with_includes(folder: Path, file: str, name: str,
+                  defines: tuple[tuple[str, str | int], ...]) -> str:
     """The text of a C file, its defines and NAME before it, and each file that it includes once."""
     seen: set[str] = set()
 
-    def read(file: Path) -> str:
-        return re.sub(r'^#include "(.*)"$', lambda m: included(m[1]),
-                      file.read_text(encoding="utf-8"), flags=re.M)
+    def read(name: str) -> str:
+        text = (folder / name).read_text(encoding="utf-8")
+        return re.sub(r'^#include "(.*)"$', lambda m: included(m[1]), text, flags=re.M)
 
-    def included(other: str) -> str:
-        if other in seen:
+    def included(name: str) -> str:
+        if name in seen:
             return ""
-        seen.add(other)
-        return read(path.parent / other)
+        seen.add(name)
+        return read(name)
 
-    return "".join(f"#define {k} {v}\n" for k, v in (*defines, ("NAME", name))) + read(path)
+    return "".join(f"#define {k} {v}\n" for k, v in (*defines, ("NAME", name))) + read(file)
 
 
 @functools.cache

@@ -52,28 +52,16 @@ class Kernel:
         returns the gradients of inputs by name.
         """
         name, build = self._program(outputs, inputs, sizes, flops)
-        empty, given = _flat(outputs), {key: plain(x) for key, x in _flat(inputs).items()}
-        arguments = [x.uop for x in (*given.values(), *self._tables(sizes))]
+        empty, given = _flat(outputs), _flat(inputs)
+        arguments = [*given.values(), *self._tables(sizes)]
 
-        def backward(dy: UOp, call: UOp):
-            made = [Tensor(call.gettuple(i)) for i in range(len(empty))]
-            first = next(iter(empty.values()))
-            grads = gradient(Tensor(dy).reshape(first.shape), _nested(outputs, made))
+        def backward(dy: Tensor, made: list[Tensor]) -> list[Tensor | None]:
+            grads = gradient(dy, _nested(outputs, made))
             assert grads.keys() <= inputs.keys()
-            found = [grads.get(key) for key in given] + [None] * (len(arguments) - len(given))
-            return tuple(g if g is None else g.reshape(x.shape).uop
-                         for g, x in zip(found, arguments, strict=True))
+            return [grads.get(key) for key in given] + [None] * (len(arguments) - len(given))
 
-        # A function of its arguments: an output is a value, and has no memory until it is realized
-        # that an assignment to it would write into. Flat memory is what tinygrad need not copy.
-        written = [Tensor.empty(t.numel(), dtype=t.dtype, device=t.device).uop
-                   for t in empty.values()]
-        body = [*written, *(uop.param_like(i) for i, uop in enumerate(arguments))]
-        kernel = build(*(UOp.placeholder_like(x, slot=i) for i, x in enumerate(body))).call(*body)
-        call = UOp.maketuple(*(buffer.after(kernel) for buffer in written)).call(
-            *arguments, grad_fxn=gradient and backward, name=name, precompile=True)
-        return _nested(outputs, [Tensor(call.gettuple(i)).reshape(t.shape) * 1
-                                 for i, t in enumerate(empty.values())])
+        made = call_function(name, [build], list(empty.values()), arguments, gradient and backward)
+        return _nested(outputs, made)
 
     def in_place(self, *, changed: Tensors, inputs: Tensors, sizes: Sizes, flops: int = 0
                  ) -> Tensors:
@@ -137,6 +125,35 @@ class Kernel:
         return declared
 
 
+def call_function(name: str, builds: list[Callable[..., UOp]], outputs: list[Tensor],
+                  inputs: list[Tensor], gradient: Callable | None) -> list[Tensor]:
+    """New tensors of the shapes and dtypes of `outputs`, which kernels make one after the other.
+
+    Each of `builds` makes a kernel for the buffers of the outputs and of the inputs. gradient takes
+    the gradient of the first output and all outputs, and returns a gradient or None for each input.
+
+    It is a function of its arguments: an output is a value, and has no memory until it is realized
+    that an assignment to it would write into. Flat memory is what tinygrad need not copy.
+    """
+    arguments = [plain(x).uop for x in inputs]
+
+    def backward(dy: UOp, call: UOp):
+        made = [Tensor(call.gettuple(i)).reshape(t.shape) for i, t in enumerate(outputs)]
+        grads = gradient(settled(Tensor(dy)).reshape(outputs[0].shape), made)
+        return tuple(g if g is None else g.reshape(x.shape).uop
+                     for g, x in zip(grads, arguments, strict=True))
+
+    written = [Tensor.empty(t.numel(), dtype=t.dtype, device=t.device).uop for t in outputs]
+    given = [uop.param_like(i) for i, uop in enumerate(arguments)]
+    for build in builds:
+        body = [*written, *given]
+        kernel = build(*(UOp.placeholder_like(x, slot=i) for i, x in enumerate(body))).call(*body)
+        written = [buffer.after(kernel) for buffer in written]
+    call = UOp.maketuple(*written).call(*arguments, grad_fxn=gradient and backward, name=name,
+                                        precompile=True)
+    return [Tensor(call.gettuple(i)).reshape(t.shape) * 1 for i, t in enumerate(outputs)]
+
+
 def _words(size: int | float | list[int]) -> list[int]:
     """The 64-bit words of a size, a float's those of a double."""
     if isinstance(size, float):
@@ -174,6 +191,11 @@ def plain(x: Tensor) -> Tensor:
     return source if same and source.numel() == x.numel() else x
 
 
+def settled(x: Tensor) -> Tensor:
+    """x, computed once for all that read it; a kernel's output is, and is not copied."""
+    return x if memory(x)[0].uop.op is Ops.GETTUPLE else x.contiguous()
+
+
 def stored(x: Tensor) -> Tensor:
     """x, contiguous in memory once it is realized; a kernel's output is not copied."""
     return plain(x).contiguous().reshape(x.shape)
@@ -190,7 +212,7 @@ def memory(x: Tensor) -> tuple[Tensor, int, tuple[int, ...]]:
         moves.append(uop)
         uop = _valued(uop.src[0])
     own = x, 0, tuple(math.prod(x.shape[i + 1:]) for i in range(x.ndim))
-    if uop.op is not Ops.GETTUPLE or not all(isinstance(n, int) for n in x.shape + uop.shape):
+    if uop.op not in (Ops.GETTUPLE, Ops.CONTIGUOUS) or not all(isinstance(n, int) for n in x.shape + uop.shape):
         return own
     whole = view = np.empty(uop.shape, np.uint8)  # numpy does the arithmetic, on bytes as elements
     for move in reversed(moves):

@@ -94,10 +94,16 @@ def _weight_gradient(dy, x):
     """The product of dy (..., N) transposed and x (..., C), float32 (N, C)."""
     N, C = dy.shape[-1], x.shape[-1]
     rows = x.numel() // C
-    tiles = math.prod(-(-n // TILE) for n in (N, C))
-    splits = max(1, min(BLOCKS // tiles, rows // (16 * DEPTH)))
+    splits = _splits(math.prod(-(-n // TILE) for n in (N, C)), rows)
     return _product(dy, x, _empty(x, splits, N, C), dict(M=N, N=C, K=rows), splits, None,
                     dict(bias=None, residual=None), A_TRANSPOSED=1, B_ROWS=1).sum(0)
+
+
+def _splits(tiles: int, depth: int) -> int:
+    """Into how many parts a product of that depth is split, so that blocks do not wait for the
+    last ones; each part costs a little."""
+    most = max(1, min(8, depth // (16 * DEPTH)))
+    return min(range(1, most + 1), key=lambda s: -(-tiles * s // BLOCKS) / s * (1 + 0.02 * s))
 
 
 def _product(a, b, c, sizes, splits, gradient, added, **defines):

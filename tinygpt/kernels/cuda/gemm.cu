@@ -22,22 +22,40 @@ DEVICE int place_along_k(int row, int chunk) {
 DEVICE int place_across_k(int k, int chunk) { return k * TILE + (chunk ^ (k % 8)) * 8; }
 
 /* Copies rows [first, first + TILE) and columns [k, k + DEPTH) of x (rows, depth), which with
- * `transposed` is stored (depth, rows). */
+ * `transposed` is stored (depth, rows). `end` is where the columns of this block's part end. */
 template <bool transposed>
 DEVICE void copy_slice(a_t* to, const a_t* x, long rows, long depth, long first, long k, long end) {
+  const bool inside = rows % TILE == 0, whole = depth % (SPLITS * DEPTH) == 0;
+  const int across = transposed ? TILE / 8 : DEPTH / 8; /* chunks in a row of memory */
+  const int chunk = threadIdx.x % across, line = threadIdx.x / across, lines = THREADS / across;
+  const a_t* from = x + (transposed ? (k + line) * rows + first + chunk * 8
+                                    : (first + line) * depth + k + chunk * 8);
 #pragma unroll
-  for (int i = threadIdx.x; i < TILE * DEPTH / 8; i += THREADS) {
-    if (transposed) {
-      const int row = i / (TILE / 8), chunk = i % (TILE / 8);
-      const bool there = k + row < end && first + chunk * 8 < rows;
-      copy_later(to + place_across_k(row, chunk),
-                 there ? x + (k + row) * rows + first + chunk * 8 : x, there);
-    } else {
-      const int row = i / (DEPTH / 8), chunk = i % (DEPTH / 8);
-      const bool there = first + row < rows && k + chunk * 8 < end;
-      copy_later(to + place_along_k(row, chunk),
-                 there ? x + (first + row) * depth + k + chunk * 8 : x, there);
-    }
+  for (int i = 0; i < TILE * DEPTH / 8 / THREADS; i++) {
+    const int row = line + i * lines;
+    const bool there = transposed
+        ? (whole || k + row < end) && (inside || first + chunk * 8 < rows)
+        : (inside || first + row < rows) && (whole || k + chunk * 8 < end);
+    copy_later(to + (transposed ? place_across_k(row, chunk) : place_along_k(row, chunk)),
+               there ? from + i * lines * (transposed ? rows : depth) : x, there);
+  }
+}
+
+/* A warp's part of a slice, 16 along K from k on: rows [row, row + 64) of a and columns
+ * [col, col + 64) of b, each as four matrices (16, 16) */
+DEVICE void load_part(unsigned (*as)[4], unsigned (*bs)[4], const a_t (*slice)[TILE * DEPTH],
+                      int k, int row, int col) {
+  const int lane = LANE;
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+    const int r = row + i * 16, c = col + i * 16;
+    if (A_TRANSPOSED) load_transposed(as[i], slice[0] + place_across_k(
+        k + lane / 16 * 8 + lane % 8, r / 8 + lane / 8 % 2));
+    else load_matrices(as[i], slice[0] + place_along_k(r + lane % 16, k / 8 + lane / 16));
+    if (B_ROWS) load_transposed(bs[i], slice[1] + place_across_k(
+        k + lane / 8 % 2 * 8 + lane % 8, c / 8 + lane / 16));
+    else load_matrices(bs[i], slice[1] + place_along_k(
+        c + lane / 16 * 8 + lane % 8, k / 8 + lane / 8 % 2));
   }
 }
 
@@ -53,9 +71,10 @@ extern "C" __global__ void __launch_bounds__(THREADS) NAME(ARGUMENTS) {
   const long begin = blockIdx.y * share, end = min(begin + share, K);
   const int count = (int)((end - begin + DEPTH - 1) / DEPTH);
   const int row = WARP_OF_BLOCK / 2 * 64, col = WARP_OF_BLOCK % 2 * 64; /* of the warp's quarter */
-  const int lane = LANE;
   float sums[4][8][4] = {};
+  unsigned as[2][4][4], bs[2][4][4]; /* what is multiplied, and what comes next */
 
+#pragma unroll
   for (int s = 0; s < STAGES - 1; s++) {
     if (s < count) {
       copy_slice<A_TRANSPOSED>(slices[s][0], a, M, K, first_row, begin + s * DEPTH, end);
@@ -63,43 +82,37 @@ extern "C" __global__ void __launch_bounds__(THREADS) NAME(ARGUMENTS) {
     }
     end_group();
   }
-  for (int s = 0; s < count; s++) {
-    wait_for_copies<STAGES - 2>();
-    __syncthreads();
-    const int next = s + STAGES - 1;
+  wait_for_copies<STAGES - 2>();
+  __syncthreads();
+  load_part(as[0], bs[0], slices[0], 0, row, col);
+  for (int s = 0, stage = 0; s < count; s++) {
+    const int next = s + STAGES - 1, free = stage == 0 ? STAGES - 1 : stage - 1;
     if (next < count) {
-      copy_slice<A_TRANSPOSED>(slices[next % STAGES][0], a, M, K, first_row, begin + next * DEPTH,
-                               end);
-      copy_slice<B_ROWS>(slices[next % STAGES][1], b, N, K, first_col, begin + next * DEPTH, end);
+      copy_slice<A_TRANSPOSED>(slices[free][0], a, M, K, first_row, begin + next * DEPTH, end);
+      copy_slice<B_ROWS>(slices[free][1], b, N, K, first_col, begin + next * DEPTH, end);
     }
     end_group();
-    const a_t *left = slices[s % STAGES][0], *right = slices[s % STAGES][1];
 #pragma unroll
     for (int k = 0; k < DEPTH; k += 16) {
-      unsigned as[4][4], bs[4][4];
-#pragma unroll
-      for (int i = 0; i < 4; i++) {
-        const int r = row + i * 16;
-        if (A_TRANSPOSED) load_transposed(as[i], left + place_across_k(
-            k + lane / 16 * 8 + lane % 8, r / 8 + lane / 8 % 2));
-        else load_matrices(as[i], left + place_along_k(r + lane % 16, k / 8 + lane / 16));
-      }
-#pragma unroll
-      for (int j = 0; j < 4; j++) {
-        const int c = col + j * 16;
-        if (B_ROWS) load_transposed(bs[j], right + place_across_k(
-            k + lane / 8 % 2 * 8 + lane % 8, c / 8 + lane / 16));
-        else load_matrices(bs[j], right + place_along_k(
-            c + lane / 16 * 8 + lane % 8, k / 8 + lane / 8 % 2));
+      const int now = k / 16 % 2;
+      if (k + 16 < DEPTH) {
+        load_part(as[1 - now], bs[1 - now], slices[stage], k + 16, row, col);
+      } else {
+        wait_for_copies<STAGES - 2>();
+        __syncthreads();
+        stage = stage + 1 == STAGES ? 0 : stage + 1;
+        load_part(as[1 - now], bs[1 - now], slices[stage], 0, row, col);
       }
 #pragma unroll
       for (int i = 0; i < 4; i++)
 #pragma unroll
-        for (int j = 0; j < 8; j++) multiply(sums[i][j], as[i], &bs[j / 2][j % 2 * 2], a_t());
+        for (int j = 0; j < 8; j++)
+          multiply(sums[i][j], as[now][i], &bs[now][j / 2][j % 2 * 2], a_t());
     }
   }
   wait_for_copies<0>();
 
+  const int lane = LANE;
   c_t* out = c + blockIdx.y * M * N;
 #pragma unroll
   for (int i = 0; i < 4; i++)

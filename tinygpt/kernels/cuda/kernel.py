@@ -57,7 +57,7 @@ class CudaKernel(Kernel):
 @functools.cache
 def source(file: str, name: str, defines: tuple[tuple[str, str | int], ...]) -> str:
     """A CUDA C++ file with its includes and defines, of which NAME is one."""
-    return with_includes(FOLDER / file, name, defines)
+    return with_includes(FOLDER, file, name, defines)
 
 
 def program(info: dict, code: str, device: str, buffers, outputs: int, flops: int) -> UOp:
