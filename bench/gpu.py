@@ -101,7 +101,7 @@ def as_array(x) -> np.ndarray:
     return x.float().numpy() if hasattr(x, "uop") else x.float().cpu().numpy()
 
 
-def train(kernels: tuple[str, ...] = ("portable", "flash"), with_torch: bool = HAS_TORCH) -> None:
+def train(kernels: tuple[str, ...] = ("auto", "portable"), with_torch: bool = HAS_TORCH) -> None:
     """A train step of GPT-2 124M with 12 x 1024 tokens against PyTorch, eager and compiled."""
     from bench.train_step import CASES, flops, ours, theirs
 
@@ -136,12 +136,14 @@ def train(kernels: tuple[str, ...] = ("portable", "flash"), with_torch: bool = H
 
 def decode() -> None:
     """Decoding with GPT-2 124M against PyTorch, per token."""
-    from bench.decode import KINDS, TOKENS, ours, theirs
+    from bench.decode import KINDS, ours, theirs, works
 
+    prompt, count = works("124M")["per token"]
     peers = {kind: ours("124M", kind) for kind in KINDS}
     if HAS_TORCH:
         peers["torch"] = theirs("124M")
-    times = {name: ms / TOKENS for name, ms in measure.in_turn(peers, seconds=5).items()}
+    peers = {name: partial(write, prompt, count) for name, write in peers.items()}
+    times = {name: ms / count for name, ms in measure.in_turn(peers, seconds=5).items()}
     for kind in KINDS:
         record("decode", f"124M {kind}, a token", "ms", times[kind],
                "torch" if HAS_TORCH else "", times.get("torch"))

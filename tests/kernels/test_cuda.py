@@ -4,6 +4,7 @@ the reference. On a GPU tests/kernels/test_kernels.py runs them."""
 import ctypes
 import functools
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -194,3 +195,36 @@ def test_square_sum(emulator):
     arrays = cases.draw(dict(a=(17, 31), b=(1,), c=(3, 5, 7), d=(5000,)))
     right = sum((a.astype(np.float64)**2).sum() for a in arrays.values())
     assert abs(cuda.square_sum(*map(Tensor, arrays.values())).item() / right - 1) < 1e-6
+
+
+def test_sources_compile(tmp_path, monkeypatch):
+    """To machine code, with no registers in memory."""
+    if not (nvcc := shutil.which("nvcc")):
+        pytest.skip("nvcc is not here")
+
+    class Compiled(kernel.CudaKernel):
+        def __call__(self, *, outputs, inputs, sizes, gradient=None, flops=0):
+            name, defines = self._declarations(outputs, inputs, sizes)
+            path = tmp_path / f"{name}.cu"
+            path.write_text(kernel.source(self.file, "compiled", defines))
+            done = subprocess.run([nvcc, "-arch=sm_80", "-cubin", "-Xptxas", "-v", "-o",
+                                   path.with_suffix(".cubin"), path],
+                                  capture_output=True, text=True)
+            assert done.returncode == 0, done.stderr
+            assert "0 bytes spill stores" in done.stderr, done.stderr
+            made = {key: t for key, t in outputs.items() if t is not None}
+            if gradient:
+                gradient(next(iter(made.values())), made)
+            return made
+
+    def empty(*shape, dtype=dtypes.bfloat16):
+        return Tensor.empty(*shape, dtype=dtype)
+
+    monkeypatch.setattr(cuda, "CudaKernel", Compiled)
+    weight, bias = empty(768, 768, dtype=dtypes.float32), empty(768, dtype=dtypes.float32)
+    x = empty(4096, 768)
+    cuda.linear(x, weight, bias, x)
+    cuda.layer_norm(x, bias, bias)
+    cuda.swiglu(x, x)
+    cuda.cross_entropy(x, empty(4096, dtype=dtypes.int32))
+    cuda.square_sum(weight, bias)

@@ -212,7 +212,8 @@ def memory(x: Tensor) -> tuple[Tensor, int, tuple[int, ...]]:
         moves.append(uop)
         uop = _valued(uop.src[0])
     own = x, 0, tuple(math.prod(x.shape[i + 1:]) for i in range(x.ndim))
-    if uop.op not in (Ops.GETTUPLE, Ops.CONTIGUOUS) or not all(isinstance(n, int) for n in x.shape + uop.shape):
+    if (uop.op not in (Ops.GETTUPLE, Ops.CONTIGUOUS)
+            or not all(isinstance(n, int) for n in x.shape + uop.shape)):
         return own
     whole = view = np.empty(uop.shape, np.uint8)  # numpy does the arithmetic, on bytes as elements
     for move in reversed(moves):
