@@ -63,6 +63,7 @@ def test_orthogonalize_has_room_for_every_thread_that_there_is(monkeypatch):
 
 @pytest.mark.parametrize("implementation", implementations("square_sum"))
 def test_square_sum(implementation):
+    skip_where_it_is_not_for(implementation)
     shapes = [(17, 31), (1,), (3, 5, 7), (5000,), *[(n,) for n in range(1, 40)]]
     arrays = draw({str(i): shape for i, shape in enumerate(shapes)})
     total = kernels.square_sum(*map(Tensor, arrays.values()), implementation=implementation)
