@@ -22,6 +22,7 @@ from tinygpt.kernels.cpu.threads import pool
                                    (301, 270)])
 @pytest.mark.parametrize("size", [1e-3, 1e6])
 def test_orthogonalize_brings_singular_values_near_one(implementation, shape, size):
+    skip_where_it_is_not_for(implementation)
     x = draw(dict(x=shape))["x"]
     u, s, v = np.linalg.svd(x, full_matrices=False)
     x = ((u * np.geomspace(1, 0.02, len(s))) @ v * size).astype(np.float32)
@@ -35,6 +36,7 @@ def test_orthogonalize_brings_singular_values_near_one(implementation, shape, si
 @pytest.mark.parametrize("implementation", implementations("orthogonalize"))
 @pytest.mark.parametrize("rank", [0, 1, 3])
 def test_orthogonalize_leaves_what_a_matrix_lacks_at_zero(implementation, rank):
+    skip_where_it_is_not_for(implementation)
     arrays = draw(dict(a=(20, rank), b=(rank, 30)))
     x = arrays["a"] @ arrays["b"]
     y = kernels.orthogonalize(Tensor(x), implementation=implementation)[0].numpy()
@@ -43,6 +45,7 @@ def test_orthogonalize_leaves_what_a_matrix_lacks_at_zero(implementation, rank):
 
 @pytest.mark.parametrize("implementation", implementations("orthogonalize"))
 def test_orthogonalize_of_many_is_that_of_each(implementation):
+    skip_where_it_is_not_for(implementation)
     shapes = [(5, 9), (40, 40), (33, 7), (1, 3)] * 5
     arrays = draw({str(i): shape for i, shape in enumerate(shapes)})
     made = kernels.orthogonalize(*map(Tensor, arrays.values()), implementation=implementation)
@@ -52,6 +55,7 @@ def test_orthogonalize_of_many_is_that_of_each(implementation):
 
 def test_orthogonalize_has_room_for_every_thread_that_there_is(monkeypatch):
     """Also where fewer were asked for when the threads had begun."""
+    skip_where_it_is_not_for("cpu")
     made, empty, threads = [], Tensor.empty, pool().threads
     kernels.set_threads(1)
     monkeypatch.setattr(Tensor, "empty", lambda *shape, **options: made.append(shape)
@@ -93,6 +97,7 @@ def test_adamw_updates_in_place_or_not_at_all(implementation, shape):
 @pytest.mark.parametrize("implementation", ["cpu", "reference"])
 @pytest.mark.parametrize("shape", [(17, 31), (1,), (509,)])
 def test_lion_updates_in_place_or_not_at_all(implementation, shape):
+    skip_where_it_is_not_for(implementation)
     arrays = draw(dict(p=shape, m=shape, grad=shape))
     arrays["grad"].flat[0] = arrays["m"].flat[0] = 0.0  # whose sign is 0
     p, m, g = arrays["p"], arrays["m"], LION.grad_scale * arrays["grad"]
@@ -110,6 +115,7 @@ def test_lion_updates_in_place_or_not_at_all(implementation, shape):
 @pytest.mark.parametrize("apply", [1.0, 0.0])
 def test_adamw8bit_is_the_reference(rng, n, apply):
     """But for a code here and there whose neighbour is as near."""
+    skip_where_it_is_not_for("cpu")
     blocks = -(-n // 256)
     arrays = dict(p=rng.standard_normal(n), m=rng.integers(0, 256, (blocks, 256)),
                   m_tops=rng.uniform(0, 2, (blocks, 1)), v=rng.integers(0, 256, (blocks, 256)),

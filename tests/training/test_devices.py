@@ -139,6 +139,7 @@ def test_tensors_on_two_devices_are_written_and_read(rng):
     (dict(batch_size=3), ["batch_size=3", "devices=2"]),
     (dict(auto_batch_size=True), ["devices=2"]),
     (dict(kernels="cpu"), ["'cpu'", "devices=2"]), (dict(kernels="flash"), ["'flash'"]),
+    (dict(kernels="cuda"), ["'cuda'"]),
     (dict(optimizer="adamw8bit", shard_optimizer=True), ["adamw8bit", "--shard_optimizer"])])
 def test_what_cannot_be_split_is_refused(wrong, names):
     with pytest.raises(ValueError, match="choose") as caught:

@@ -158,7 +158,7 @@ class TrainConfig(MachineConfig):
         if self.auto_batch_size:
             raise ValueError(f"--batch_size auto is for one device, not devices={self.devices}: "
                              "choose a number")
-        if self.kernels in ("cpu", "flash"):
+        if self.kernels in ("cpu", "cuda", "flash"):
             raise ValueError(f"kernels={self.kernels!r} run on one device, not devices="
                              f"{self.devices}: choose auto, portable or reference")
         if self.shard_optimizer and self.optimizer == "adamw8bit":
