@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from tinygrad import Tensor, dtypes
 
+from tinygpt import kernels
 from tinygpt.kernels import cases, cuda, reference
 from tinygpt.kernels.cuda import kernel
 
@@ -228,3 +229,23 @@ def test_sources_compile(tmp_path, monkeypatch):
     cuda.swiglu(x, x)
     cuda.cross_entropy(x, empty(4096, dtype=dtypes.int32))
     cuda.square_sum(weight, bias)
+
+
+def test_which_tensors_it_takes(monkeypatch):
+    def some(*shape, dtype=dtypes.bfloat16):
+        return Tensor.empty(*shape, dtype=dtype)
+
+    assert not cuda.fits("gelu", some(64, 64))  # on the CPU
+    monkeypatch.setattr(cuda, "_has_tensor_cores", lambda device: True)
+    weight = some(50, 64, dtype=dtypes.float32)
+    assert cuda.fits("linear", some(2, 32, 64), weight, None, some(2, 32, 50))
+    assert not cuda.fits("linear", some(64, 64, dtype=dtypes.float32), weight)
+    assert not cuda.fits("linear", some(63, 64), weight)  # few rows
+    assert not cuda.fits("linear", some(64, 60), some(50, 60))  # rows not aligned to 16 bytes
+    assert not cuda.fits("linear", some(64, 64), some(50, 64, dtype=dtypes.int8))
+    assert not cuda.fits("gelu", some(64, 64, dtype=dtypes.float64))
+    assert cuda.fits("cross_entropy", some(64, 50), some(64, dtype=dtypes.int32))
+    ids, wide = some(8, dtype=dtypes.int32), some(9, 2**15, dtype=dtypes.float32)
+    assert not cuda.fits("embedding", ids, wide)
+    with pytest.raises(ValueError, match="'cuda' have no linear"):
+        kernels.linear(some(64, 60), some(50, 60), implementation="cuda")
