@@ -34,9 +34,9 @@ typedef float scale_t;
 #define GM (LANES == 4 ? 6 : 12)
 #define GV (LANES == 4 ? 4 : 2)
 #define GN (GV * LANES)
-#define MC 192
-#define NC 1024
-#define KC 1024
+#define MC 144                 /* MC x KC of A are less than half of an L2 of 1 MB */
+#define NC 1536
+#define KC 1536
 #else
 #if defined(__AVX512F__)
 #define GM 12

@@ -15,10 +15,8 @@ HOT void pack_a(const gemm_t* g, long i0, long rows, unsigned char* packed_a) {
       for (long x = 0; x < 16; x++) {
         const long at = k + 2 * x;
         const a_t* src = g->a + (g->pc + at) * g->M + i0 + i;
-        const float16 low = LOAD16(src, at < g->kc ? n : 0);
-        const float16 high = LOAD16(src + g->M, at + 1 < g->kc ? n : 0);
-        sum += low + high;
-        r[x] = pairs(low, high);
+        r[x] = PAIRS(src, src + g->M, at < g->kc ? n : 0, at + 1 < g->kc ? n : 0);
+        sum += sums_of_pairs(r[x]);
       }
       transpose16(r);
       for (long x = 0; x < 16; x++)
@@ -28,11 +26,10 @@ HOT void pack_a(const gemm_t* g, long i0, long rows, unsigned char* packed_a) {
       for (long x = 0; x < MIN(16, n); x++)
         g->sums[i0 + i + x] = sum[x] + (g->pc ? g->sums[i0 + i + x] : 0.f);
     for (long x = 0; !g->ta && x < 16; x++)
-      for (long k = 0; k < depth; k += 16) {
+      for (long k = 0; k < depth; k += 32) {
         const a_t* src = g->a + (i0 + i + x) * g->K + g->pc + k;
-        const float16 some = LOAD16(src, x < n ? g->kc - k : 0);
-        *(bf16x16*)(packed_a + (i + x) * ROW_BYTES + 2 * k) =
-            __builtin_convertvector((uint16)rounded(some) >> 16, bf16x16);
+        *(int16_unaligned*)(packed_a + (i + x) * ROW_BYTES + 2 * k) =
+            ROW_OF_PAIRS(src, x < n ? g->kc - k : 0);
       }
   }
 }

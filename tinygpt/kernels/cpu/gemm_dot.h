@@ -1,31 +1,44 @@
 /* The micro kernel of gemm.h on instructions that add the products of two pairs of bfloat16 to each
  * float32: AVX512_BF16's vdpbf16ps, Arm's bfdot. Panels of A have GM rows. */
 
-/* panel[k / 2][GM] pairs of op(A) from row i0 on; with ta also the sums of the columns of A */
-HOT void pack_a(const gemm_t* g, long i0, long n, int* panel) {
-  const long depth = ROUND_UP(g->kc, 32), there = g->M - i0;
-  float16 sum = (float16)0.f;
-  for (long k = 0; k < depth; k += 32) {
-    int16 r[16];
-    for (long x = 0; g->ta && x < 16; x++) {
-      const long at = k + 2 * x;
-      const a_t* src = g->a + (g->pc + at) * g->M + i0;
-      const float16 low = LOAD16(src, at < g->kc ? there : 0);
-      const float16 high = LOAD16(src + g->M, at + 1 < g->kc ? there : 0);
-      sum += low + high;
-      r[x] = pairs(low, high);
+#define PANEL_STRIDE(depth) ((depth) / 2 * GM + 16)   /* + 16: panels must not share a cache set */
+
+/* packed[panel][k / 2][GM] pairs of rows first .. last of A; a vector is stored whole, and the next
+ * one overwrites what is behind GM rows */
+HOT void pack_rows(const gemm_t* g, long first, long last, int* packed) {
+  const long depth = ROUND_UP(g->kc, 32);
+  for (long i = first; i < last; i += GM, packed += PANEL_STRIDE(depth))
+    for (long k = 0; k < depth; k += 32) {
+      int16 r[16];
+      for (long x = 0; x < 16; x++)
+        r[x] = x < MIN(last - i, GM) ? ROW_OF_PAIRS(g->a + (i + x) * g->K + g->pc + k, g->kc - k)
+                                     : (int16)0;
+      transpose16(r);
+      for (long x = 0; x < 16; x++) *(int16_unaligned*)(packed + (k / 2 + x) * GM) = r[x];
     }
-    for (long x = 0; !g->ta && x < 16; x++) {
-      const a_t* src = g->a + (i0 + x) * g->K + g->pc + k;
-      const long left = g->kc - k;
-      r[x] = x < n ? row_of_pairs(LOAD16(src, left), LOAD16(src + 16, left - 16)) : (int16)0;
+}
+
+/* the same of columns of A's storage, and their sums; BURST depths of all panels in turn, so that a
+ * line of the cache is read once */
+#define BURST 32
+HOT void pack_columns(const gemm_t* g, long first, long last, int* packed) {
+  const long depth = ROUND_UP(g->kc, 32);
+  float16 sums[MC / GM];
+  for (long p = 0; p < MC / GM; p++) sums[p] = (float16)0.f;
+  for (long from = 0; from < depth; from += BURST)
+    for (long i = first; i < last; i += GM) {
+      const long p = (i - first) / GM, there = g->M - i;
+      float16 sum = sums[p];
+      for (long k = from; k < from + BURST; k += 2) {
+        const a_t* src = g->a + (g->pc + k) * g->M + i;
+        const int16 r = PAIRS(src, src + g->M, k < g->kc ? there : 0, k + 1 < g->kc ? there : 0);
+        *(int16_unaligned*)(packed + p * PANEL_STRIDE(depth) + k / 2 * GM) = r;
+        sum += sums_of_pairs(r);
+      }
+      sums[p] = sum;
     }
-    if (!g->ta) transpose16(r);
-    for (long x = 0; x < 16; x++)   /* the next one overwrites what is behind GM rows */
-      *(int16_unaligned*)(panel + (k / 2 + x) * GM) = r[x];
-  }
-  for (long x = 0; g->sums && !g->jc && x < n; x++)
-    g->sums[i0 + x] = sum[x] + (g->pc ? g->sums[i0 + x] : 0.f);
+  for (long i = first; g->sums && !g->jc && i < last; i++)
+    g->sums[i] = sums[(i - first) / GM][(i - first) % GM] + (g->pc ? g->sums[i] : 0.f);
 }
 
 /* sum = a panel of A times one of B, `steps` pairs deep */
@@ -41,20 +54,29 @@ HOT void block_kernel(const int* a, const int* b, long steps, vfloat sum[GM][GV]
 }
 
 KERNEL static void multiply(void* args, int index) {
-  const gemm_t* g = args;
+  const gemm_t copy = *(const gemm_t*)args;   /* which no store of a float can change */
+  const gemm_t* g = &copy;
   const long first = index * g->rows, last = MIN(first + g->rows, g->M);
-  const long steps = ROUND_UP(g->kc, 32) / 2, stride = steps * GM + 16;
-  int packed_a[MC / GM * (KC / 2 * GM + 16)] __attribute__((aligned(64)));
-  for (long i = first; i < last; i += GM)
-    pack_a(g, i, MIN(last - i, GM), packed_a + (i - first) / GM * stride);
+  const long steps = ROUND_UP(g->kc, 32) / 2;
+  int packed_a[MC / GM * PANEL_STRIDE(KC)] __attribute__((aligned(64)));
+  if (g->ta)
+    pack_columns(g, first, last, packed_a);
+  else
+    pack_rows(g, first, last, packed_a);
   for (long j = 0; j < g->nc; j += GN)
     for (long i = first; i < last; i += GM) {
+      const long rows = MIN(last - i, GM), cols = MIN(g->nc - j, GN);
       vfloat sum[GM][GV];
+      block_kernel(packed_a + (i - first) / GM * PANEL_STRIDE(2 * steps),
+                   (const int*)g->packed_b + j * steps, steps, sum);
+      if (rows == GM && cols == GN) {
+        UNROLL for (int r = 0; r < GM; r++)
+          UNROLL for (int x = 0; x < GV; x++) store_sums(g, i + r, j + x * LANES, sum[r][x]);
+        continue;
+      }
       float block[GM * GN];
-      block_kernel(packed_a + (i - first) / GM * stride, (const int*)g->packed_b + j * steps, steps,
-                   sum);
       UNROLL for (int r = 0; r < GM; r++)
         UNROLL for (int x = 0; x < GV; x++) STORE(block + r * GN + x * LANES, sum[r][x]);
-      store_block(g, i, j, block, GN, MIN(last - i, GM), MIN(g->nc - j, GN));
+      store_block(g, i, j, block, GN, rows, cols);
     }
 }

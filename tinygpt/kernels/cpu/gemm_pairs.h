@@ -6,38 +6,65 @@ typedef float float16_unaligned __attribute__((ext_vector_type(16), aligned(4)))
 typedef int int16 __attribute__((ext_vector_type(16)));
 typedef int int16_unaligned __attribute__((ext_vector_type(16), aligned(4)));
 typedef unsigned uint16 __attribute__((ext_vector_type(16)));
-typedef bf16 bf16x16 __attribute__((ext_vector_type(16), aligned(2)));
+typedef unsigned short short16 __attribute__((ext_vector_type(16), aligned(2)));
+typedef unsigned short short32 __attribute__((ext_vector_type(32), aligned(2)));
 
 /* 16 numbers from p on, those from the n-th on zero */
-#define LOAD16(p, n) \
-  _Generic((p), float*: load16_f32, const float*: load16_f32, default: load16_bf16)(p, n)
 HOT float16 load16_f32(const float* p, long n) {
   if (n >= 16) return (float16)*(const float16_unaligned*)p;
   float some[16];
   for (int i = 0; i < 16; i++) some[i] = i < n ? p[i] : 0.f;
   return (float16)*(const float16_unaligned*)some;
 }
-HOT float16 load16_bf16(const bf16* p, long n) {
+HOT short16 load16_bf16(const bf16* p, long n) {
+  if (n >= 16) return *(const short16*)p;
   bf16 some[16];
-  for (int i = 0; i < 16 && n < 16; i++) some[i] = i < n ? p[i] : 0;
-  return (float16)(__builtin_convertvector(*(const bf16x16*)(n < 16 ? some : p), uint16) << 16);
+  for (int i = 0; i < 16; i++) some[i] = i < n ? p[i] : 0;
+  return *(const short16*)some;
+}
+/* bfloat16 of 32 floats */
+HOT short32 rounded(float16 first, float16 last) {
+#if defined(__AVX512BF16__)
+  typedef float vsums __attribute__((vector_size(64)));
+  return (short32)__builtin_ia32_cvtne2ps2bf16_512((vsums)last, (vsums)first);
+#else
+  short32 row;
+  const uint16 low = (uint16)first, high = (uint16)last;
+  row.lo = __builtin_convertvector((low + 0x7fff + ((low >> 16) & 1)) >> 16, short16);
+  row.hi = __builtin_convertvector((high + 0x7fff + ((high >> 16) & 1)) >> 16, short16);
+  return row;
+#endif
 }
 
-/* bfloat16 in the upper halves */
-HOT int16 rounded(float16 x) {
-  const uint16 bits = (uint16)x;
-  return (int16)(bits + 0x7fff + ((bits >> 16) & 1));
+/* 32 numbers from p on in 16 pairs, those from the n-th on zero */
+#define ROW_OF_PAIRS(p, n) \
+  _Generic((p), float*: row_of_f32, const float*: row_of_f32, default: row_of_bf16)(p, n)
+HOT int16 row_of_f32(const float* p, long n) {
+  return (int16)rounded(load16_f32(p, n), load16_f32(p + 16, n - 16));
 }
-HOT int16 pairs(float16 low, float16 high) {
-  return (int16)((uint16)rounded(low) >> 16) | (rounded(high) & (int)0xffff0000);
+HOT int16 row_of_bf16(const bf16* p, long n) {
+  if (n >= 32) return (int16)*(const short32*)p;
+  short32 row;
+  row.lo = load16_bf16(p, n);
+  row.hi = load16_bf16(p + 16, n - 16);
+  return (int16)row;
 }
 
-HOT int16 row_of_pairs(float16 first, float16 last) {
-  bf16 row[32];
-  *(bf16x16*)row = __builtin_convertvector((uint16)rounded(first) >> 16, bf16x16);
-  *(bf16x16*)(row + 16) = __builtin_convertvector((uint16)rounded(last) >> 16, bf16x16);
-  return (int16)*(const int16_unaligned*)row;
+/* the pairs of 16 numbers from `low` on, m of them, and of 16 from `high` on, n of them */
+#define PAIRS(low, high, m, n) \
+  _Generic((low), float*: pairs_f32, const float*: pairs_f32, default: pairs_bf16)(low, high, m, n)
+#define INTERLEAVED 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23, \
+                    8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31
+HOT int16 pairs_f32(const float* low, const float* high, long m, long n) {
+  const short32 row = rounded(load16_f32(low, m), load16_f32(high, n));
+  return (int16)__builtin_shufflevector(row, row, INTERLEAVED);
 }
+HOT int16 pairs_bf16(const bf16* low, const bf16* high, long m, long n) {
+  return (int16)__builtin_shufflevector(load16_bf16(low, m), load16_bf16(high, n), INTERLEAVED);
+}
+
+/* the two numbers of each pair, added */
+HOT float16 sums_of_pairs(int16 r) { return (float16)(r << 16) + (float16)(r & (int)0xffff0000); }
 
 /* 16 x 16, transposed: swaps halves of halves of ... */
 #define SWAP(distance, i, low, high) { \
@@ -73,13 +100,13 @@ KERNEL static void pack_b(void* args, int index) {
         for (long j = 0; g->tb && j < 16; j++) {
           const b_t* src = g->b + (j0 + j) * g->K + g->pc + k;
           const long left = j < n ? g->kc - k : 0;
-          r[j] = row_of_pairs(LOAD16(src, left), LOAD16(src + 16, left - 16));
+          r[j] = ROW_OF_PAIRS(src, left);
         }
         if (g->tb) transpose16(r);
         for (long i = 0; !g->tb && i < 16; i++) {
           const long at = k + 2 * i;
           const b_t* src = g->b + (g->pc + at) * g->N + j0;
-          r[i] = pairs(LOAD16(src, at < g->kc ? n : 0), LOAD16(src + g->N, at + 1 < g->kc ? n : 0));
+          r[i] = PAIRS(src, src + g->N, at < g->kc ? n : 0, at + 1 < g->kc ? n : 0);
         }
         for (long i = 0; i < 16; i++) *(int16_unaligned*)(dst + (k / 2 + i) * 2 * GN) = r[i];
       }
