@@ -106,6 +106,29 @@ def test_flash_attention_leaves_documents_to_the_portable_form():
         kernels.attention(q, k, v, starts=Tensor.zeros(1, 6, dtype="int32"))
 
 
+# heads of an odd size, tiles with edges, several tiles, and shared keys
+PAIRED = {
+    "odd": (heads(2, 4, 2, 5, 5, 7), {}),
+    "one query": (heads(1, 2, 2, 1, 9, 33), dict(offset=8)),
+    "edges": (heads(1, 4, 2, 67, 99, 34), dict(offset=32, window=41)),
+    "several tiles": (heads(1, 2, 1, 195, 195, 64), {}),
+    "one kv head, fewer than threads": (heads(1, 1, 1, 130, 131, 96), dict(offset=1)),
+    "dropout": (heads(1, 2, 2, 97, 97, 20), dict(dropout_p=0.3, dropout_key=KEY)),
+}
+
+
+@pytest.mark.parametrize("instructions", [{}, {"DOT": 1}], ids=["float32", "pairs"])
+@pytest.mark.parametrize("name", PAIRED)
+def test_bfloat16_in_c_is_close_to_float32(name, instructions, monkeypatch):
+    """With an instruction for pairs of bfloat16, which is emulated where there is none."""
+    monkeypatch.setattr(kernels.cpu, "bfloat16_defines", lambda: instructions)
+    shapes, options = PAIRED[name]
+    arrays = draw(shapes)
+    dy = draw(dict(dy=shapes["q"]), seed=1)["dy"]  # in bfloat16 too
+    got = run("attention", "cpu", arrays, options, "bfloat16", dy=dy)
+    check(got, run("attention", "reference", arrays, options, dy=dy), "bfloat16")
+
+
 @for_each
 def test_dropout_in_attention_is_the_same_forward_and_backward(implementation):
     arrays = draw(SQUARE)

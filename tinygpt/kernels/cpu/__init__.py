@@ -208,16 +208,17 @@ def attention(q, k, v, starts=None, offset=0, window=None, dropout_p=0.0, dropou
                  dropout=int(dropout_p * 2**32) if drops else 0,
                  starts_row=0 if starts is None else starts.numel() // B)
     flops = 2 * B * H * D * T * (2 * S - T)
+    defines = dict(DOT=1) if q.dtype == dtypes.bfloat16 and bfloat16_defines() else {}
 
     def gradient(dy: Tensor, made: dict[str, Tensor]) -> dict[str, Tensor]:
-        grads = Kernel("attention_backward.c")(
+        grads = Kernel("attention_backward.c", **defines)(
             outputs=dict(dq=_empty_like(sources["q"], dtypes.float32),
                          dk=_empty_like(sources["k"]), dv=_empty_like(sources["v"]),
                          delta=_empty(B, H, T)),
             inputs=dict(dout=dy, **made, **sources, **where), sizes=sizes, flops=flops * 5 // 2)
         return dict(q=grads["dq"].cast(q.dtype), k=grads.get("dk"), v=grads.get("dv"))
 
-    made = Kernel("attention_forward.c")(
+    made = Kernel("attention_forward.c", **defines)(
         outputs=dict(out=_empty(B, T, H, D, dtype=q.dtype), lse=_empty(B, H, T)),
         inputs=dict(**sources, **where), sizes=sizes, gradient=gradient, flops=flops)
     return made["out"].transpose(1, 2)

@@ -2,12 +2,26 @@
  *
  * Queries stand at positions offset + i and see keys j <= offset + i, with a window only those
  * j > offset + i - window, with starts (B, starts_row) none before the start of the row or, where
- * starts_row is T, of the query; always their own. Tiles of BQ queries and BK keys are copied to packed memory, D padded to
- * DP with zeros, so that no micro kernel meets an edge. */
+ * starts_row is T, of the query; always their own. Tiles of BQ queries and BK keys are copied to
+ * packed memory, D padded to DP with zeros, so that no micro kernel meets an edge.
+ *
+ * Products take steps of their depth, of a number each, or with DOT 1, for bfloat16 alone, of a pair
+ * of them (dot_pairs.h). Sums and the softmax are float32. */
 #include "pool.h"
 #include "vector.h"
 
 typedef q_t act;
+#if DOT
+#include "dot_pairs.h"
+typedef bf16 part_t;           /* of a step */
+typedef int step_t;
+#define PER 2                  /* numbers in a step */
+#else
+typedef float part_t;
+typedef float step_t;
+#define PER 1
+#endif
+#define STEPS(n) (((n) + PER - 1) / PER)
 
 #if ROWS == 6
 #define BQ 96                  /* multiples of ROWS and of COLS */
@@ -17,8 +31,7 @@ typedef q_t act;
 #define BK 64
 #endif
 #define TILE(rows, cols) \
-  ((float*)__builtin_alloca_with_align((rows) * (cols) * sizeof(float), 512))
-#define FIRST ((int*)TILE(1, BQ))      /* a number for each query of a tile */
+  ((void*)__builtin_alloca_with_align((rows) * (cols) * sizeof(float), 512))
 
 typedef struct { long start, batch, head, row; } strides_t;   /* in elements; D is contiguous */
 
@@ -70,18 +83,18 @@ HOT int all_visible(const attention_t* a, visible_t seen, long i0, long j0, long
   return j0 + nj - 1 <= a->offset + i0 && j0 >= seen.greatest;
 }
 
-/* load_tile: dst (rows x DP) = n rows of D, the rest zero; store_tile: n rows of D of src (rows x DP) */
-#define DEFINE_TILES(kind, load_tile, store_tile) \
-  HOT void load_tile(float* dst, const kind* src, long stride, long n, long rows, long D, long DP) { \
-    for (long r = 0; r < rows; r++) { \
-      long c = 0; \
-      if (r < n) { \
-        for (; c + LANES <= D; c += LANES) STORE(dst + r * DP + c, LOAD(src + r * stride + c)); \
-        for (; c < D; c++) dst[r * DP + c] = GET(src + r * stride + c); \
-      } \
-      for (; c < DP; c++) dst[r * DP + c] = 0.f; \
-    } \
-  } \
+/* load_floats: dst (rows x DP) = n rows of D, the rest zero; store_*: n rows of D of src (rows x DP) */
+HOT void load_floats(float* dst, const float* src, long stride, long n, long rows, long D, long DP) {
+  for (long r = 0; r < rows; r++) {
+    long c = 0;
+    if (r < n) {
+      for (; c + LANES <= D; c += LANES) STORE(dst + r * DP + c, LOAD(src + r * stride + c));
+      for (; c < D; c++) dst[r * DP + c] = src[r * stride + c];
+    }
+    for (; c < DP; c++) dst[r * DP + c] = 0.f;
+  }
+}
+#define DEFINE_STORE(kind, store_tile) \
   HOT void store_tile(kind* dst, long stride, const float* src, long n, long D, long DP) { \
     for (long r = 0; r < n; r++) { \
       long c = 0; \
@@ -89,23 +102,33 @@ HOT int all_visible(const attention_t* a, visible_t seen, long i0, long j0, long
       for (; c < D; c++) PUT(dst + r * stride + c, src[r * DP + c]); \
     } \
   }
-DEFINE_TILES(act, load_tile, store_tile)
-DEFINE_TILES(float, load_floats, store_floats)
+DEFINE_STORE(act, store_tile)
+DEFINE_STORE(float, store_floats)
 
-/* dst (D x cols) = the transpose of n rows of D times factor, zero up to the next of COLS */
-HOT void load_transposed(float* dst, const act* src, long stride, long n, long cols, long D,
-                         float factor) {
-  long r = 0;
-  for (; r + 4 <= n; r += 4) {
-    long c = 0;
-    for (; c + 4 <= D; c += 4) TRANSPOSE4(src + r * stride + c, stride, dst + c * cols + r, cols);
-    for (; c < D; c++)
-      for (long x = r; x < r + 4; x++) dst[c * cols + x] = GET(src + x * stride + c);
+#if DOT
+#include "attention_pairs.h"
+#else
+#include "attention_float.h"
+#endif
+
+/* C (ROWS x COLS) = or += A B over steps k0 .. k1: A(i, k) = a[i * ai + k * ak], row k of B at
+ * b + k * ldb */
+HOT void micro_kernel(const step_t* a, long ai, long ak, const step_t* b, long ldb, float* c,
+                      long ldc, long k0, long k1, int accumulate) {
+  vfloat sum[ROWS][2];
+  UNROLL for (int i = 0; i < ROWS; i++)
+    UNROLL for (int j = 0; j < 2; j++)
+      sum[i][j] = accumulate ? LOAD(c + i * ldc + j * LANES) : (vfloat)0.f;
+  for (long k = k0; k < k1; k++) {
+    vsteps row[2];
+    UNROLL for (int j = 0; j < 2; j++) row[j] = load_steps(b + k * ldb + j * LANES);
+    UNROLL for (int i = 0; i < ROWS; i++) {
+      const vsteps x = (vsteps)a[i * ai + k * ak];
+      UNROLL for (int j = 0; j < 2; j++) sum[i][j] = multiply_add(sum[i][j], x, row[j]);
+    }
   }
-  for (; r < ROUND_UP(n, COLS); r++)
-    for (long c = 0; c < D; c++) dst[c * cols + r] = r < n ? GET(src + r * stride + c) : 0.f;
-  if (factor != 1.0f)
-    for (long x = 0; x < D * cols; x += LANES) STORE(dst + x, LOAD(dst + x) * factor);
+  UNROLL for (int i = 0; i < ROWS; i++)
+    UNROLL for (int j = 0; j < 2; j++) STORE(c + i * ldc + j * LANES, sum[i][j]);
 }
 
 HOT void fill(float* dst, long n, float x) {

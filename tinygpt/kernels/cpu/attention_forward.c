@@ -14,15 +14,20 @@ KERNEL void NAME(ARGUMENTS) {
 /* the running maximum m, the sum s of the weights, and the factor by which both shrink */
 typedef struct { float *m, *s, *shrink; } softmax_t;
 
-/* weights 2^(S - m) of nj keys for LANES queries from i on, in place of the scores */
-HOT void weigh(const attention_t* a, softmax_t sm, visible_t seen, float* scores, long head,
-               long i0, long i, long j0, long nj, int masked) {
+/* weights 2^(S scale - m) of nj keys for LANES queries from i on, of the scores S */
+HOT void weigh(const attention_t* a, softmax_t sm, visible_t seen, float* scores, step_t* weights,
+               long head, long i0, long i, long j0, long nj, int masked) {
   const vint iota = IOTA;
-  const vint position = iota + (int)(a->offset + i0 + i);
+  const float factor = a->scale * LOG2E;
+  const vint position = __builtin_elementwise_min(iota + (int)(a->offset + i0 + i),
+                                                  (vint)(int)(seen.last - 1));
   const vint first = *(const vint*)(seen.first + i);
+  /* no micro kernel that reads these queries' weights reads further */
+  const long end = MIN(ROUND_UP(nj, PER),
+                       ROUND_UP(a->offset + i0 + ROUND_UP(i + LANES, ROWS) - j0, PER));
   const vfloat before = LOAD(sm.m + i);
-  vfloat top = before, sum = (vfloat)0.f;
-  for (long j = 0; j < nj; j++) {
+  vfloat top = (vfloat)(-__builtin_inff()), sum = (vfloat)0.f;
+  for (long j = 0; j < end; j++) {
     vfloat x = LOAD(scores + j * BQ + i);
     if (masked) {
       const vint key = (vint)(int)(j0 + j);
@@ -31,14 +36,19 @@ HOT void weigh(const attention_t* a, softmax_t sm, visible_t seen, float* scores
     }
     top = vmax(top, x);
   }
-  for (long j = 0; j < nj; j++) {
-    const vfloat x = LOAD(scores + j * BQ + i);
-    vfloat p = vexp2(x - top);
-    if (masked) p = select(x == -__builtin_inff(), (vfloat)0.f, p);
-    sum += p;
-    if (a->dropout)
-      p *= dropout_factor(a, (u64)((head * a->T + i0 + i) * a->S + j0 + j), (unsigned)a->S);
-    STORE(scores + j * BQ + i, p);
+  top = vmax(before, top * factor);
+  for (long j = 0; j < end; j += PER) {
+    vfloat p[PER];
+    UNROLL for (int u = 0; u < PER; u++) {
+      const vfloat x = LOAD(scores + (j + u) * BQ + i);
+      p[u] = vexp2(x * factor - top);
+      if (masked) p[u] = select(x == -__builtin_inff(), (vfloat)0.f, p[u]);
+      sum += p[u];
+      if (a->dropout)
+        p[u] *= dropout_factor(a, (u64)((head * a->T + i0 + i) * a->S + j0 + j + u),
+                               (unsigned)a->S);
+    }
+    store_steps(weights + j / PER * BQ + i, p);
   }
   const vfloat shrink = vexp2(before - top);
   STORE(sm.m + i, top);
@@ -52,26 +62,29 @@ KERNEL static void query_tile(void* args, int index) {
   const long head = index / tiles, b = head / a->H, h = head % a->H, group = h / (a->H / a->G);
   const long i0 = (tiles - 1 - index % tiles) * BQ;     /* the longest rows first */
   const long n = MIN(a->T - i0, BQ), np = ROUND_UP(n, COLS);
-  float *qt = TILE(D, BQ), *keys = TILE(BK, DP), *values = TILE(BK, DP), *scores = TILE(BK, BQ);
-  float* out = TILE(BQ, DP);
+  step_t *qt = TILE(STEPS(D), BQ), *keys = TILE(BK, DP / PER), *values = TILE(BK / PER, DP);
+  float *scores = TILE(BK, BQ), *out = TILE(BQ, DP);
+  step_t* weights = PER > 1 ? TILE(BK / PER, BQ) : (step_t*)scores;
   softmax_t sm = {TILE(1, BQ), TILE(1, BQ), TILE(1, BQ)};
-  load_transposed(qt, AT(a->q, a->qs, b, h, i0), a->qs.row, n, BQ, D, a->scale * LOG2E);
+  load_transposed(qt, AT(a->q, a->qs, b, h, i0), a->qs.row, n, BQ, D);
   fill(sm.m, BQ, -1e30f);
   fill(sm.s, BQ, 0.f);
   fill(out, ROUND_UP(n, ROWS) * DP, 0.f);
-  const visible_t seen = visible_keys(a, FIRST, b, i0, n);
+  const visible_t seen = visible_keys(a, TILE(1, BQ), b, i0, n);
   for (long j0 = seen.least / BK * BK; j0 < seen.last; j0 += BK) {
     const long nj = MIN(seen.last - j0, BK), rows = ROUND_UP(nj, ROWS);
-    const int masked = !all_visible(a, seen, i0, j0, nj);
-    load_tile(keys, AT(a->k, a->ks, b, group, j0), a->ks.row, nj, rows, D, DP);
-    load_tile(values, AT(a->v, a->vs, b, group, j0), a->vs.row, nj, rows, D, DP);
+    const int masked = !all_visible(a, seen, i0, j0, nj) || nj % PER;
+    load_rows(keys, AT(a->k, a->ks, b, group, j0), a->ks.row, nj, rows, D, DP);
+    load_deep(values, AT(a->v, a->vs, b, group, j0), a->vs.row, nj, D, DP);
     for (long j = 0; j < rows; j += ROWS) {
       /* columns of queries that end before key j0 + j see nothing of these rows */
       const long from = MAX(0, j0 + j - a->offset - i0) / COLS * COLS;
       for (long i = from; i < np; i += COLS)
-        micro_kernel(keys + j * DP, DP, 1, qt + i, BQ, scores + j * BQ + i, BQ, 0, D, 0);
+        micro_kernel(keys + j * DP / PER, DP / PER, 1, qt + i, BQ, scores + j * BQ + i, BQ, 0,
+                     STEPS(D), 0);
     }
-    for (long i = 0; i < np; i += LANES) weigh(a, sm, seen, scores, head, i0, i, j0, nj, masked);
+    for (long i = 0; i < np; i += LANES)
+      weigh(a, sm, seen, scores, weights, head, i0, i, j0, nj, masked);
     for (long i = 0; i < n; i++)
       if (sm.shrink[i] != 1.0f)
         for (long d = 0; d < DP; d += LANES)
@@ -79,7 +92,7 @@ KERNEL static void query_tile(void* args, int index) {
     for (long i = 0; i < n; i += ROWS) {
       const long count = MIN(nj, a->offset + i0 + i + ROWS - j0);
       for (long d = 0; d < DP; d += COLS)
-        micro_kernel(scores + i, 1, BQ, values + d, DP, out + i * DP + d, DP, 0, count, 1);
+        micro_kernel(weights + i, 1, BQ, values + d, DP, out + i * DP + d, DP, 0, STEPS(count), 1);
     }
   }
   for (long i = 0; i < n; i++) {

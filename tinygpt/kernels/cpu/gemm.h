@@ -22,6 +22,10 @@ typedef b_t weight_t;
 typedef float scale_t;
 #endif
 
+#if AMX || DOT
+#include "dot_pairs.h"
+#endif
+
 /* a block of C is GM x GN, a task's part of A MC x KC, and what is packed of B KC x NC */
 #if AMX
 #define GM 32
@@ -30,7 +34,6 @@ typedef float scale_t;
 #define NC 512
 #define KC 1024
 #elif DOT
-#include "dot_pairs.h"
 #define GM (LANES == 4 ? 6 : 12)
 #define GV (LANES == 4 ? 4 : 2)
 #define GN (GV * LANES)

@@ -53,8 +53,6 @@ HOT int16 row_of_bf16(const bf16* p, long n) {
 /* the pairs of 16 numbers from `low` on, m of them, and of 16 from `high` on, n of them */
 #define PAIRS(low, high, m, n) \
   _Generic((low), float*: pairs_f32, const float*: pairs_f32, default: pairs_bf16)(low, high, m, n)
-#define INTERLEAVED 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23, \
-                    8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31
 HOT int16 pairs_f32(const float* low, const float* high, long m, long n) {
   const short32 row = rounded(load16_f32(low, m), load16_f32(high, n));
   return (int16)__builtin_shufflevector(row, row, INTERLEAVED);

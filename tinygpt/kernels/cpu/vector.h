@@ -66,8 +66,14 @@ HOT float4 load4_bf16(const bf16* p) {
   return (float4)(__builtin_convertvector(*(const bf16x4*)p, uint4) << 16);
 }
 HOT void store_bf16(bf16* p, vfloat v) {
+#if defined(__AVX512BF16__)
+  typedef float vsums __attribute__((vector_size(64)));
+  typedef __bf16 rounded __attribute__((vector_size(32)));
+  *(vbf16*)p = (vbf16)__builtin_ia32_cvtneps2bf16_512_mask((vsums)v, (rounded){}, 0xffff);
+#else
   const vuint bits = (vuint)v;
   *(vbf16*)p = __builtin_convertvector((bits + 0x7fff + ((bits >> 16) & 1)) >> 16, vbf16);
+#endif
 }
 HOT float get_bf16(const bf16* p) { return __builtin_bit_cast(float, (unsigned)*p << 16); }
 HOT void put_bf16(bf16* p, float x) {
@@ -126,11 +132,13 @@ HOT float4 load4_f16(const f16* p) {
 /* n rounded down to whole vectors */
 #define VECTOR_END(n) ((n) / LANES * LANES)
 
-HOT vfloat vmax(vfloat a, vfloat b) { return __builtin_elementwise_max(a, b); }
 HOT vfloat vabs(vfloat x) { return (vfloat)((vint)x & 0x7fffffff); }
 HOT vfloat select(vint mask, vfloat yes, vfloat no) {
   return (vfloat)(((vint)yes & mask) | ((vint)no & ~mask));
 }
+
+/* NaN where b is */
+HOT vfloat vmax(vfloat a, vfloat b) { return select(a > b, a, b); }
 
 /* 2^x to 2e-7 of its value; x is clamped to [-126, 126], and NaN stays */
 HOT vfloat vexp2(vfloat x) {
@@ -191,25 +199,6 @@ HOT vuint mix(vuint x) {
   return x ^ (x >> 16);
 }
 HOT vuint random_bits(vuint index, unsigned key) { return mix(mix(index) + key); }
-
-/* C (ROWS x COLS) = or += A (ROWS x K) B (K x COLS): A(i,k) = a[i*ai + k*ak], B row k at b + k*ldb */
-HOT void micro_kernel(const float* a, long ai, long ak, const float* b, long ldb, float* c,
-                      long ldc, long k0, long k1, int accumulate) {
-  vfloat sum[ROWS][2];
-  UNROLL for (int i = 0; i < ROWS; i++)
-    UNROLL for (int j = 0; j < 2; j++)
-      sum[i][j] = accumulate ? LOAD(c + i * ldc + j * LANES) : (vfloat)0.f;
-  for (long k = k0; k < k1; k++) {
-    vfloat row[2];
-    UNROLL for (int j = 0; j < 2; j++) row[j] = LOAD(b + k * ldb + j * LANES);
-    UNROLL for (int i = 0; i < ROWS; i++) {
-      vfloat x = (vfloat)a[i * ai + k * ak];
-      UNROLL for (int j = 0; j < 2; j++) sum[i][j] += x * row[j];
-    }
-  }
-  UNROLL for (int i = 0; i < ROWS; i++)
-    UNROLL for (int j = 0; j < 2; j++) STORE(c + i * ldc + j * LANES, sum[i][j]);
-}
 
 /* four rows of four, lds apart, transposed to dst with row stride ldd */
 #define TRANSPOSE4(src, lds, dst, ldd) \
