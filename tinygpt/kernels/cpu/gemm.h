@@ -41,11 +41,8 @@ typedef float scale_t;
 #define NC 1536
 #define KC 1536
 #else
-#if defined(__AVX512F__)
-#define GM 12
-#define GV 2
-#elif defined(__AVX__)
-#define GM 6
+#if defined(__AVX__)
+#define GM (LANES == 16 ? 12 : 6)
 #define GV 2
 #define MC 96                  /* MC x KC of A are half of an L2 of 512 KB */
 #define NC 1536
@@ -53,13 +50,11 @@ typedef float scale_t;
 #else
 #define GM 8
 #define GV 3
-#endif
-#define GN (GV * LANES)
-#ifndef KC
 #define MC 192
 #define NC (GN * (512 / GN))
 #define KC 512
 #endif
+#define GN (GV * LANES)
 #endif
 
 typedef struct {

@@ -9,10 +9,11 @@ HOT void pack_rows(const gemm_t* g, long first, long last, int* packed) {
   const long depth = ROUND_UP(g->kc, 32);
   for (long i = first; i < last; i += GM, packed += PANEL_STRIDE(depth))
     for (long k = 0; k < depth; k += 32) {
+      const a_t* src = g->a + i * g->K + g->pc + k;
       int16 r[16];
+      UNROLL for (long x = GM; x < 2 * GM; x++) __builtin_prefetch(src + x * g->K);  /* the next */
       for (long x = 0; x < 16; x++)
-        r[x] = x < MIN(last - i, GM) ? ROW_OF_PAIRS(g->a + (i + x) * g->K + g->pc + k, g->kc - k)
-                                     : (int16)0;
+        r[x] = x < MIN(last - i, GM) ? ROW_OF_PAIRS(src + x * g->K, g->kc - k) : (int16)0;
       transpose16(r);
       for (long x = 0; x < 16; x++) *(int16_unaligned*)(packed + (k / 2 + x) * GM) = r[x];
     }
@@ -31,6 +32,8 @@ HOT void pack_columns(const gemm_t* g, long first, long last, int* packed) {
       float16 sum = sums[p];
       for (long k = from; k < from + BURST; k += 2) {
         const a_t* src = g->a + (g->pc + k) * g->M + i;
+        __builtin_prefetch(src + BURST * g->M);
+        __builtin_prefetch(src + (BURST + 1) * g->M);
         const int16 r = PAIRS(src, src + g->M, k < g->kc ? there : 0, k + 1 < g->kc ? there : 0);
         *(int16_unaligned*)(packed + p * PANEL_STRIDE(depth) + k / 2 * GM) = r;
         sum += sums_of_pairs(r);
@@ -67,6 +70,11 @@ KERNEL static void multiply(void* args, int index) {
     for (long i = first; i < last; i += GM) {
       const long rows = MIN(last - i, GM), cols = MIN(g->nc - j, GN);
       vfloat sum[GM][GV];
+      UNROLL for (int r = 0; r < GM; r++) {
+        const long at = (i + r) * g->N + g->jc + j;
+        __builtin_prefetch(g->c + at, 1);
+        if (g->residual) __builtin_prefetch(g->residual + at);
+      }
       block_kernel(packed_a + (i - first) / GM * PANEL_STRIDE(2 * steps),
                    (const int*)g->packed_b + j * steps, steps, sum);
       if (rows == GM && cols == GN) {

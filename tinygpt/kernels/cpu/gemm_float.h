@@ -51,6 +51,13 @@ HOT void pack_a(const gemm_t* g, long i0, long n, float* panel) {
     for (long r = 0; r < GM; r++) panel[k * GM + r] = r < n ? GET(src + r * g->K + k) : 0.f;
 }
 
+/* sums[i ...] = or += those of a panel's rows over its depth */
+HOT void add_rows(const gemm_t* g, long i, long rows, const float* panel) {
+  float sum[GM] = {};
+  for (long k = 0; k < g->kc; k++) UNROLL for (int r = 0; r < GM; r++) sum[r] += panel[k * GM + r];
+  for (long r = 0; r < rows; r++) g->sums[i + r] = sum[r] + (g->pc ? g->sums[i + r] : 0.f);
+}
+
 /* sum = A (GM x kc) times a panel of B: A(i,k) = a[i * ai + k * ak] */
 HOT void block_kernel(const float* a, long ai, long ak, const float* b, long kc,
                       vfloat sum[GM][GV]) {
@@ -76,12 +83,7 @@ KERNEL static void multiply(void* args, int index) {
     float* panel = packed_a + (i - first) / GM * stride;
     const long rows = MIN(last - i, GM);
     if (packs || rows < GM) pack_a(g, i, rows, panel);
-    if (g->sums && !g->jc)
-      for (long r = 0; r < rows; r++) {
-        float s = g->pc ? g->sums[i + r] : 0.f;
-        for (long k = 0; k < g->kc; k++) s += panel[k * GM + r];
-        g->sums[i + r] = s;
-      }
+    if (g->sums && !g->jc) add_rows(g, i, rows, panel);
   }
   for (long j = 0; j < g->nc; j += GN)
     for (long i = first; i < last; i += GM) {

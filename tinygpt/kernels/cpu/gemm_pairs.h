@@ -104,6 +104,8 @@ KERNEL static void pack_b(void* args, int index) {
         for (long i = 0; !g->tb && i < 16; i++) {
           const long at = k + 2 * i;
           const b_t* src = g->b + (g->pc + at) * g->N + j0;
+          __builtin_prefetch(src + 32 * g->N);
+          __builtin_prefetch(src + 33 * g->N);
           r[i] = PAIRS(src, src + g->N, at < g->kc ? n : 0, at + 1 < g->kc ? n : 0);
         }
         for (long i = 0; i < 16; i++) *(int16_unaligned*)(dst + (k / 2 + i) * 2 * GN) = r[i];
