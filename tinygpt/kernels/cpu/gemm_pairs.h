@@ -98,6 +98,8 @@ KERNEL static void pack_b(void* args, int index) {
         for (long j = 0; g->tb && j < 16; j++) {
           const b_t* src = g->b + (j0 + j) * g->K + g->pc + k;
           const long left = j < n ? g->kc - k : 0;
+          __builtin_prefetch(src + 16 * g->K);
+          __builtin_prefetch(src + 16 * g->K + 16);
           r[j] = ROW_OF_PAIRS(src, left);
         }
         if (g->tb) transpose16(r);
