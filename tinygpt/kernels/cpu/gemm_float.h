@@ -76,8 +76,9 @@ KERNEL static void multiply(void* args, int index) {
   const gemm_t* g = args;
   const long first = index * g->rows, last = MIN(first + g->rows, g->M);
   const long stride = g->kc * GM + 16;              /* + 16: panels must not share a cache set */
-  /* where C is narrow, packing A costs more than it saves */
-  const int packs = sizeof(a_t) < sizeof(float) || g->ta || g->N > 256;
+  /* where C is narrow, packing A costs more than it saves, unless a block has so many rows that
+   * their addresses do not fit into registers */
+  const int packs = GM > 8 || sizeof(a_t) < sizeof(float) || g->ta || g->N > 256;
   float packed_a[MC / GM * (KC * GM + 16)] __attribute__((aligned(64)));
   for (long i = first; i < last; i += GM) {
     float* panel = packed_a + (i - first) / GM * stride;
