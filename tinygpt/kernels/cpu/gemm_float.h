@@ -28,17 +28,24 @@ KERNEL static void pack_b(void* args, int index) {
 }
 #endif
 
-/* panel[k][GM] = op(A)[i0 + ...][pc + k], zero where there is no row */
-HOT void pack_a(const gemm_t* g, long i0, long n, float* panel) {
-  for (long k = 0; g->ta && k < g->kc; k++) {
-    const a_t* src = g->a + (g->pc + k) * g->M + i0;
-    float* dst = panel + k * GM;
-    if (n == GM)
-      UNROLL for (int r = 0; r < GM; r++) dst[r] = GET(src + r);
-    else
-      for (long r = 0; r < GM; r++) dst[r] = r < n ? GET(src + r) : 0.f;
+/* packed[panel][k][GM] = rows first .. last of A^T: of all panels in turn, so that a page of A is
+ * read from once */
+HOT void pack_columns(const gemm_t* g, long first, long last, float* packed, long stride) {
+  for (long k = 0; k < g->kc; k++) {
+    const a_t* src = g->a + (g->pc + k) * g->M;
+    float* dst = packed + k * GM;
+    for (long i = first; i < last; i += GM, dst += stride) {
+      __builtin_prefetch(src + i + 16 * g->M);
+      if (last - i >= GM)
+        UNROLL for (int r = 0; r < GM; r++) dst[r] = GET(src + i + r);
+      else
+        for (long r = 0; r < GM; r++) dst[r] = i + r < last ? GET(src + i + r) : 0.f;
+    }
   }
-  if (g->ta) return;
+}
+
+/* panel[k][GM] = A[i0 + ...][pc + k], zero where there is no row */
+HOT void pack_rows(const gemm_t* g, long i0, long n, float* panel) {
   const a_t* src = g->a + i0 * g->K + g->pc;
   const long quads = n == GM ? g->kc / 4 * 4 : 0;
   for (long k = 0; k < quads; k += 4) {
@@ -80,10 +87,11 @@ KERNEL static void multiply(void* args, int index) {
    * their addresses do not fit into registers */
   const int packs = GM > 8 || sizeof(a_t) < sizeof(float) || g->ta || g->N > 256;
   float packed_a[MC / GM * (KC * GM + 16)] __attribute__((aligned(64)));
+  if (g->ta) pack_columns(g, first, last, packed_a, stride);
   for (long i = first; i < last; i += GM) {
     float* panel = packed_a + (i - first) / GM * stride;
     const long rows = MIN(last - i, GM);
-    if (packs || rows < GM) pack_a(g, i, rows, panel);
+    if (!g->ta && (packs || rows < GM)) pack_rows(g, i, rows, panel);
     if (g->sums && !g->jc) add_rows(g, i, rows, panel);
   }
   for (long j = 0; j < g->nc; j += GN)
