@@ -7,6 +7,7 @@ from operations import (
     GROUPED,
     KEY,
     SQUARE,
+    TOLERANCE,
     call,
     check,
     cotangent,
@@ -171,6 +172,24 @@ def test_attention_takes_views(implementation):
     right = result("attention", 0, "reference")
     right_dx = [right[name].transpose(0, 2, 1, 3).reshape(2, 5, -1) for name in ("q", "k", "v")]
     check({"y": y.numpy(), "x": dx.numpy()}, {"y": right["y"], "x": np.concatenate(right_dx, -1)})
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_one_projection_of_queries_keys_and_values_is_not_copied(dtype):
+    arrays, results = draw(dict(x=(2, 70, 24), weight=(40, 24))), {}
+    arrays["weight"] /= 8  # scores of about one
+    for implementation in ("cpu", "reference"):
+        kind = dtype if implementation == "cpu" else "float32"
+        inputs = tensors(arrays, kind)
+        both = call("linear", implementation, **inputs)
+        q, k, v = (part.reshape(2, 70, -1, 5).transpose(1, 2)
+                   for part in both.split([20, 10, 10], -1))
+        if implementation == "cpu":
+            assert kernels.cpu._projections(q, k, v)[0]["k"] is None
+        y = call("attention", implementation, q, k, v)
+        dx = (y.float() * Tensor(cotangent(y.shape))).sum().gradient(inputs["x"])[0]
+        results[implementation] = {"y": y.float().numpy(), "x": dx.float().numpy()}
+    check(results["cpu"], results["reference"], dtype)
 
 
 @for_each

@@ -43,8 +43,8 @@ def _empty(*shape: int, dtype=dtypes.float32) -> Tensor:
     return Tensor.empty(*shape, dtype=dtype, device="CPU")
 
 
-def _empty_like(x: Tensor | None, dtype=None) -> Tensor | None:
-    return x if x is None else _empty(*x.shape, dtype=dtype or x.dtype)
+def _empty_like(x: Tensor | None) -> Tensor | None:
+    return x if x is None else _empty(*x.shape, dtype=x.dtype)
 
 
 def _float(x: Tensor | None) -> Tensor | None:
@@ -212,11 +212,11 @@ def attention(q, k, v, starts=None, offset=0, window=None, dropout_p=0.0, dropou
 
     def gradient(dy: Tensor, made: dict[str, Tensor]) -> dict[str, Tensor]:
         grads = Kernel("attention_backward.c", **defines)(
-            outputs=dict(dq=_empty_like(sources["q"], dtypes.float32),
-                         dk=_empty_like(sources["k"]), dv=_empty_like(sources["v"]),
-                         delta=_empty(B, H, T)),
+            outputs=dict(dq=_empty_like(sources["q"]), dk=_empty_like(sources["k"]),
+                         dv=_empty_like(sources["v"]), delta=_empty(B, H, T),
+                         sums=None if q.dtype == dtypes.float32 else _empty(B, H, T, D)),
             inputs=dict(dout=dy, **made, **sources, **where), sizes=sizes, flops=flops * 5 // 2)
-        return dict(q=grads["dq"].cast(q.dtype), k=grads.get("dk"), v=grads.get("dv"))
+        return dict(q=grads["dq"], k=grads.get("dk"), v=grads.get("dv"))
 
     made = Kernel("attention_forward.c", **defines)(
         outputs=dict(out=_empty(B, T, H, D, dtype=q.dtype), lse=_empty(B, H, T)),
@@ -234,8 +234,7 @@ def _projections(q, k, v) -> tuple[dict[str, Tensor | None], dict[str, list[int]
     views = [memory(x) for x in (q, k, v)]
     together = [(start, T * width, D, width) for start in (0, H * D, (H + G) * D)]
     source = views[0][0]
-    if (q.dtype == dtypes.float32 and k.shape == v.shape == (B, G, T, D)
-            and source.numel() == B * T * width
+    if (k.shape == v.shape == (B, G, T, D) and source.numel() == B * T * width
             and all(other.uop is source.uop for other, _, _ in views)
             and [(start, *strides) for _, start, strides in views] == [(*p, 1) for p in together]):
         sources, places = (source, None, None), together

@@ -37,10 +37,10 @@ typedef struct { long start, batch, head, row; } strides_t;   /* in elements; D 
 
 typedef struct {
   const act *q, *k, *v, *dout;
-  act *out, *dk, *dv;
-  float *lse, *delta, *dq;       /* dq is a sum over tiles of keys, so it is never rounded */
+  act *out, *dq, *dk, *dv;
+  float *lse, *delta, *sums;     /* sums: dq, of all tiles of keys, before it is rounded */
   const int* starts;             /* or 0 */
-  strides_t qs, ks, vs, os;
+  strides_t qs, ks, vs, os, ss;
   long B, H, G, T, S, D, DP;
   long starts_row;
   long offset, window;           /* window 0: none */

@@ -1,9 +1,9 @@
 /* Causal flash attention, backward. With P the weights, recomputed tile by tile from lse, Z their
  * dropout factors, and delta the sum over D of dout * out:
  *   dV = (P Z)^T dout,  dS = P (Z (dout V^T) - delta),  dK = dS^T Q / sqrt(D),  dQ = dS K / sqrt(D)
- * A task takes one kv head and walks its tiles of keys, adding to dq as it goes. Where there are
- * fewer kv heads than threads, a task takes one tile of keys for dk and dv alone, and a second round
- * of tasks, one tile of queries each, computes dq. */
+ * A task takes one kv head and walks its tiles of keys, adding to dq as it goes, in float32. Where
+ * there are fewer kv heads than threads, a task takes one tile of keys for dk and dv alone, and a
+ * second round of tasks, one tile of queries each, computes dq. */
 #include "attention.h"
 
 static void head_task(void* args, int index);
@@ -15,8 +15,12 @@ KERNEL void NAME(ARGUMENTS) {
   DECLARE_NAMES
   pool_t* pool = shared->pool;
   attention_t a = {.q = q, .k = k ? k : q, .v = v ? v : q, .dout = dout, .out = (act*)out,
-                   .lse = (float*)lse, .delta = delta, .dq = dq, .dk = dk ? dk : (act*)dq,
-                   .dv = dv ? dv : (act*)dq, SIZES};
+                   .lse = (float*)lse, .delta = delta, .dq = dq, .dk = dk ? dk : dq,
+                   .dv = dv ? dv : dq, .sums = sums, .ss = {0, H * T * D, T * D, D}, SIZES};
+  if (!sums) {
+    a.sums = (float*)dq;
+    a.ss = a.qs;
+  }
   parallel_for(pool, delta_task, &a, B * H);
   if (B * G >= (long)pool->threads) {
     parallel_for(pool, head_task, &a, B * G);
@@ -177,14 +181,14 @@ HOT void key_tile(const attention_t* a, tiles_t t, long b, long group, long j0, 
       weights(a, t, seen, b * a->H + h, i0, n, j0, nj);
       add_key_gradients(a, t, i0, n, j0, nj);
       if (!with_queries) continue;
-      float* dq = AT(a->dq, a->qs, b, h, i0);
+      float* dq = AT(a->sums, a->ss, b, h, i0);
       if (a->D == a->DP && n % ROWS == 0) {
-        add_query_gradients(a, t, dq, a->qs.row, i0, n, j0, nj);
+        add_query_gradients(a, t, dq, a->ss.row, i0, n, j0, nj);
         continue;
       }
-      load_floats(t.dq, dq, a->qs.row, n, ROUND_UP(n, ROWS), a->D, a->DP);
+      load_floats(t.dq, dq, a->ss.row, n, ROUND_UP(n, ROWS), a->D, a->DP);
       add_query_gradients(a, t, t.dq, a->DP, i0, n, j0, nj);
-      store_floats(dq, a->qs.row, t.dq, n, a->D, a->DP);
+      store_floats(dq, a->ss.row, t.dq, n, a->D, a->DP);
     }
   store_tile(AT(a->dk, a->ks, b, group, j0), a->ks.row, t.dk, nj, a->D, a->DP);
   store_tile(AT(a->dv, a->vs, b, group, j0), a->vs.row, t.dv, nj, a->D, a->DP);
@@ -196,8 +200,10 @@ KERNEL static void head_task(void* args, int index) {
   tiles_t t = TILES(a);
   for (long h = group * per_group; h < (group + 1) * per_group; h++)
     for (long i = 0; i < a->T; i++)
-      for (long d = 0; d < a->D; d++) AT(a->dq, a->qs, b, h, i)[d] = 0.f;
+      for (long d = 0; d < a->D; d++) AT(a->sums, a->ss, b, h, i)[d] = 0.f;
   for (long j0 = 0; j0 < a->S; j0 += BK) key_tile(a, t, b, group, j0, 1);
+  for (long h = group * per_group; sizeof(act) < sizeof(float) && h < (group + 1) * per_group; h++)
+    store_tile(AT(a->dq, a->qs, b, h, 0), a->qs.row, AT(a->sums, a->ss, b, h, 0), a->T, a->D, a->D);
 }
 
 KERNEL static void key_task(void* args, int index) {
@@ -222,5 +228,5 @@ KERNEL static void query_task(void* args, int index) {
     weights(a, t, seen, head, i0, n, j0, nj);
     add_query_gradients(a, t, t.dq, a->DP, i0, n, j0, nj);
   }
-  store_floats(AT(a->dq, a->qs, b, h, i0), a->qs.row, t.dq, n, a->D, a->DP);
+  store_tile(AT(a->dq, a->qs, b, h, i0), a->qs.row, t.dq, n, a->D, a->DP);
 }
