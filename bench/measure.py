@@ -87,5 +87,5 @@ def _processor() -> str:
         return platform.processor() or platform.machine()
     name = next((line.split(":")[1].strip() for line in info.splitlines()
                  if line.startswith("model name")), platform.machine())
-    features = [f for f in ("amx_bf16", "avx512f", "avx2") if f in info]
+    features = [f for f in ("amx_bf16", "avx512_bf16", "avx512f", "avx2") if f in info]
     return f"{name} ({features[0] if features else 'no avx2'})"

@@ -2,16 +2,23 @@
 with --compile also through torch.compile, which takes a minute or two and a C++ compiler.
 
     python bench/train_step.py [A] [B] [124M] [--bfloat16 | --float16] [--compile]
-        [--kernels portable]
+        [--kernels portable] [--profile]
+
+--profile prints instead how long each kind of kernel of our step takes.
 """
 
 import argparse
+import contextlib
+import io
+import re
 import sys
 import tempfile
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import torch
+from tinygrad import Context
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from bench.measure import in_turn, record
@@ -68,6 +75,26 @@ def theirs(case: str, dtype: str, data: np.ndarray, compile: bool = False):
     return step
 
 
+def profile(case: str, dtype: str, kernels: str, data: np.ndarray, steps: int = 20) -> None:
+    """Prints the milliseconds a step of each kind of kernel, as tinygrad shows them."""
+    with Context(JIT=2):  # captured, but not as a graph
+        step = ours(case, dtype, kernels, data)
+        for _ in range(3):
+            step()
+        with Context(DEBUG=2), contextlib.redirect_stdout(io.StringIO()) as shown:
+            for _ in range(steps):
+                step()
+    took, calls = Counter(), Counter()
+    text = re.sub(r"\x1b\[[\d;]*m", "", shown.getvalue())  # without colours
+    line = re.compile(r"^\*{3} +\S+ +\d+ +(\S+).*? tm +([\d.]+)(us|ms)/", re.M)
+    for name, time, unit in line.findall(text):
+        took[name] += float(time) * (1 if unit == "ms" else 1e-3) / steps
+        calls[name] += 1
+    print(f"{case} {dtype}, {sum(took.values()):.2f} ms in {sum(calls.values()) // steps} kernels")
+    for name, ms in took.most_common(20):
+        print(f"{calls[name] // steps:4} {ms:9.3f} ms {ms / sum(took.values()):6.1%}  {name}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("cases", nargs="*", default=["A", "B", "124M"], metavar="|".join(CASES))
@@ -75,12 +102,16 @@ def main() -> None:
     parser.add_argument("--float16", action="store_true")
     parser.add_argument("--kernels", default="auto", help="which of ours")
     parser.add_argument("--compile", action="store_true", help="torch.compile as a peer too")
+    parser.add_argument("--profile", action="store_true", help="ours alone, by kernel")
     parser.add_argument("--seconds", type=float, default=20, help="for each of them")
     args = parser.parse_args()
     torch.set_num_threads(cpu_count())
     dtype = "bfloat16" if args.bfloat16 else "float16" if args.float16 else "float32"
     for case in args.cases:
         data = np.random.default_rng(0).integers(0, CASES[case][-1], 100_000).astype(np.uint16)
+        if args.profile:
+            profile(case, dtype, args.kernels, data)
+            continue
         peers = {"ours": ours(case, dtype, args.kernels, data),
                  "torch": theirs(case, dtype, data)}
         if args.compile:
