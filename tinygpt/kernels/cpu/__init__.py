@@ -1,9 +1,9 @@
 """The operations in C, for float32, bfloat16 and float16 on tinygrad's CPU device.
 
 Each C file in this folder begins with what it computes. It is compiled once for a machine and takes
-its sizes when it runs. Arithmetic is float32 whatever the activations are, but for the matrix
-products of bfloat16 activations on a processor that multiplies bfloat16 (AMX, AVX512_BF16, Arm's
-BF16). `fits` decides whether these functions can take given tensors.
+its sizes when it runs. Arithmetic is float32 whatever the activations are, but for the products of
+bfloat16 activations, in linear layers and in attention, on a processor that multiplies bfloat16
+(AMX, AVX512_BF16, Arm's BF16), which are summed up in float32. `fits` decides whether these functions can take given tensors.
 """
 
 from tinygrad import Tensor, UOp, dtypes
