@@ -121,9 +121,26 @@ def pytest_configure():
 @pytest.fixture(autouse=True, scope="module")
 def frozen_caches():
     """Spares garbage collection what earlier test files left in tinygrad's caches: searching that
-    takes many seconds in a process that has run thousands of tests."""
+    takes many seconds in a process that has run thousands of tests. Forgets the kernels' tables of
+    sizes, which each realize would search."""
+    from tinygpt.kernels.cpu import kernel  # once DEV is set
+
+    kernel.constants.cache_clear()
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(autouse=True)
+def no_gradients_left():
+    """Frees what `backward` left in a test: it gives a gradient to every tensor in a graph, also to
+    those that the gradients of kernels refer to, which would live on with the graph. Each realize
+    searches the graphs of all tensors that are alive."""
+    from tinygrad.tensor import all_tensors  # once DEV is set
+
+    yield
+    for tensor in [ref() for ref in all_tensors]:
+        if tensor is not None:
+            tensor.grad = None
 
 
 @pytest.fixture(autouse=True)
