@@ -86,29 +86,29 @@ def test_a_mistake_gets_one_line_and_status_2(in_process, saved, flags, says):
     assert len(done.stderr.splitlines()) == 1 and says in done.stderr
 
 
-def test_characters_that_the_tokenizer_lacks_are_named(command, tmp_path):
+def test_characters_that_the_tokenizer_lacks_are_named(in_process, tmp_path):
     model = GPT(GPTConfig(block_size=8, vocab_size=3, n_layer=1, n_head=2, n_embd=16))
     model.tokenizer = CharTokenizer("abc")
     model.save_checkpoint(1, None, tmp_path / "checkpoints")
-    done = command("generate.py", "--prompt", "abcd\u00e9")
+    done = in_process(generate, "--prompt", "abcd\u00e9")
     assert done.returncode == 2
     assert "lacks 'd' (U+0064), '\u00e9' (U+00E9)\n" in done.stderr
 
 
-def test_only_ids_that_the_tokenizer_has_are_drawn(command, tmp_path):
+def test_only_ids_that_the_tokenizer_has_are_drawn(in_process, tmp_path):
     model = GPT(GPTConfig(block_size=8, vocab_size=50, n_layer=1, n_head=2, n_embd=16))
     model.tokenizer = CharTokenizer("abc")  # which lacks the line break that is the prompt, too
     for penalty in (1.0, 1.2):
         ids = model.generate([[0, 40]], 60, repetition_penalty=penalty).numpy()[0]
         assert ids[1] == 40 and ids[2:].max() < 3
     model.save_checkpoint(1, None, tmp_path / "checkpoints")
-    done = command("generate.py", "--max_new_tokens", 20)
+    done = in_process(generate, "--max_new_tokens", 20)
     assert done.returncode == 0 and set(done.stdout) <= set("abc\n"), done.stderr
     assert len(done.stdout) == 22
 
 
-def test_without_a_checkpoint_the_message_names_what_to_do(command):
-    done = command("generate.py")
+def test_without_a_checkpoint_the_message_names_what_to_do(in_process):
+    done = in_process(generate)
     assert done.returncode == 2 and "run train.py first" in done.stderr
 
 

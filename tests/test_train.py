@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from tiny import FLAGS, TINY, losses
 
+import train as command_line
 from gpt import GPT
 from tinygpt import checkpoint
 from tinygpt.data.load import load_data
@@ -264,8 +265,8 @@ def test_the_command_trains_logs_and_resumes(command, text_file, tmp_path):
     (("--device", "nonsense"), "there is no device 'nonsense'"),
     (("--resume",), "there is no run in checkpoints"),
     (("--max_iters", "0"), "max_iters=0 is out of range")])
-def test_a_mistake_gets_one_line_and_status_2(command, tmp_path, flags, says):
-    done = command("train.py", *flags)
+def test_a_mistake_gets_one_line_and_status_2(in_process, tmp_path, flags, says):
+    done = in_process(command_line, *flags)
     assert done.returncode == 2 and done.stdout == ""
     assert len(done.stderr.splitlines()) == 1 and says in done.stderr
     assert os.listdir(tmp_path) == []

@@ -70,8 +70,8 @@ for _ in range(20):
 """}
 
 
-@pytest.mark.parametrize("threads", [7, 1000])
-@pytest.mark.parametrize("name", ENDS)
+@pytest.mark.parametrize("name, threads", [*((name, 7) for name in ENDS),
+                                           ("with a kernel in flight", 1000)])
 def test_a_program_ends_by_itself(name, threads):
     device.export_compiler()
     code = f"""

@@ -7,6 +7,7 @@ import pytest
 from tinygrad import Tensor
 
 import generate
+import train as command_line
 from gpt import GPT, GPTConfig
 from tinygpt import checkpoint
 from tinygpt.model import lora
@@ -60,17 +61,18 @@ def test_a_resumed_run_is_the_uninterrupted_one(config, text, tmp_path, without_
                           ends[0]["ema.table"])
 
 
-def test_the_commands_train_resume_and_write(command, text_file, tmp_path):
-    done = command("train.py", "--data", text_file, "--model", "bigram", "--max_iters", 2, *FLAGS)
+def test_the_commands_train_resume_and_write(in_process, text_file, tmp_path):
+    done = in_process(command_line, "--data", text_file, "--model", "bigram", "--max_iters", 2,
+                      *FLAGS)
     assert done.returncode == 0 and "sample 2:" in done.stdout, done.stderr
-    more = command("train.py", "--resume", "--max_iters", 4)
+    more = in_process(command_line, "--resume", "--max_iters", 4)
     assert more.returncode == 0 and "step 4: train loss" in more.stdout, more.stderr
-    written = command("generate.py", "--prompt", "RO", "--max_new_tokens", 5)
+    written = in_process(generate, "--prompt", "RO", "--max_new_tokens", 5)
     assert written.returncode == 0 and len(written.stdout) == 8, written.stderr
-    refused = command("train.py", "--resume", "--model", "gpt")
+    refused = in_process(command_line, "--resume", "--model", "gpt")
     assert refused.returncode == 2
     assert "has model=bigram, but model=gpt was asked for" in refused.stderr
-    small = command("generate.py", "--quantize", "int8")
+    small = in_process(generate, "--quantize", "int8")
     assert small.returncode == 2 and "bigram model is not quantized" in small.stderr
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from tinygrad import Tensor
 
+import generate
 import train as command_line
 from gpt import GPT, GPTConfig
 from tinygpt import checkpoint
@@ -200,12 +201,12 @@ def test_export_and_quantize_merge_first(tmp_path):
     np.testing.assert_allclose(logits(with_adapters().quantize("fp16")), before, atol=1e-2)
 
 
-def test_generate_takes_adapters_on_top(command, tmp_path):
+def test_generate_takes_adapters_on_top(in_process, tmp_path):
     model = with_adapters()
     lora.save(model, model.state_dict(), {"model_config": {}}, tmp_path)
     base = GPT(TINY).save_checkpoint(1, None, tmp_path)
-    done = command("generate.py", "--checkpoint", base, "--lora", "lora.safetensors", "--export",
-                   "x")
+    done = in_process(generate, "--checkpoint", base, "--lora", "lora.safetensors", "--export",
+                      "x")
     assert done.returncode == 0, done.stderr
     np.testing.assert_allclose(logits(GPT.from_pretrained(tmp_path / "x")), logits(model),
                                atol=1e-5)

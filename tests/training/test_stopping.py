@@ -6,8 +6,9 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from tiny import TINY
+from tiny import FLAGS, TINY
 
+import train as command_line
 from gpt import GPT
 from tinygpt import checkpoint
 from tinygpt.data.load import load_data
@@ -153,13 +154,11 @@ def test_eval_only_tells_of_the_best_and_touches_nothing(config, text, tmp_path,
     assert newest.iter_num == 3
 
 
-def test_eval_only_as_a_command_needs_a_run_and_no_other_flag(command, text_file, tmp_path):
-    refused = command("train.py", "--eval_only")
+def test_eval_only_as_a_command_needs_a_run_and_no_other_flag(in_process, text_file, tmp_path):
+    refused = in_process(command_line, "--eval_only")
     assert refused.returncode == 2 and "no run in checkpoints to evaluate" in refused.stderr
     assert list(tmp_path.iterdir()) == [text_file]
-    done = command("train.py", "--data", text_file, "--tokenizer", "byte", "--block_size", 8,
-                   "--n_layer", 1, "--n_embd", 16, "--batch_size", 4, "--eval_iters", 1,
-                   "--max_iters", 1)
-    looked = command("train.py", "--eval_only")
+    done = in_process(command_line, "--data", text_file, *FLAGS, "--max_iters", 1)
+    looked = in_process(command_line, "--eval_only")
     assert looked.returncode == 0, looked.stderr
     assert looked.stdout.strip() in done.stdout
