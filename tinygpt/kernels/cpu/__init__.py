@@ -3,7 +3,8 @@
 Each C file in this folder begins with what it computes. It is compiled once for a machine and takes
 its sizes when it runs. Arithmetic is float32 whatever the activations are, but for the products of
 bfloat16 activations, in linear layers and in attention, on a processor that multiplies bfloat16
-(AMX, AVX512_BF16, Arm's BF16), which are summed up in float32. `fits` decides whether these functions can take given tensors.
+(AMX, AVX512_BF16, Arm's BF16), which are summed in float32. `fits` decides whether these functions
+can take given tensors.
 """
 
 from tinygrad import Tensor, UOp, dtypes
