@@ -85,9 +85,9 @@ def linear(x, weight, bias=None, residual=None):
 def _gemm(a, b, bias=None, residual=None, b_rows=0, gradient=None):
     """a (..., K) b (N, K) transposed, or b (K, N) with b_rows, + bias + residual -> (..., N)."""
     K, N = a.shape[-1], b.shape[1 if b_rows else 0]
-    sizes = dict(M=a.numel() // K, N=N, K=K)
-    return _product(a, b, _empty(a, *a.shape[:-1], N, dtype=a.dtype), sizes, 1, gradient,
-                    dict(bias=bias, residual=residual), A_TRANSPOSED=0, B_ROWS=b_rows)
+    return _product(_empty(a, *a.shape[:-1], N, dtype=a.dtype),
+                    dict(a=a, b=b, bias=bias, residual=residual), dict(M=a.numel() // K, N=N, K=K),
+                    dict(SPLITS=1, A_TRANSPOSED=0, B_ROWS=b_rows), gradient)
 
 
 def _weight_gradient(dy, x):
@@ -95,8 +95,8 @@ def _weight_gradient(dy, x):
     N, C = dy.shape[-1], x.shape[-1]
     rows = x.numel() // C
     splits = _splits(math.prod(-(-n // TILE) for n in (N, C)), rows)
-    return _product(dy, x, _empty(x, splits, N, C), dict(M=N, N=C, K=rows), splits, None,
-                    dict(bias=None, residual=None), A_TRANSPOSED=1, B_ROWS=1).sum(0)
+    return _product(_empty(x, splits, N, C), dict(a=dy, b=x, bias=None, residual=None),
+                    dict(M=N, N=C, K=rows), dict(SPLITS=splits, A_TRANSPOSED=1, B_ROWS=1)).sum(0)
 
 
 def _splits(tiles: int, depth: int) -> int:
@@ -106,12 +106,11 @@ def _splits(tiles: int, depth: int) -> int:
     return min(range(1, most + 1), key=lambda s: -(-tiles * s // BLOCKS) / s * (1 + 0.02 * s))
 
 
-def _product(a, b, c, sizes, splits, gradient, added, **defines):
+def _product(c, inputs, sizes, defines, gradient=None):
     M, N, K = sizes.values()
     tiles = math.prod(-(-n // TILE) for n in (M, N))
-    return CudaKernel("gemm.cu", (tiles, splits), 128, SPLITS=splits, **defines)(
-        outputs=dict(c=c), inputs=dict(a=a, b=b, **added), sizes=sizes, gradient=gradient,
-        flops=2 * M * N * K)["c"]
+    return CudaKernel("gemm.cu", (tiles, defines["SPLITS"]), 128, **defines)(
+        outputs=dict(c=c), inputs=inputs, sizes=sizes, gradient=gradient, flops=2 * M * N * K)["c"]
 
 
 def _column_sums(dy, x=None, stats=None, with_sums=True):
