@@ -152,6 +152,7 @@ def test_linear(emulator, dtype, shapes):
 @pytest.mark.parametrize("dtype, operation, number", [
     ("float32", "layer_norm", 0), ("bfloat16", "layer_norm", 2), ("float32", "layer_norm", 1),
     ("bfloat16", "rms_norm", 0), ("float32", "gelu", 0), ("float16", "gelu", 1),
+    ("bfloat16", "rope", 0), ("float32", "rope", 1),
 ])
 def test_equals_reference(emulator, dtype, operation, number):
     shapes, options = cases.CASES[operation][number]
@@ -160,6 +161,21 @@ def test_equals_reference(emulator, dtype, operation, number):
 
 def test_swiglu(emulator):
     check("swiglu", cases.draw(dict(gate=(17, 16), up=(17, 16))), {}, "bfloat16", gate="x")
+
+
+def test_rope_of_heads_side_by_side(emulator):
+    """Read where they are, without a copy."""
+    shapes, options = cases.CASES["rope"][0]
+    arrays, options = cases.draw(shapes), cases.constants(options)
+    flat = Tensor(arrays["x"].swapaxes(1, 2).copy()).realize()
+    y = cuda.rope(flat.transpose(1, 2), **options)
+    right = reference.rope(Tensor(arrays["x"]), **options).numpy()
+    np.testing.assert_allclose(y.numpy(), right, atol=1e-6)
+    gradient, made = emulator.calls[0]
+    assert made["out"].shape == flat.shape
+    dy = cases.cotangent(flat.shape)
+    back = gradient(Tensor(dy), made)["x"].numpy()
+    assert abs((back * flat.numpy()).sum() - (dy * made["out"].numpy()).sum()) < 1e-3
 
 
 @pytest.mark.parametrize("number, dtype", [(0, "float32"), (2, "bfloat16")])
@@ -227,6 +243,7 @@ def test_sources_compile(tmp_path, monkeypatch):
     cuda.linear(x, weight, bias, x)
     cuda.layer_norm(x, bias, bias)
     cuda.swiglu(x, x)
+    cuda.rope(empty(2, 3, 5, 64), *[empty(5, 32, dtype=dtypes.float32)] * 2)
     cuda.cross_entropy(x, empty(4096, dtype=dtypes.int32))
     cuda.square_sum(weight, bias)
 

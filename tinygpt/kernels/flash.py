@@ -17,7 +17,7 @@ from tinygrad import Tensor, UOp, dtypes
 from tinygrad.dtype import DType
 from tinygrad.renderer import Renderer
 
-from tinygpt.kernels.cpu.kernel import call_function, memory, untransposed
+from tinygpt.kernels.cpu.kernel import call_function, memory, strided
 from tinygpt.kernels.jit import constant
 from tinygpt.kernels.tiles import MATRICES, Heads, Problem, Tiles, choose_tiles
 from tinygpt.kernels.workgroup import arguments, find_core, render, renderer_of
@@ -41,14 +41,6 @@ def fits(operation: str, q: Tensor, k: Tensor, v: Tensor, starts: Tensor | None 
         (problem.T, problem.S, MATRICES["forward"]),
         (problem.T, problem.S, MATRICES["gradient_of_queries"]),
         (problem.S, problem.T, MATRICES["gradient_of_keys"])))
-
-
-def _heads(x: Tensor) -> tuple[Tensor, Heads]:
-    """The memory of x (B, H, T, D), and where its elements are."""
-    if (y := untransposed(x)) is not None:
-        _, T, H, D = y.shape
-        return y, Heads(T * H * D, D, H * D)
-    return x, _rows_in_order(x.shape)
 
 
 def _rows_in_order(shape: tuple[int, ...]) -> Heads:
@@ -270,8 +262,8 @@ def attention(q, k, v, starts=None, offset=0, window=None, dropout_p=0.0, dropou
 
 def _apart(q: Tensor, k: Tensor, v: Tensor) -> tuple[list[Tensor], list[Heads]]:
     """The memory of q, k and v, and where the elements of each are."""
-    inputs, layouts = zip(*[_heads(x) for x in (q, k, v)], strict=True)
-    return list(inputs), list(layouts)
+    inputs, strides = zip(*[strided(x) for x in (q, k, v)], strict=True)
+    return list(inputs), [Heads(*s) for s in strides]
 
 
 def _projected(q: Tensor, k: Tensor, v: Tensor) -> tuple[list[Tensor], list[Heads]] | None:

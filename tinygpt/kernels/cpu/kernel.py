@@ -253,3 +253,12 @@ def untransposed(x: Tensor) -> Tensor | None:
     """The tensor of which x is `transpose(1, 2)`, or None."""
     is_swap = x.uop.op is Ops.PERMUTE and tuple(x.uop.arg) == (0, 2, 1, 3)
     return Tensor(x.uop.src[0]) if is_swap else None
+
+
+def strided(x: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
+    """The memory that x (B, H, T, D) is read from, and its batch, head and row strides."""
+    if (y := untransposed(x)) is not None:
+        _, T, H, D = y.shape
+        return y, (T * H * D, D, H * D)
+    _, H, T, D = x.shape
+    return x, (H * T * D, T * D, D)

@@ -10,7 +10,7 @@ import math
 from tinygrad import Device, Tensor, dtypes
 
 from tinygpt.kernels import portable
-from tinygpt.kernels.cpu.kernel import memory
+from tinygpt.kernels.cpu.kernel import memory, strided
 from tinygpt.kernels.cuda.kernel import CudaKernel
 from tinygpt.kernels.options import AdamWOptions
 
@@ -187,6 +187,21 @@ def _activation(kind: str, x: Tensor, up: Tensor | None = None) -> Tensor:
     return CudaKernel("activation.cu", **how, BACKWARD=0)(
         outputs=dict(out=_empty_like(x), out_up=None), inputs=dict(dy=None, x=x, up=up),
         sizes=dict(n=n), gradient=gradient)["out"]
+
+
+def rope(x, cos, sin):
+    B, H, T, D = x.shape
+    cos, sin = cos.float(), sin.float()
+    source, (batch, head, row) = strided(x)
+
+    def turn(x: Tensor, backward: int, gradient=None) -> Tensor:
+        return CudaKernel("rope.cu", _blocks(x.numel() // 2, 256), 256, BACKWARD=backward)(
+            outputs=dict(out=_empty_like(x)), inputs=dict(x=x, cos=cos, sin=sin),
+            sizes=dict(B=B, H=H, T=T, D=D, batch=batch, head=head, row=row),
+            gradient=gradient)["out"]
+
+    out = turn(source, 0, lambda dy, _: dict(x=turn(dy, 1)))
+    return out if source is x else out.transpose(1, 2)
 
 
 def cross_entropy(logits, targets, label_smoothing=0.0, z_loss=0.0):
