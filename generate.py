@@ -32,7 +32,8 @@ from tinygpt.training.signals import pending_signals
 
 
 def _export_html(model: GPT, path: Path, options: "GenerateConfig") -> None:
-    html.write(model, path, options.quantize, options.checkpoint, prompt_for(model, options))
+    chat = html.describe_chat(model.tokenizer, options.system) if options.chat else None
+    html.write(model, path, options.quantize, options.checkpoint, prompt_for(model, options), chat)
 
 
 def _export_gguf(model: GPT, path: Path, options: "GenerateConfig") -> None:
@@ -69,7 +70,8 @@ class GenerateConfig(LoadConfig):
         section="output")
     chat: bool = setting(False,
         "hold a conversation: answer the lines of standard input, by the model's chat template; "
-        "Ctrl-C stops an answer, Ctrl-D ends the command, /help lists more")
+        "Ctrl-C stops an answer, Ctrl-D ends the command, /help lists more; with --export "
+        "model.html: write a page for conversations")
     system: str | None = setting(None, "system message of the conversation",
         needs=("--chat", lambda c: c.chat))
     num_samples: int = setting(1, "texts to write, as one batch", low=1)
@@ -119,7 +121,8 @@ def flags_with_effect(options: GenerateConfig) -> set[str]:
         return SERVING
     if options.export is None:
         return CHATTING if options.chat else SETTINGS
-    return LOADING | {"export"} | ({"prompt"} if options.export.endswith(".html") else set())
+    pages = {"prompt", "chat", "system"} if options.export.endswith(".html") else set()
+    return LOADING | {"export"} | pages
 
 
 def read_prompt(prompt: str) -> str:
@@ -306,7 +309,8 @@ def serve(model: GPT, path: str, options: GenerateConfig, config: SampleConfig) 
 
 
 def run(options: GenerateConfig, config: SampleConfig) -> None:
-    if sys.stdin is None and (options.interactive or options.chat or options.prompt == "-"):
+    talks = options.chat and options.export is None
+    if sys.stdin is None and (options.interactive or talks or options.prompt == "-"):
         raise ValueError("standard input is closed: open it, or give the text as --prompt")
     command.use_machine(options)
     path = options.checkpoint or checkpoint.best_of_newest_run(Path("checkpoints"))

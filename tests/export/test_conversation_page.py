@@ -1,13 +1,17 @@
-"""The conversation on the page of a server, in headless Chromium."""
+"""The conversation on the page of a server and on an exported page, in headless Chromium."""
 
+import itertools
 import json
 from types import SimpleNamespace
 
 import pytest
 from browser import chromium
+from conftest import VERSES
 
+import generate
 from gpt import GPT, GPTConfig, SampleConfig
-from tinygpt.data.tokenizer import ByteTokenizer
+from tinygpt.data.chat import chat_template_of
+from tinygpt.data.tokenizer import BPETokenizer, ByteTokenizer
 from tinygpt.export import html
 
 ADDRESS = "http://model.test/"  # nothing is sent: the browser's requests are answered here
@@ -164,7 +168,83 @@ def test_it_fits_a_narrow_window_in_dark_and_light(open_page, metadata):
     assert len(inks) == 2
 
 
-def test_an_exported_page_has_none_of_it(metadata):
+def test_an_exported_page_has_none_of_it_unless_asked_for(metadata):
     made = html.page(metadata, SimpleNamespace(layout={}, code=b"", weights=b""))
     assert b"conversation" not in made and b"chat/completions" not in made
     assert b"conversation" in html.page(metadata)
+
+
+# ---- an exported page
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A checkpoint whose model ends some answers with end-of-text."""
+    config = GPTConfig(block_size=128, vocab_size=300, n_layer=1, n_head=2, n_embd=16)
+    model = GPT(config, seed=55)
+    for weight in model.state_dict().values():
+        if weight.ndim == 2:
+            weight.assign(weight * 25).realize()
+    model.tokenizer = BPETokenizer.train(VERSES, 300)
+    return model.save_checkpoint(1, out_dir=tmp_path_factory.mktemp("chat"))
+
+
+@pytest.fixture
+def exported(browser, trained, tmp_path):
+    page = browser.new_page()
+    requests, complaints = [], []
+    page.on("request", lambda request: requests.append(request.url))
+    page.on("console", lambda message: complaints.append(message.text))
+    page.on("pageerror", lambda error: complaints.append(str(error)))
+    path = tmp_path / "chat.html"
+    assert generate.main(["--checkpoint", str(trained), "--chat", "--system", "Be <kind>.",
+                          "--export", str(path)]) == 0
+    page.goto(path.as_uri())
+    page.wait_for_function("() => document.getElementById('status').textContent === ''")
+    page.locator("summary", has_text="Sampling").click()
+    page.eval_on_selector("#temperature", "e => { e.value = 0; }")
+    yield page
+    page.close()
+    assert not complaints
+    assert all(url.startswith((path.as_uri(), "blob:")) for url in requests)
+
+
+def test_an_exported_page_answers_as_the_model_does(exported, trained):
+    model = GPT.from_checkpoint(trained).quantize("int8")
+    template, stop = chat_template_of(model.tokenizer), model.tokenizer.end_of_text
+    assert exported.input_value("#system") == "Be <kind>."
+    messages, shown, endings = [{"role": "system", "content": "Be <kind>."}], [], set()
+    for text in ("o Romeo", "wherefore?"):
+        send(exported, text)
+        shown.append(text)
+        messages.append({"role": "user", "content": text})
+        ids = template.encode(messages, reply=True)
+        room = 64 if len(ids) + 64 <= 128 else 32
+        made = list(itertools.takewhile(lambda i: i != stop, model.stream(
+            ids, max_new_tokens=room, temperature=0.0)))
+        answer = model.tokenizer.decode(made)
+        messages.append({"role": "assistant", "content": answer})
+        note = "Cut off at the maximum length." if len(made) == room else ""
+        endings.add(note)
+        shown.append(answer + note)
+        assert wait(exported) == shown
+    assert len(endings) == 2
+
+
+def test_an_exported_page_forgets_turns_and_continues_texts_too(exported):
+    for text in ("o Romeo", "wherefore?", "art"):
+        send(exported, text)
+        shown = wait(exported)
+    assert len(shown) == 6 and exported.locator(".message.forgotten").count() in (2, 4)
+    exported.click("input[value=text] + span")
+    exported.fill("#prompt", "Romeo")
+    exported.click("#write")
+    exported.wait_for_function(
+        "() => document.getElementById('status').textContent.includes('tokens')")
+    assert exported.locator(".token").count() > 2
+
+
+def test_a_template_of_its_own_cannot_be_exported():
+    tokenizer = SimpleNamespace(chat_template="{{ messages }}")
+    with pytest.raises(ValueError, match="leave out --chat, or use --serve"):
+        html.describe_chat(tokenizer, None)

@@ -2,7 +2,8 @@
 
 The page opens from a disk and fetches nothing. In it are the model as WebAssembly with its weights,
 the tokenizer, and what is known of the model and its training. Without a module it is the page of a
-server: the same, but it asks the server that it came from, and holds conversations too.
+server: the same, but it asks the server that it came from, and holds conversations, as a page does
+that was exported for them.
 """
 
 import base64
@@ -17,7 +18,13 @@ from tinygrad import dtypes
 
 from tinygpt import checkpoint
 from tinygpt.config import SampleConfig
-from tinygpt.data.tokenizer import BPETokenizer, HFTokenizer, Tokenizer
+from tinygpt.data.tokenizer import (
+    BPETokenizer,
+    HFTokenizer,
+    Tokenizer,
+    begin_of_text,
+    end_of_text,
+)
 from tinygpt.export import program, wasm
 from tinygpt.export.characters import ranges
 
@@ -30,14 +37,17 @@ TOKENS = 200  # that a page writes at first
 CURVE = 300  # points of the loss curve at most
 
 
-def write(model, path: Path, quantize: str | None, source: str, prompt: str) -> None:
+def write(model, path: Path, quantize: str | None, source: str, prompt: str,
+          chat: dict | None = None) -> None:
     """Writes the page of a GPT that was loaded from source; it begins with a prompt.
 
-    quantize is "int8", which None is too, "fp16" or "none". Raises ValueError where the model is
-    no GPT, is too large for a browser, or has no tokenizer.
+    quantize is "int8", which None is too, "fp16" or "none". With what `describe_chat` returns as
+    chat, the page holds conversations too. Raises ValueError where the model is no GPT, is too
+    large for a browser, or has no tokenizer.
     """
     program.quantize(model, quantize)
     metadata = describe(model, source, prompt, SampleConfig(max_new_tokens=TOKENS))
+    metadata["chat"] = chat
     checkpoint.write_atomically(path, page(metadata, wasm.build(model)))
 
 
@@ -53,6 +63,16 @@ def describe(model, source: str, prompt: str, sample: SampleConfig) -> dict:
             "has_template": getattr(model.tokenizer, "chat_template", None) is not None,
             "training": training(Path(source)),
             "prompt": prompt, "sample": asdict(sample)}
+
+
+def describe_chat(tokenizer: Tokenizer, system: str | None) -> dict:
+    """What a page needs to hold conversations in the plain format, which begin with a system
+    message. Raises ValueError for a tokenizer that has a template of its own."""
+    if getattr(tokenizer, "chat_template", None) is not None:
+        raise ValueError("a chat template does not run in a browser: leave out --chat, or use "
+                         "--serve, whose page holds conversations")
+    return {"begin": begin_of_text(tokenizer), "end": end_of_text(tokenizer),
+            "system": system or ""}
 
 
 def describe_tokenizer(tokenizer: Tokenizer) -> dict:
@@ -100,9 +120,9 @@ def page(metadata: dict, module: wasm.Module | None = None) -> bytes:
     server, by POST v1/completions with OpenAI's stream, where these fields are used: prompt (a list
     of ids), max_tokens, stream, seed, temperature, top_k, top_p, min_p, repetition_penalty,
     logprobs (10), and vLLM's return_tokens_as_token_ids, with which tokens and top_logprobs name a
-    token "token_id:7". A conversation is sent to v1/chat/completions.
+    token "token_id:7". Conversations are sent to v1/chat/completions.
     """
-    talks = module is None
+    talks = module is None or metadata.get("chat") is not None
     script = "\n".join(map(_read, SCRIPTS + ("conversation.js",) * talks))
     style = _read("page.css") + _read("conversation.css") * talks
     policy = ("default-src 'none'; "

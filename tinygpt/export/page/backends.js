@@ -1,9 +1,10 @@
 // What writes the text: the model in this page, or that of the server that the page came from. Both
 // have
 //   ready: a promise that is fulfilled when the model can write
-//   write(ids, options, again, onTokens, signal): continues ids and calls onTokens with lists of
+//   write(ids, options, again, onTokens, signal, end): continues ids and calls onTokens with lists of
 //     {id, probability, alternatives: [[id, probability], ...]}. Its promise is fulfilled at the
-//     end, or soon after the signal is aborted. With `again` a new text begins with ids.
+//     end, or soon after the signal is aborted. With `again` a new text begins with ids. The model
+//     in this page ends after the id `end`, end-of-text unless given.
 // and, where the model is in this page,
 //   predict(ids, id): a promise of {id, probability, alternatives} of id after ids
 //   lookBack(ids): a promise of how much the last of ids attends to those before it,
@@ -46,10 +47,10 @@ class BrowserModel {
     });
   }
 
-  async write(ids, options, again, onTokens, signal) {
+  async write(ids, options, again, onTokens, signal, end = this.endOfText) {
     const stop = () => this.call("stop");
     signal.addEventListener("abort", stop);
-    await this.call("write", { ids, options, again, end: this.endOfText },
+    await this.call("write", { ids, options, again, end },
       ({ batch }) => onTokens(tokensOfBatch(batch)));
     signal.removeEventListener("abort", stop);
   }

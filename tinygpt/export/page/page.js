@@ -302,7 +302,7 @@ try {
   await backend.ready;
   $("write").disabled = false;
   say("");
-  if (isOwn) await start();
+  if (isOwn && !metadata.chat) await start();
 } catch (error) {
   say(error.message, true);
 }
