@@ -190,7 +190,7 @@ class Decoder:
         """The tokens (n, B) that n keys draw after window (B, T), the first `cached` columns of
         which are cached, and the last logits (B, V). More than one where all but one are cached."""
         end, (short, long) = window.shape[1], self.chunks
-        T = short if end - cached <= long * 3 // 4 else long
+        T = short if end - cached <= long * 5 // 8 else long
         while end - cached > T:
             seen = device.read(self.seen)
             self._call(window[:, cached:cached + T], cached, T - 1, keys[:1])

@@ -16,7 +16,7 @@ from tinygpt.kernels.cpu.threads import pool
 from tinygpt.kernels.options import AdamWOptions, LionOptions
 
 GEMV_ROWS = 4  # up to so many rows dot products are faster than packing
-QUANTIZED_GEMV_ROWS = 32  # the same where the weights are of few bits
+QUANTIZED_GEMV_ROWS = 8  # the same where the weights are of few bits
 MOST_INPUTS = 32  # of a kernel; tinygrad 0.14 allows 63 arguments
 GEMM_STRIP, GEMM_SLICE = 1536, 512  # the greatest NC and the least KC of gemm.h
 WIDEST_HEAD = 2048  # whose tiles fit on the stack of a thread

@@ -5,8 +5,8 @@
  * starts_row is T, of the query; always their own. Tiles of BQ queries and BK keys are copied to
  * packed memory, D padded to DP with zeros, so that no micro kernel meets an edge.
  *
- * Products take steps of their depth, of a number each, or with DOT 1, for bfloat16 alone, of a pair
- * of them (dot_pairs.h). Sums and the softmax are float32. */
+ * Products take steps of their depth, of a number each, or with DOT 1, for bfloat16 alone, of a
+ * pair (dot_pairs.h). Sums and the softmax are float32. */
 #include "pool.h"
 #include "vector.h"
 
@@ -55,7 +55,8 @@ typedef struct {
   .B = B, .H = H, .G = G, .T = T, .S = S, .D = D, .DP = ROUND_UP(D, COLS), \
   .qs = *(const strides_t*)q_strides, .ks = *(const strides_t*)k_strides, \
   .vs = *(const strides_t*)v_strides, .os = {0, T * H * D, D, H * D}, \
-  .offset = offset[0], .window = window, .starts = starts, .starts_row = starts_row, .dropout = (unsigned)dropout, .key = key[0], \
+  .offset = offset[0], .window = window, .starts = starts, .starts_row = starts_row, \
+  .dropout = (unsigned)dropout, .key = key[0], \
   .scale = 1.0f / __builtin_sqrtf((float)D), \
   .keep = 1.0f / (1.0f - (float)(unsigned)dropout * 0x1p-32f)
 
@@ -83,8 +84,9 @@ HOT int all_visible(const attention_t* a, visible_t seen, long i0, long j0, long
   return j0 + nj - 1 <= a->offset + i0 && j0 >= seen.greatest;
 }
 
-/* load_floats: dst (rows x DP) = n rows of D, the rest zero; store_*: n rows of D of src (rows x DP) */
-HOT void load_floats(float* dst, const float* src, long stride, long n, long rows, long D, long DP) {
+/* dst (rows x DP) = n rows of D, the rest zero */
+HOT void load_floats(float* dst, const float* src, long stride, long n, long rows, long D,
+                     long DP) {
   for (long r = 0; r < rows; r++) {
     long c = 0;
     if (r < n) {
@@ -94,6 +96,7 @@ HOT void load_floats(float* dst, const float* src, long stride, long n, long row
     for (; c < DP; c++) dst[r * DP + c] = 0.f;
   }
 }
+/* dst = n rows of D of src (rows x DP) */
 #define DEFINE_STORE(kind, store_tile) \
   HOT void store_tile(kind* dst, long stride, const float* src, long n, long D, long DP) { \
     for (long r = 0; r < n; r++) { \

@@ -1,5 +1,5 @@
-/* Tiles of attention.h whose steps are numbers. load_rows and load_deep are one: a step of a row is a
- * number of it, and so is a step of a column. */
+/* Tiles of attention.h whose steps are numbers. load_rows and load_deep are one: a step of a row is
+ * a number of it, and so is a step of a column. */
 typedef vfloat vsteps;
 
 HOT vsteps load_steps(const step_t* p) { return LOAD(p); }

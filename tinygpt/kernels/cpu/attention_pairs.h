@@ -52,7 +52,8 @@ HOT void load_transposed(step_t* dst, const act* src, long stride, long n, long 
       const act* p = src + r * stride + 2 * c;
       transpose4((float4)*(const float4_of_pairs*)p, (float4)*(const float4_of_pairs*)(p + stride),
                  (float4)*(const float4_of_pairs*)(p + 2 * stride),
-                 (float4)*(const float4_of_pairs*)(p + 3 * stride), (float*)dst + c * cols + r, cols);
+                 (float4)*(const float4_of_pairs*)(p + 3 * stride),
+                 (float*)dst + c * cols + r, cols);
     }
     for (; c < STEPS(D); c++)
       for (long x = r; x < r + 4; x++)

@@ -16,12 +16,22 @@ HOT vfloat products(const act* x, long n, const vfloat* w) {
 HOT float dot(const gemv_t* g, long m, long n) {
   const long K = g->K, groups = (K + GROUP - 1) / GROUP;
   const act* x = g->x + m * K;
-  vfloat sum = (vfloat)0.f, w[GROUP / LANES];
-  for (long i = n * groups, k = 0; k < K; i++, k += GROUP) {
-    load_group(g->weight + i * GROUP / 2, w);
-    sum += products(x + k, K - k, w) * GET(g->scale + i);
+  vfloat sum[4], w[GROUP / LANES];
+  UNROLL for (int u = 0; u < 4; u++) sum[u] = (vfloat)0.f;
+  long i = n * groups, k = 0;
+  for (; k + 4 * GROUP <= K; k += 4 * GROUP) {
+    const float4 scales = LOAD4(g->scale + i);
+    __builtin_prefetch(g->weight + i * GROUP / 2 + 2048);
+    UNROLL for (int u = 0; u < 4; u++, i++) {
+      load_group(g->weight + i * GROUP / 2, w);
+      sum[u] += products(x + k + u * GROUP, GROUP, w) * scales[u];
+    }
   }
-  return vsum(sum);
+  for (; k < K; i++, k += GROUP) {
+    load_group(g->weight + i * GROUP / 2, w);
+    sum[0] += products(x + k, K - k, w) * GET(g->scale + i);
+  }
+  return vsum((sum[0] + sum[1]) + (sum[2] + sum[3]));
 }
 
 /* y = BLOCK rows of X from m on times row n of W */

@@ -15,6 +15,7 @@
  */
 #include "pool.h"
 #include "vector.h"
+#include "transpose16.h"
 #if QUANTIZED
 typedef b_t weight_t;
 #include "weight.h"

@@ -1,5 +1,29 @@
 /* The micro kernel of gemm.h in float32. Panels of A have GM rows. */
 
+#define AT_ONCE (LANES == 16 ? 16 : 4)   /* rows */
+#if QUANTIZED
+typedef float row_t;
+#else
+typedef b_t row_t;
+#endif
+
+/* dst[k][GN] = AT_ONCE rows of n, ld apart, kc long and zero where there is none, transposed */
+HOT void transpose_rows(float* dst, const row_t* rows, long ld, long n, long kc) {
+  long k = 0;
+#if LANES == 16
+  for (; k + 16 <= kc; k += 16) {
+    int16 r[16];
+    UNROLL for (long j = 0; j < 16; j++) r[j] = j < n ? (int16)LOAD(rows + j * ld + k) : (int16)0;
+    transpose16(r);
+    UNROLL for (long x = 0; x < 16; x++) *(int16_unaligned*)(dst + (k + x) * GN) = r[x];
+  }
+#else
+  for (; n >= 4 && k + 4 <= kc; k += 4) TRANSPOSE4(rows + k, ld, dst + k * GN, GN);
+#endif
+  for (; k < kc; k++)
+    for (long j = 0; j < AT_ONCE; j++) dst[k * GN + j] = j < n ? GET(rows + j * ld + k) : 0.f;
+}
+
 #if QUANTIZED
 #include "gemm_quantized.h"
 #else
@@ -9,14 +33,8 @@ KERNEL static void pack_b(void* args, int index) {
   for (long p = index * g->panels; p < (index + 1) * g->panels && p * GN < g->nc; p++) {
     const long j0 = g->jc + p * GN, n = MIN(g->N - j0, GN);
     float* dst = (float*)g->packed_b + p * GN * g->kc;
-    const b_t* rows = g->b + j0 * g->K + g->pc;
-    const long quads = g->kc / 4 * 4;
-    for (long j = 0; g->tb && j < GN; j += 4) {
-      const long from = j + 4 <= n ? quads : 0;
-      for (long k = 0; k < from; k += 4) TRANSPOSE4(rows + j * g->K + k, g->K, dst + k * GN + j, GN);
-      for (long k = from; k < g->kc; k++)
-        for (long x = j; x < j + 4; x++) dst[k * GN + x] = x < n ? GET(rows + x * g->K + k) : 0.f;
-    }
+    for (long j = 0; g->tb && j < GN; j += AT_ONCE)
+      transpose_rows(dst + j, g->b + (j0 + j) * g->K + g->pc, g->K, n - j, g->kc);
     for (long k = 0; !g->tb && k < g->kc; k++) {
       const b_t* src = g->b + (g->pc + k) * g->N + j0;
       if (n == GN)

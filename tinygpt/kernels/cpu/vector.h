@@ -66,7 +66,7 @@ HOT float4 load4_bf16(const bf16* p) {
   return (float4)(__builtin_convertvector(*(const bf16x4*)p, uint4) << 16);
 }
 HOT void store_bf16(bf16* p, vfloat v) {
-#if defined(__AVX512BF16__)
+#if LANES == 16 && defined(__AVX512BF16__)
   typedef float vsums __attribute__((vector_size(64)));
   typedef __bf16 rounded __attribute__((vector_size(32)));
   *(vbf16*)p = (vbf16)__builtin_ia32_cvtneps2bf16_512_mask((vsums)v, (rounded){}, 0xffff);

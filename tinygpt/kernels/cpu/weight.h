@@ -25,10 +25,19 @@ HOT float get_i8(const signed char* p) { return (float)*p; }
 /* a group of four-bit weights, without its scale */
 HOT void load_group(const unsigned char* p, vfloat w[GROUP / LANES]) {
   const byte16 bytes = *(const byte16*)p;
+#if defined(__AVX512F__)
+  typedef float vsums __attribute__((vector_size(64)));
+  typedef int vindex __attribute__((vector_size(64)));
+  const vfloat values = {-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7};
+  const vint index = __builtin_convertvector(bytes, vint);   /* of which four bits count */
+  w[0] = (vfloat)__builtin_ia32_permvarsf512((vsums)values, (vindex)index);
+  w[1] = (vfloat)__builtin_ia32_permvarsf512((vsums)values, (vindex)(index >> 4));
+#else
   signed char weights[GROUP];
   *(byte16*)weights = (bytes & 15) - 8;
   *(byte16*)(weights + 16) = (bytes >> 4) - 8;
   UNROLL for (int i = 0; i < GROUP / LANES; i++) w[i] = load_i8(weights + i * LANES);
+#endif
 }
 
 /* dst = weights first .. last of row n of K, with their scale; with INT4 whole groups */
