@@ -118,6 +118,15 @@ def pytest_configure():
     device.prepare()  # for tests that compute without a model
 
 
+@pytest.hookimpl(optionalhook=True)  # of pytest-xdist
+def pytest_xdist_make_scheduler(config, log):
+    """Each process takes files that follow each other, so that what tests share is compiled once,
+    and at the end half of what another one has left."""
+    from xdist.scheduler import WorkStealingScheduling
+
+    return WorkStealingScheduling(config, log)
+
+
 @pytest.fixture(autouse=True, scope="module")
 def frozen_caches():
     """Spares garbage collection what earlier test files left in tinygrad's caches: searching that

@@ -1,10 +1,8 @@
-"""Every flag does something, and every two options of training do what they do together."""
+"""Every flag does something, or is refused where it could not."""
 
 import io
-import itertools
 import json
 import sys
-from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -12,24 +10,21 @@ import numpy as np
 import pytest
 from commands import COMMANDS
 from conftest import ROOT
-from covering import MODEL, covering
 from tinygrad import Tensor
 
 import generate
 import train as command
 from gpt import GPT, GPTConfig
-from tinygpt import check, checkpoint, evaluate, kernels
+from tinygpt import check, evaluate, kernels
 from tinygpt.config import SampleConfig
 from tinygpt.data.load import load_data
-from tinygpt.data.token_data import Batches, TokenData
+from tinygpt.data.token_data import Batches
 from tinygpt.data.tokenizer import ByteTokenizer
 from tinygpt.inference.decoder import Decoder, Drawn
 from tinygpt.model import lora
-from tinygpt.model.bigram import Bigram, BigramConfig
 from tinygpt.training.config import TrainConfig
-from tinygpt.training.optim import EMA, OPTIMIZERS
+from tinygpt.training.optim import EMA
 from tinygpt.training.run import Run, prepare
-from tinygpt.training.schedule import SCHEDULES, learning_rate
 from tinygpt.training.steps import Steps
 from train import train
 
@@ -243,84 +238,6 @@ def test_kernels_and_threads_are_those_asked_for(config, data, no_steps, monkeyp
         monkeypatch.setattr(kernels, function, lambda what: given.append(what))
     train(GPT(TINY), replace(config, kernels="reference", threads=3, max_iters=1), data)
     assert given == ["reference", 3]
-
-
-# ---- options together
-
-TRAINING = dict(
-    optimizer=list(OPTIMIZERS), ema=[False, True], curriculum=[False, True],
-    gradient_accumulation_steps=[1, 2], dtype=["float32", "bfloat16", "float16"],
-    label_smoothing=[0.0, 0.1], z_loss=[0.0, 1e-3], skip_spikes=[0.0, 2.0], grad_clip=[1.0, 0.0],
-    weight_decay=[0.1, 0.0])
-OF_BLOCKS = dict(grad_checkpoint=[False, True], lora_rank=[0, 2], freeze=[None, "wte*,ln_f*"])
-SHAPES = MODEL | dict(dropout=[0.0, 0.2], activation=["gelu", "swiglu"], n_kv_head=[None, 2])
-
-
-def go_on_exactly(model: Callable, config: TrainConfig) -> None:
-    """Three steps: finite losses at the scheduled rates, and what is to change does, nothing else.
-    The third one again from the checkpoint of the second is the same, bit for bit."""
-    ids = np.random.default_rng(4).integers(0, 32, 600)
-    data = TokenData(ids[:500], ids[500:], None, "numbers")
-    config = replace(config, max_iters=3, eval_interval=2, curriculum_start_block_size=4)
-    whole = model(5)
-    before = weights(whole)
-    result = train(whole, config, data)
-    steps = [r for r in records(result.last.parent) if "loss" in r]
-    assert len(steps) == 3 and all(np.isfinite(r["loss"]) and r["grad_norm"] > 0 for r in steps)
-    assert [r["lr"] for r in steps] == [learning_rate(n, config) for n in range(3)]
-    frozen = tuple((config.freeze or "nothing").replace("*", "").split(","))
-    for name, weight in weights(whole).items():
-        changed = name not in before or not np.array_equal(weight, before[name])
-        assert changed == (".lora." in name if config.lora_rank else not name.startswith(frozen))
-
-    expected, _ = checkpoint.load(result.last)
-    assert any(name.startswith("ema.") for name in expected) == config.ema
-    result.last.unlink()
-    rest = train(model(6), replace(config, resume=True), data)
-    again, metadata = checkpoint.load(rest.last)
-    assert metadata["iter_num"] == 3 and rest.last == result.last
-    assert {r["iter"]: r["loss"] for r in records(rest.last.parent) if "loss" in r} == {
-        r["iter"]: r["loss"] for r in steps}
-    assert again.keys() == expected.keys()
-    assert all(np.array_equal(array, expected[name]) for name, array in again.items())
-
-
-@pytest.fixture
-def no_evaluations(monkeypatch, without_samples):
-    monkeypatch.setattr(Run, "evaluate", lambda run: (1.0, 1.0))
-
-
-def named(row: dict) -> str:
-    return " ".join(f"{k}={v}" for k, v in row.items() if v not in (None, False, 0))
-
-
-def of_blocks() -> list[dict]:
-    """What concerns blocks meets in every way; optimizers and shapes of the model in turn."""
-    rows = covering(OF_BLOCKS | {name: TRAINING[name] for name in (
-        "dtype", "ema", "curriculum", "gradient_accumulation_steps")})
-    return [row | dict(optimizer=optimizer) | shape for row, optimizer, shape in zip(
-        rows, itertools.cycle(OPTIMIZERS), itertools.cycle(covering(SHAPES)))]
-
-
-def of_training() -> list[dict]:
-    """What concerns training alone meets in every way; schedules in turn."""
-    return [row | dict(schedule=schedule) for row, schedule in zip(
-        covering(TRAINING), itertools.cycle(SCHEDULES))]
-
-
-@pytest.mark.parametrize("row", of_blocks(), ids=named)
-def test_options_combine(config, row, no_evaluations):
-    shape = {k: v for k, v in row.items() if k in SHAPES}
-    if row.get("lora_rank") and row.get("freeze"):  # of what else is trained then
-        row = row | {"freeze": "h.*.lora.a"}
-    go_on_exactly(lambda seed: GPT(replace(TINY, vocab_size=32, **shape), seed),
-                  replace(config, **{k: v for k, v in row.items() if k not in shape}))
-
-
-@pytest.mark.parametrize("row", of_training(), ids=named)
-def test_options_combine_for_a_bigram(config, row, no_evaluations):
-    go_on_exactly(lambda seed: Bigram(BigramConfig(block_size=8, vocab_size=32)),
-                  replace(config, model="bigram", **row))
 
 
 # ---- generate.py and python -m tinygpt.evaluate
