@@ -56,13 +56,14 @@ def test_several_samples_are_one_batch_and_each_stops(in_process, saved, tmp_pat
     assert done.stdout.count("--- sample") == done.stdout.count("abc") == 3
 
 
-@pytest.mark.parametrize("flags", [("--quantize", "int8"), ("--quantize", "fp16", "--num_samples",
-                                                            "2"), ("--threads", "1")])
-def test_quantized_and_on_one_thread_it_writes_and_leaves_the_checkpoint(command, saved, flags):
-    before = saved.read_bytes()
-    done = command("generate.py", "--prompt", "ab", "--max_new_tokens", 5, *flags)
-    assert done.returncode == 0, done.stderr
-    assert "ab" in done.stdout and saved.read_bytes() == before
+def test_quantized_and_on_one_thread_it_writes_and_leaves_the_checkpoint(command, in_process,
+                                                                         saved):
+    before, words = saved.read_bytes(), ("--prompt", "ab", "--max_new_tokens", 5)
+    for done in (in_process(generate, *words, "--quantize", "int8"),
+                 in_process(generate, *words, "--quantize", "fp16", "--num_samples", 2),
+                 command("generate.py", *words, "--threads", 1)):  # of a whole process
+        assert done.returncode == 0, done.stderr
+        assert "ab" in done.stdout and saved.read_bytes() == before
 
 
 def test_the_prompt_can_come_from_standard_input(command, saved):
