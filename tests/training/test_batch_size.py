@@ -6,11 +6,10 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from tiny import TINY
 from tinygrad import GlobalCounters, Tensor
 
 import train as command
-from gpt import GPT
+from gpt import GPT, GPTConfig
 from tinygpt import device
 from tinygpt.data.load import load_data
 from tinygpt.training import batch_size
@@ -18,6 +17,8 @@ from tinygpt.training.batch_size import available_memory, fit_batch_size, larges
 from tinygpt.training.config import TrainConfig
 from tinygpt.training.run import Run
 from train import train
+
+TINY = GPTConfig(block_size=32, vocab_size=256, n_layer=1, n_head=2, n_embd=16)
 
 
 @pytest.fixture
@@ -74,7 +75,7 @@ def test_a_run_takes_the_same_tokens_in_what_fits(config, text, tmp_path, monkey
         taken.append(measure(trial, n)), taken[-1])[1])
     fit_batch_size(model, config, data)
     each = taken[1] - taken[0]
-    assert each > 8 * 256 * 4  # the logits alone
+    assert each > 32 * 256 * 4  # the logits alone
     monkeypatch.setattr(batch_size, "available_memory", lambda: taken[0] + 2 * each + each // 2)
     found = fit_batch_size(model, config, data)
     assert (found.batch_size, found.gradient_accumulation_steps) == (3, 4)
