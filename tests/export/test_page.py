@@ -222,7 +222,8 @@ def test_it_works_by_keyboard(page, model):
     for _ in range(20):
         page.keyboard.press("ArrowRight")
     page.keyboard.press("Enter")
-    page.wait_for_selector("#popover button")
+    page.wait_for_function(  # not for its buttons alone, which come before the focus does
+        "() => document.getElementById('popover').contains(document.activeElement)")
     page.keyboard.press("ArrowDown")
     page.wait_for_function("() => document.activeElement.dataset.id !== undefined")
     other = int(page.evaluate("document.activeElement.dataset.id"))

@@ -15,9 +15,9 @@ from tinygpt.kernels.cases import can_run
 from tinygpt.training.run import prepare
 from train import train
 
-ROPE = GPTConfig(block_size=96, vocab_size=256, n_layer=2, n_head=4, n_kv_head=2, n_embd=16,
+ROPE = GPTConfig(block_size=96, vocab_size=256, n_layer=1, n_head=4, n_kv_head=2, n_embd=16,
                  position="rope", norm="rmsnorm", bias=False)
-LEARNED = replace(ROPE, position="learned", n_layer=1, n_head=2)
+LEARNED = replace(ROPE, position="learned", n_head=2)
 
 
 @pytest.fixture(scope="module")
