@@ -11,7 +11,7 @@ from tinygrad import Tensor, UOp, dtypes
 
 from tinygpt.kernels import reference
 from tinygpt.kernels.cpu.compile import bfloat16_defines
-from tinygpt.kernels.cpu.kernel import Kernel, constants, memory, untransposed
+from tinygpt.kernels.cpu.kernel import Kernel, constants, memory, strided
 from tinygpt.kernels.cpu.threads import pool
 from tinygpt.kernels.options import AdamWOptions, LionOptions
 
@@ -186,7 +186,7 @@ def _activation(kind: str, x: Tensor, up: Tensor | None = None) -> Tensor:
 def rope(x, cos, sin):
     B, H, T, D = x.shape
     cos, sin = cos.float(), sin.float()
-    source, (batch, head, row) = _strided(x)
+    source, (batch, head, row) = strided(x)
 
     def turn(x: Tensor, backward: int, gradient=None) -> Tensor:
         return Kernel("rope.c", BACKWARD=backward)(
@@ -240,7 +240,7 @@ def _projections(q, k, v) -> tuple[dict[str, Tensor | None], dict[str, list[int]
             and [(start, *strides) for _, start, strides in views] == [(*p, 1) for p in together]):
         sources, places = (source, None, None), together
     else:
-        sources, strides = zip(*[_strided(x) for x in (q, k, v)], strict=True)
+        sources, strides = zip(*[strided(x) for x in (q, k, v)], strict=True)
         places = [(0, *s) for s in strides]
     return dict(zip("qkv", sources, strict=True)), {
         f"{name}_strides": list(place) for name, place in zip("qkv", places, strict=True)}
@@ -270,15 +270,6 @@ def _number(n: int | UOp) -> Tensor:
     if isinstance(n, UOp):
         return (Tensor.zeros(1, dtype=dtypes.int32, device="CPU") + n).contiguous()
     return constants(dtypes.int32, n)
-
-
-def _strided(x: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
-    """The memory that x (B, H, T, D) is read from, and its batch, head and row strides."""
-    if (y := untransposed(x)) is not None:
-        _, T, H, D = y.shape
-        return y, (T * H * D, D, H * D)
-    _, H, T, D = x.shape
-    return x, (H * T * D, T * D, D)
 
 
 def cross_entropy(logits, targets, label_smoothing=0.0, z_loss=0.0):
