@@ -106,6 +106,10 @@ WITHOUT_GRADIENT = {
                                            scale=positive(13, 3).astype(np.float16))),
         (dict(x=(37, 100)), dict(weight=ids((5, 100), 128, -127).astype(np.int8),
                                  scale=positive(5))),
+        (dict(x=(37, 100), bias=(21,)), dict(weight=ids((21, 64), 256).astype(np.uint8),
+                                             scale=positive(21, 4).astype(np.float16))),
+        (dict(x=(11, 900)), dict(weight=ids((35, 900), 128, -127).astype(np.int8),
+                                 scale=positive(35))),
     ],
     "quantized_embedding": [
         ({}, dict(idx=ids((3, 7), 61), weight=ids((61, 13), 128, -127).astype(np.int8),
