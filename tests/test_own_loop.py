@@ -4,6 +4,7 @@ Tensors that our kernels make are assigned to, sliced and read, and have to beha
 tinygrad makes.
 """
 
+import gc
 from dataclasses import replace
 from functools import partial
 
@@ -14,6 +15,7 @@ from operations import constants as as_tensors
 from operations import tensors as inputs_of
 from tiny import TINY
 from tinygrad import Tensor, TinyJit, nn
+from tinygrad.tensor import all_tensors
 
 from gpt import GPT, TrainConfig
 from tinygpt import kernels
@@ -73,6 +75,24 @@ def test_gradients_accumulate_and_can_be_assigned_to(operation, implementation):
         wanted = right[name] + 1
         wanted[:1] += 1
         np.testing.assert_allclose(grad.numpy(), wanted, atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("divisor", [None, 2])
+def test_a_loop_keeps_no_tensors_of_former_steps(divisor):
+    """Each realize would search them, so that every step would be slower than the one before."""
+    model, x, y = model_and_batch()
+    optimizer = nn.optim.SGD(list(model.state_dict().values()), lr=0.1)
+    counts = []
+    for _ in range(4):
+        optimizer.zero_grad()
+        loss = model(x, y)[1]
+        (loss / divisor if divisor else loss).backward()
+        with training():
+            optimizer.step()
+        del loss
+        gc.collect()
+        counts.append(sum(ref() is not None for ref in list(all_tensors)))
+    assert counts[1] == counts[2] == counts[3]
 
 
 @for_each_kernel

@@ -7,6 +7,8 @@ from collections.abc import Callable
 
 from tinygrad import Tensor
 
+from tinygpt.kernels.cpu.kernel import free_intermediate_gradients
+
 
 class Loss(Tensor):
     """A scalar loss that may be read before `backward` and after the weights have changed.
@@ -18,6 +20,7 @@ class Loss(Tensor):
     """
 
     def __init__(self, loss: Tensor, weights: Callable[[], dict[str, Tensor]]):
+        free_intermediate_gradients()  # of the backward passes before
         super().__init__(loss.uop)
         self._graph, self._weights = loss.uop, weights
 

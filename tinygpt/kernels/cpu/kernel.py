@@ -7,6 +7,7 @@ maketuple, gettuple, after, param_like, placeholder_like), and the Ops that view
 import functools
 import math
 import struct
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -125,6 +126,18 @@ class Kernel:
         return declared
 
 
+# What kernels with a gradient were given besides weights and other data, by id
+_intermediates: weakref.WeakValueDictionary[int, Tensor] = weakref.WeakValueDictionary()
+
+
+def free_intermediate_gradients() -> None:
+    """Frees the gradients that Tensor.backward gave to tensors that the gradients of kernels refer
+    to: they refer to the graph, and through tinygrad's cache of graphs neither would ever be freed.
+    """
+    for tensor in list(_intermediates.values()):
+        tensor.grad = None
+
+
 def call_function(name: str, builds: list[Callable[..., UOp]], outputs: list[Tensor],
                   inputs: list[Tensor], gradient: Callable | None) -> list[Tensor]:
     """New tensors of the shapes and dtypes of `outputs`, which kernels make one after the other.
@@ -136,6 +149,8 @@ def call_function(name: str, builds: list[Callable[..., UOp]], outputs: list[Ten
     that an assignment to it would write into. Flat memory is what tinygrad need not copy.
     """
     arguments = [plain(x).uop for x in inputs]
+    if gradient:
+        _intermediates.update({id(x): x for x in inputs if not x.uop.is_realized})
 
     def backward(dy: UOp, call: UOp):
         made = [Tensor(call.gettuple(i)).reshape(t.shape) for i, t in enumerate(outputs)]
