@@ -217,10 +217,11 @@ class EMA:
 
     def _swap(self) -> None:
         # the contents, because compiled steps refer to the memory of the tensors
-        for name, p in self.params.items():
-            kept = p.clone().realize()
-            p.assign(self.weights[name]).realize()
-            self.weights[name].assign(kept).realize()
+        weights, averages = list(self.params.values()), list(self.weights.values())
+        kept = [p.clone() for p in weights]
+        Tensor.realize(*kept)
+        Tensor.realize(*[p.assign(average) for p, average in zip(weights, averages, strict=True)])
+        Tensor.realize(*[average.assign(k) for average, k in zip(averages, kept, strict=True)])
 
     def state_dict(self) -> dict[str, Tensor]:
         """The average of each weight, by its name."""
