@@ -127,7 +127,7 @@ def test_ctrl_c_at_the_sign_drops_the_line_and_ends_what_reads_no_terminal(talk,
 
 
 @pytest.mark.parametrize("flag", ["--interactive", "--num_samples=2", "--json", "--out_dir=x",
-                                  "--export=x.html", "--serve", "--prompt=x", "--window_hop=2",
+                                  "--export=x.c", "--serve", "--prompt=x", "--window_hop=2",
                                   "--system"])
 def test_what_makes_no_sense_in_a_conversation_is_refused(flag, capsys):
     assert generate.main([flag, "Be kind."] if flag == "--system" else [flag, "--chat"]) == 2
