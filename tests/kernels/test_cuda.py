@@ -3,6 +3,7 @@ the reference. On a GPU tests/kernels/test_kernels.py runs them."""
 
 import ctypes
 import functools
+import platform
 import re
 import shutil
 import subprocess
@@ -16,6 +17,9 @@ from tinygrad import Tensor, dtypes
 from tinygpt import kernels
 from tinygpt.kernels import cases, cuda, reference
 from tinygpt.kernels.cuda import kernel
+
+if sys.platform != "linux" or platform.machine() != "x86_64":
+    pytest.skip("the emulator is for Linux on x86", allow_module_level=True)
 
 EMULATOR = Path(__file__).with_name("cuda_emulator.h")
 CONVERSIONS = """
