@@ -7,6 +7,7 @@ import asyncio
 import gc
 import ipaddress
 import json
+import logging
 import socket
 import threading
 import time
@@ -289,6 +290,8 @@ def garbage_collected_here() -> Iterator[None]:
 def serve(service: Service, listening: socket.socket, host: str, signals: Sequence[int]) -> None:
     """Answers requests until there is a signal in signals; then those that have been accepted are
     finished."""
+    # it warns of writes to a client that has left, whose request ends soon after
+    logging.getLogger("asyncio").setLevel(logging.ERROR)
     server = uvicorn.Server(uvicorn.Config(
         service.app(host), http="h11", ws="none", loop="asyncio", lifespan="off",
         log_level="error", access_log=False, server_header=False,
