@@ -63,7 +63,7 @@ def test_bad_input_is_refused_in_one_line():
 
 
 @pytest.mark.parametrize(("script", "campaign", "cases"), [
-    ("faults", "kill-at-a-file-call", 2), ("bad_input", "flags-of-train", 8)])
+    ("faults", "kill-at-a-file-call", 8), ("bad_input", "flags-of-train", 8)])
 def test_a_fault_is_found_and_can_be_repeated(tmp_path, script, campaign, cases):
     broken = tmp_path / "broken.py"
     broken.write_text(BROKEN.format(root=str(ROOT), script=script, break_it=BREAK[script]))
