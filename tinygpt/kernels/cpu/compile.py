@@ -102,18 +102,20 @@ def bfloat16_defines() -> dict[str, int]:
     return {}
 
 
-def program(name: str, code: str, buffers, outputs: int, flops: int) -> UOp:
-    """A tinygrad program that is C source; the first `outputs` of the buffers are written."""
+def program(name: str, code: str, buffers, outputs: int, flops: int, device: str = "CPU",
+            **launch) -> UOp:
+    """A tinygrad program that is source for a device; the first `outputs` of the buffers are
+    written. launch: a GPU's global_size and local_size."""
     sink = UOp.sink(*[b.base for b in buffers],
                     arg=KernelInfo(name=name, estimates=Estimates(ops=flops)))
     linear = UOp(Ops.LINEAR, src=(*sink.src, sink))
     fields = dict(name=name, globals=tuple(range(len(buffers))), outs=tuple(range(outputs)),
-                 ins=tuple(range(outputs, len(buffers))))
+                  ins=tuple(range(outputs, len(buffers))), **launch)
     text = UOp(Ops.SOURCE, arg=code)
     if IS_014:
-        info = ProgramInfo(**fields, target=Device["CPU"].renderer.target)
+        info = ProgramInfo(**fields, target=Device[device].renderer.target)
         return UOp(Ops.PROGRAM, src=(sink, linear, text), arg=info)
-    return UOp(Ops.PROGRAM, src=(sink, UOp(Ops.DEVICE, arg="CPU"), linear, text),
+    return UOp(Ops.PROGRAM, src=(sink, UOp(Ops.DEVICE, arg=device), linear, text),
                arg=ProgramInfo(**fields))
 
 

@@ -212,13 +212,14 @@ def cross_entropy(logits, targets, label_smoothing=0.0, z_loss=0.0):
     how = dict(grid=(N, 1), threads=256)
 
     def gradient(dloss: Tensor, made: dict[str, Tensor]) -> dict[str, Tensor]:
-        return CudaKernel("cross_entropy_backward.cu", **how, VECTOR=_width(x.dtype, W))(
+        dx = CudaKernel("cross_entropy_backward.cu", **how, VECTOR=_width(x.dtype, W))(
             outputs=dict(dx=_empty_like(x)), sizes=sizes,
             inputs=dict(dloss=dloss, x=x, y=targets, log_z=made["log_z"]))["dx"]
+        return dict(x=dx)
 
     loss = CudaKernel("cross_entropy_forward.cu", **how, VECTOR=_width(x.dtype, V, W))(
         outputs=dict(loss=_empty(x, N), log_z=_empty(x, N)), inputs=dict(x=x, y=targets),
-        sizes=sizes, gradient=lambda dloss, made: dict(x=gradient(dloss, made)))["loss"]
+        sizes=sizes, gradient=gradient)["loss"]
     return loss.sum() / (targets >= 0).sum()
 
 

@@ -1,20 +1,13 @@
-"""CUDA C++ files as operations on tensors.
-
-Private interfaces of tinygrad, 0.13's and 0.14's: a program's UOps with ProgramInfo, KernelInfo and
-Estimates, and the compiler of a device's renderer.
-"""
+"""CUDA C++ files as operations on tensors."""
 
 import functools
 from collections.abc import Callable
 from pathlib import Path
 
-from tinygrad import Device, Tensor, UOp
-from tinygrad.renderer import Estimates
-from tinygrad.uop.ops import KernelInfo, Ops, ProgramInfo
+from tinygrad import Tensor
 
-from tinygpt.kernels.cpu.compile import with_includes
+from tinygpt.kernels.cpu.compile import program, with_includes
 from tinygpt.kernels.cpu.kernel import Kernel, Sizes, Tensors
-from tinygpt.kernels.jit import IS_014
 
 FOLDER = Path(__file__).parent
 
@@ -40,8 +33,8 @@ class CudaKernel(Kernel):
         code = source(self.file, name, defines)
         device = next(t for t in outputs.values() if isinstance(t, Tensor)).device
         count = sum(t is not None for t in outputs.values())
-        info = dict(name=name, global_size=(*self.grid, 1), local_size=(self.threads, 1, 1))
-        return name, lambda *buffers: program(info, code, device, buffers, count, flops)
+        launch = dict(global_size=(*self.grid, 1), local_size=(self.threads, 1, 1))
+        return name, lambda *buffers: program(name, code, buffers, count, flops, device, **launch)
 
     def _tables(self, sizes: Sizes) -> list[Tensor]:
         return []
@@ -58,18 +51,3 @@ class CudaKernel(Kernel):
 def source(file: str, name: str, defines: tuple[tuple[str, str | int], ...]) -> str:
     """A CUDA C++ file with its includes and defines, of which NAME is one."""
     return with_includes(FOLDER, file, name, defines)
-
-
-def program(info: dict, code: str, device: str, buffers, outputs: int, flops: int) -> UOp:
-    """A tinygrad program that is CUDA C++; the first `outputs` of the buffers are written."""
-    sink = UOp.sink(*[b.base for b in buffers],
-                    arg=KernelInfo(name=info["name"], estimates=Estimates(ops=flops)))
-    linear = UOp(Ops.LINEAR, src=(*sink.src, sink))
-    fields = info | dict(globals=tuple(range(len(buffers))), outs=tuple(range(outputs)),
-                         ins=tuple(range(outputs, len(buffers))))
-    text = UOp(Ops.SOURCE, arg=code)
-    if IS_014:
-        fields["target"] = Device[device].renderer.target
-        return UOp(Ops.PROGRAM, src=(sink, linear, text), arg=ProgramInfo(**fields))
-    return UOp(Ops.PROGRAM, src=(sink, UOp(Ops.DEVICE, arg=device), linear, text),
-               arg=ProgramInfo(**fields))
