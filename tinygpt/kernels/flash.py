@@ -17,7 +17,7 @@ from tinygrad import Tensor, UOp, dtypes
 from tinygrad.dtype import DType
 from tinygrad.renderer import Renderer
 
-from tinygpt.kernels.cpu.kernel import call_function, memory, strided
+from tinygpt.kernels.cpu.kernel import call_function, projected, strided
 from tinygpt.kernels.jit import constant
 from tinygpt.kernels.tiles import MATRICES, Heads, Problem, Tiles, choose_tiles
 from tinygpt.kernels.workgroup import arguments, find_core, render, renderer_of
@@ -230,7 +230,7 @@ def _write_rows(t: Tiles, buffer: UOp, heads: Heads, registers: UOp, b: UOp, h: 
 def attention(q, k, v, starts=None, offset=0, window=None, dropout_p=0.0, dropout_key=None):
     assert starts is None
     B, H, T, D = q.shape
-    inputs, layouts = _projected(q, k, v) or _apart(q, k, v)
+    inputs, layouts = _sources(q, k, v)
     drops = dropout_p > 0 and dropout_key is not None
     problem = _problem(q.shape, k.shape, q.dtype, renderer_of(q.device), layouts, window,
                        dropout_p if drops else 0.0)
@@ -260,24 +260,14 @@ def attention(q, k, v, starts=None, offset=0, window=None, dropout_p=0.0, dropou
     return made[0].transpose(1, 2)
 
 
-def _apart(q: Tensor, k: Tensor, v: Tensor) -> tuple[list[Tensor], list[Heads]]:
-    """The memory of q, k and v, and where the elements of each are."""
+def _sources(q: Tensor, k: Tensor, v: Tensor) -> tuple[list[Tensor], list[Heads]]:
+    """The memory of q, k and v, and where the elements of each are; three times the same where a
+    kernel made them together."""
+    if (found := projected(q, k, v)) is not None:
+        source, places = found
+        return [source] * 3, [Heads(*strides, start) for start, *strides in places]
     inputs, strides = zip(*[strided(x) for x in (q, k, v)], strict=True)
     return list(inputs), [Heads(*s) for s in strides]
-
-
-def _projected(q: Tensor, k: Tensor, v: Tensor) -> tuple[list[Tensor], list[Heads]] | None:
-    """The same where a kernel made q, k and v as the columns of one matrix: three times that."""
-    (B, H, T, D), G = q.shape, k.shape[1]
-    width = (H + 2 * G) * D
-    views = [memory(x) for x in (q, k, v)]
-    source = views[0][0]
-    together = [(start, (T * width, D, width, 1)) for start in (0, H * D, (H + G) * D)]
-    if (k.shape != (B, G, T, D) or source.numel() != B * T * width
-            or any(other.uop is not source.uop for other, _, _ in views)
-            or [(start, tuple(strides)) for _, start, strides in views] != together):
-        return None
-    return [source] * 3, [Heads(*strides[:3], start) for start, strides in together]
 
 
 def _run(problem: Problem, kernels: list[tuple], outputs: list[Tensor], inputs: list[Tensor],

@@ -11,7 +11,7 @@ from tinygrad import Tensor, UOp, dtypes
 
 from tinygpt.kernels import reference
 from tinygpt.kernels.cpu.compile import bfloat16_defines
-from tinygpt.kernels.cpu.kernel import Kernel, constants, memory, strided
+from tinygpt.kernels.cpu.kernel import Kernel, constants, memory, projected, strided
 from tinygpt.kernels.cpu.threads import pool
 from tinygpt.kernels.options import AdamWOptions, LionOptions
 
@@ -230,15 +230,8 @@ def _projections(q, k, v) -> tuple[dict[str, Tensor | None], dict[str, list[int]
 
     q's alone where the three are what a kernel projected together.
     """
-    (B, H, T, D), G = q.shape, k.shape[1]
-    width = (H + 2 * G) * D
-    views = [memory(x) for x in (q, k, v)]
-    together = [(start, T * width, D, width) for start in (0, H * D, (H + G) * D)]
-    source = views[0][0]
-    if (k.shape == v.shape == (B, G, T, D) and source.numel() == B * T * width
-            and all(other.uop is source.uop for other, _, _ in views)
-            and [(start, *strides) for _, start, strides in views] == [(*p, 1) for p in together]):
-        sources, places = (source, None, None), together
+    if (found := projected(q, k, v)) is not None:
+        sources, places = (found[0], None, None), found[1]
     else:
         sources, strides = zip(*[strided(x) for x in (q, k, v)], strict=True)
         places = [(0, *s) for s in strides]

@@ -277,3 +277,19 @@ def strided(x: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
         return y, (T * H * D, D, H * D)
     _, H, T, D = x.shape
     return x, (H * T * D, T * D, D)
+
+
+def projected(q: Tensor, k: Tensor, v: Tensor
+              ) -> tuple[Tensor, list[tuple[int, int, int, int]]] | None:
+    """The matrix whose columns are q (B, H, T, D), k and v (B, G, T, D), where a kernel made them
+    together, and where in its memory each begins, and its batch, head and row strides."""
+    (B, H, T, D), G = q.shape, k.shape[1]
+    width = (H + 2 * G) * D
+    views = [memory(x) for x in (q, k, v)]
+    source = views[0][0]
+    places = [(start, T * width, D, width) for start in (0, H * D, (H + G) * D)]
+    if (k.shape == v.shape == (B, G, T, D) and source.numel() == B * T * width
+            and all(other.uop is source.uop for other, _, _ in views)
+            and [(start, *strides) for _, start, strides in views] == [(*p, 1) for p in places]):
+        return source, places
+    return None
