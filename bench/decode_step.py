@@ -1,6 +1,6 @@
-"""CPU time of a token on one thread, in microseconds: as C replays the captured step
-(tinygpt/kernels/cpu/replay.c), in turn with the same through tinygrad's queue, within the context
-and past it; then where it goes, kernel by kernel:
+"""CPU time of a token on one thread, in microseconds: as C replays the captured step, in turn with
+the same through tinygrad's queue, within the context and past it; then where it goes, kernel by
+kernel:
 
     python bench/decode_step.py checkpoints/best.safetensors [int8]
 
@@ -10,6 +10,7 @@ CPU time, unlike time by the clock, is about the same on a machine that does oth
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from bench.measure import record
 from gpt import GPT
-from tinygpt.kernels.cpu.replay import WORDS, Replay, kernels_of
+from tinygpt.kernels.cpu.replay import DecodeReplay, kernels_of
 from tinygpt.kernels.cpu.threads import set_threads
 
 ROUNDS = 20
@@ -34,18 +35,27 @@ def per_token(model: GPT, first: int, last: int) -> float:
 
 
 def compare(model: GPT, case: str) -> None:
-    block_size, of = model.config.block_size, Replay.of
+    block_size, of = model.config.block_size, DecodeReplay.of
     parts = {"within the context": (2, block_size - 1), "past it": (block_size, 4 * block_size)}
     times = {}
     for way, make in (("C", of), ("queue", lambda *_: None)):
-        Replay.of = make
+        DecodeReplay.of = make
         model.free_decoders()
         list(model.stream([0], max_new_tokens=2 * block_size))  # compiles
         times[way] = {name: per_token(model, *part) for name, part in parts.items()}
-    Replay.of = of
+    DecodeReplay.of = of
     for name in parts:
         record("decode_step.py", f"{case}, {name}", times["C"][name], "queue",
                times["queue"][name], "us")
+
+
+def bounds(words: np.ndarray) -> Iterator[tuple[int, int]]:
+    """Where in words each kernel begins and ends (see calls.h)."""
+    begin = 0
+    while begin < len(words):
+        _, parts, room = map(int, words[begin:begin + 3])
+        yield begin, begin + parts * (3 + room)
+        begin += parts * (3 + room)
 
 
 def profile(model: GPT) -> None:
@@ -54,10 +64,11 @@ def profile(model: GPT) -> None:
     list(model.stream([0], max_new_tokens=3))
     decoder = model._decoders._idle[0]
     replay, first = decoder.replays[1], decoder.replays[1].step.calls
+    places = list(bounds(replay.words))
     names = [call.src[0].arg.function_name for call in kernels_of(decoder.steps[1])]
 
-    def run(at: int, count: int) -> float:
-        replay.step.calls, replay.step.count = first + 8 * WORDS * at, count
+    def run(begin: int, end: int) -> float:
+        replay.step.calls, replay.step.end = first + 8 * begin, first + 8 * end
         times = []
         for _ in range(5 * ROUNDS):
             start = time.thread_time()
@@ -67,11 +78,11 @@ def profile(model: GPT) -> None:
         return 1e6 * min(times) / 16
 
     call = run(0, 0)
-    print(f"{'the whole step':60} {run(0, len(names)):8.1f} us")
+    print(f"{'the whole step':60} {run(0, len(replay.words)):8.1f} us")
     print(f"{'a sixteenth of a call without kernels':60} {call:8.1f} us")
     kinds = Counter()
-    for i, name in enumerate(names):
-        kinds[name] += max(0.0, run(i, 1) - call)
+    for name, place in zip(names, places, strict=True):
+        kinds[name] += max(0.0, run(*place) - call)
     for name, us in kinds.most_common():
         print(f"{names.count(name):4} {name:55} {us:8.1f} us")
 

@@ -162,7 +162,7 @@ def test_use_decides_what_auto_means(restore, monkeypatch):
 
 def test_what_is_asked_for_by_use_runs_or_raises(restore):
     double = Tensor(np.ones((3, 4)), dtype=dtypes.double, device="CPU").realize()
-    with pytest.warns(UserWarning, match="no C kernel for swiglu of dtypes.double, dtypes.double"):
+    with pytest.warns(UserWarning, match="no C kernel for swiglu of dtypes.double:"):
         kernels.swiglu(double, double)
     kernels.use("cpu")
     with pytest.raises(ValueError, match=r"'cpu' have no gelu for .*double"):

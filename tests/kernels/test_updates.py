@@ -13,56 +13,66 @@ from operations import (
 from tinygrad import Tensor
 
 from tinygpt import kernels
-from tinygpt.kernels.cases import ADAMW, LION
+from tinygpt.kernels.cases import ADAMW, LION, MUON
 from tinygpt.kernels.cpu.threads import pool
 
 
-@pytest.mark.parametrize("implementation", implementations("orthogonalize"))
+def orthogonalized(implementation: str, *xs: np.ndarray) -> list[np.ndarray]:
+    """The directions in which Muon moves for gradients xs, without momentum and decay."""
+    options = MUON._replace(learning_rate=-1, momentum=0, weight_decay=0, grad_scale=1)
+    moved, momenta = ([Tensor.zeros(*x.shape).contiguous().realize() for x in xs] for _ in "pm")
+    Tensor.realize(*kernels.muon(moved, momenta, [Tensor(x).realize() for x in xs],
+                                 Tensor(np.array(options, np.float32)).realize(),
+                                 implementation=implementation))
+    return [p.numpy() / (0.2 * np.sqrt(max(p.shape))) for p in moved]
+
+
+@pytest.mark.parametrize("implementation", implementations("muon"))
 @pytest.mark.parametrize("shape", [(16, 16), (16, 48), (64, 16), (1, 7), (7, 1), (67, 530),
                                    (301, 270)])
 @pytest.mark.parametrize("size", [1e-3, 1e6])
-def test_orthogonalize_brings_singular_values_near_one(implementation, shape, size):
+def test_muon_brings_singular_values_near_one(implementation, shape, size):
     skip_where_it_is_not_for(implementation)
     x = draw(dict(x=shape))["x"]
     u, s, v = np.linalg.svd(x, full_matrices=False)
     x = ((u * np.geomspace(1, 0.02, len(s))) @ v * size).astype(np.float32)
-    y = kernels.orthogonalize(Tensor(x), implementation=implementation)[0].numpy()
+    y = orthogonalized(implementation, x)[0]
     inside = u.T @ y @ v.T  # y has the singular vectors of x
     np.testing.assert_allclose(inside, np.diag(np.diag(inside)), atol=2e-4)
     assert np.diag(inside).min() > 0.6 and np.diag(inside).max() < 1.25
     np.testing.assert_allclose(y, np_orthogonalize(x.astype(np.float64)), atol=2e-4)
 
 
-@pytest.mark.parametrize("implementation", implementations("orthogonalize"))
+@pytest.mark.parametrize("implementation", implementations("muon"))
 @pytest.mark.parametrize("rank", [0, 1, 3])
-def test_orthogonalize_leaves_what_a_matrix_lacks_at_zero(implementation, rank):
+def test_muon_leaves_what_a_matrix_lacks_at_zero(implementation, rank):
     skip_where_it_is_not_for(implementation)
     arrays = draw(dict(a=(20, rank), b=(rank, 30)))
     x = arrays["a"] @ arrays["b"]
-    y = kernels.orthogonalize(Tensor(x), implementation=implementation)[0].numpy()
+    y = orthogonalized(implementation, x)[0]
     np.testing.assert_allclose(y, np_orthogonalize(x.astype(np.float64)), atol=2e-4)
 
 
-@pytest.mark.parametrize("implementation", implementations("orthogonalize"))
-def test_orthogonalize_of_many_is_that_of_each(implementation):
+@pytest.mark.parametrize("implementation", implementations("muon"))
+def test_muon_of_many_is_that_of_each(implementation):
     skip_where_it_is_not_for(implementation)
     shapes = [(5, 9), (40, 40), (33, 7), (1, 3)] * 5
     arrays = draw({str(i): shape for i, shape in enumerate(shapes)})
-    made = kernels.orthogonalize(*map(Tensor, arrays.values()), implementation=implementation)
+    made = orthogonalized(implementation, *arrays.values())
     for y, x in zip(made, arrays.values(), strict=True):
-        np.testing.assert_allclose(y.numpy(), np_orthogonalize(x.astype(np.float64)), atol=2e-4)
+        np.testing.assert_allclose(y, np_orthogonalize(x.astype(np.float64)), atol=2e-4)
 
 
-def test_orthogonalize_has_room_for_every_thread_that_there_is(monkeypatch):
+def test_muon_has_room_for_every_thread_that_there_is(monkeypatch):
     """Also where fewer were asked for when the threads had begun."""
     skip_where_it_is_not_for("cpu")
     made, empty, threads = [], Tensor.empty, pool().threads
     kernels.set_threads(1)
     monkeypatch.setattr(Tensor, "empty", lambda *shape, **options: made.append(shape)
                         or empty(*shape, **options))
-    kernels.orthogonalize(*[Tensor.ones(5, 7)] * 16, implementation="cpu")
+    orthogonalized("cpu", *[np.ones((5, 7), np.float32)] * 16)
     kernels.set_threads(threads)
-    assert (min(threads, 16), 4, 5, 5) in made
+    assert (min(threads, 16), 2 * 5 * 7 + 4 * 5 * 5) in made
 
 
 @pytest.mark.parametrize("implementation", implementations("square_sum"))
@@ -109,6 +119,26 @@ def test_lion_updates_in_place_or_not_at_all(implementation, shape):
         options = Tensor(LION._replace(apply=apply), dtype="float32")
         Tensor.realize(*kernels.lion(*state.values(), options, implementation=implementation))
         check({n: state[n].numpy() for n in "pm"}, {n: right[n] for n in "pm"})
+
+
+@pytest.mark.parametrize("implementation", implementations("muon"))
+def test_muon_updates_in_place_or_not_at_all(implementation):
+    skip_where_it_is_not_for(implementation)
+    shapes = [(17, 31), (300, 160), (1, 3)]
+    ps, ms, gs = ([draw(dict(x=s), seed)["x"] for s in shapes] for seed in range(3))
+    lr, scale = MUON.learning_rate, MUON.grad_scale
+    momenta = [MUON.momentum * m + scale * g for m, g in zip(ms, gs, strict=True)]
+    steps = [np_orthogonalize(scale * g + MUON.momentum * m) * 0.2 * np.sqrt(max(g.shape))
+             for m, g in zip(momenta, gs, strict=True)]
+    moved = [p * (1 - lr * MUON.weight_decay) - lr * s for p, s in zip(ps, steps, strict=True)]
+    for apply, right in ((1.0, moved + momenta), (0.0, ps + ms)):
+        params, old, grads = ([Tensor(x).realize() for x in xs] for xs in (ps, ms, gs))
+        if not apply:
+            grads = [Tensor.full(g.shape, float("nan")).contiguous().realize() for g in grads]
+        options = Tensor(MUON._replace(apply=apply), dtype="float32")
+        Tensor.realize(*kernels.muon(params, old, grads, options, implementation=implementation))
+        for ours, theirs in zip(params + old, right, strict=True):
+            np.testing.assert_allclose(ours.numpy(), theirs, atol=2e-4)
 
 
 @pytest.mark.parametrize("n", [1, 300, 20_000])

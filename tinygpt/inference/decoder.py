@@ -13,7 +13,7 @@ from tinygrad import Tensor, UOp, dtypes
 from tinygpt import device, kernels
 from tinygpt.config import SampleConfig
 from tinygpt.inference.sampling import SamplingParameters, enabled_options, sample
-from tinygpt.kernels.cpu.replay import Replay
+from tinygpt.kernels.cpu.replay import DecodeReplay
 from tinygpt.kernels.jit import compiled
 from tinygpt.kernels.random import make_key
 
@@ -223,7 +223,7 @@ class Decoder:
             self.steps[T] = compiled(self._step)
         drawn, logits = self.steps[T](self.tokens[T], where, which)
         if T not in self.replays:
-            self.replays[T] = Replay.of(self.steps[T], self.tokens[T], self.key)
+            self.replays[T] = DecodeReplay.of(self.steps[T], self.tokens[T], self.key)
         return device.read(drawn)[None], logits
 
     def _step(self, tokens: Tensor, start_pos: UOp | int, row: UOp | int

@@ -23,8 +23,8 @@ from tinygpt.kernels.cpu.threads import set_threads
 
 __all__ = ["IMPLEMENTATIONS", "adamw", "adamw8bit", "attention", "cached_attention",
            "cross_entropy", "draw", "dropout", "embedding", "gelu", "in_use", "layer_norm",
-           "linear", "lion", "orthogonalize", "quantized_embedding", "quantized_linear",
-           "rms_norm", "rope", "set_threads", "square_sum", "stored", "swiglu", "use"]
+           "linear", "lion", "muon", "quantized_embedding", "quantized_linear", "rms_norm", "rope",
+           "set_threads", "square_sum", "stored", "swiglu", "use"]
 
 IMPLEMENTATIONS = {"reference": reference, "cpu": cpu, "cuda": cuda, "portable": portable,
                    "flash": flash}
@@ -231,13 +231,16 @@ def square_sum(*tensors: Tensor, implementation: str = "auto") -> Tensor:
     return _run("square_sum", implementation, tensors)
 
 
-def orthogonalize(*xs: Tensor, implementation: str = "auto") -> list[Tensor]:
-    """The orthogonal matrix nearest to each x, roughly.
+def muon(params: list[Tensor], momenta: list[Tensor], grads: list[Tensor], options: Tensor,
+         implementation: str = "auto") -> list[Tensor]:
+    """One Muon step (arXiv:2502.16982) on matrices and their momenta, in place.
 
-    x (R, C) float32 -> the same: u f(s) v^T for x = u s v^T, f(s) in 0.7..1.2. Five Newton-Schulz
-    steps x <- (a + b A + c A^2) x, A = x x^T, from x of norm 1 (arXiv:2502.16982); no gradient.
+    All are float32; a matrix (R, C), its momentum m and its gradient have one shape. It moves in
+    the direction u f(s) v^T for grad + momentum m = u s v^T, f(s) in 0.7..1.2: five Newton-Schulz
+    steps x <- (a + b A + c A^2) x, A = x x^T, from x of norm 1. options (5,) float32 are those of
+    `options.MuonOptions`. Returns all matrices and momenta, to be realized.
     """
-    return _run("orthogonalize", implementation, xs) if xs else []
+    return _run("muon", implementation, (*params, *momenta, *grads), options) if params else []
 
 
 def _run(operation: str, implementation: str, tensors: tuple, *options):
@@ -246,7 +249,8 @@ def _run(operation: str, implementation: str, tensors: tuple, *options):
         if _offers(name, operation, tensors):
             return getattr(IMPLEMENTATIONS[name], operation)(*tensors, *options)
         if implementation == _in_use == "auto" and name == "cpu" and hasattr(cpu, operation):
-            _say_fallback(operation, ", ".join(str(t.dtype) for t in tensors if t is not None))
+            _say_fallback(operation, ", ".join(dict.fromkeys(
+                str(t.dtype) for t in tensors if t is not None)))
     kinds = ", ".join(f"{t.dtype} {t.shape} on {t.device}" for t in tensors if t is not None)
     raise ValueError(f"the kernels {name!r} have no {operation} for {kinds}")
 

@@ -5,14 +5,14 @@ import numpy as np
 from tinygrad import Device, Tensor, dtypes
 
 from tinygpt import kernels
-from tinygpt.kernels.options import AdamWOptions, LionOptions
+from tinygpt.kernels.options import AdamWOptions, LionOptions, MuonOptions, thirds
 from tinygpt.kernels.random import make_key
 from tinygpt.kernels.workgroup import renderer_of
 
 # largest error, as a share of the largest number that is right
 TOLERANCE = {"float32": 2e-5, "bfloat16": 2e-2, "float16": 3e-3}
 # five steps that multiply by up to 3.4 each make the rounding of the first one larger
-TOLERANCE_OF_ORTHOGONALIZE = 2e-4
+TOLERANCE_OF_MUON = 2e-4
 # share of numbers kept in a byte whose code may differ, since two codes can be as near
 TOLERANCE_OF_CODES = 1e-2
 WEIGHTS = ("weight", "bias")  # float32 whatever the activations are
@@ -48,6 +48,7 @@ ADAMW = AdamWOptions(learning_rate=0.1, beta1=0.9, beta2=0.95, eps=1e-3, weight_
                      bias_correction1=3.0, bias_correction2=5.0, grad_scale=0.5, apply=1.0)
 LION = LionOptions(learning_rate=0.1, beta1=0.9, beta2=0.95, weight_decay=0.2, grad_scale=0.5,
                    apply=1.0)
+MUON = MuonOptions(learning_rate=0.1, momentum=0.95, weight_decay=0.2, grad_scale=0.5, apply=1.0)
 
 # operation: (shapes of the inputs that have a gradient, other arguments), ...; in 16 bits the
 # first of each only
@@ -139,10 +140,11 @@ WITHOUT_GRADIENT = {
     "lion": [(dict(p=s, m=s, grad=s), dict(options=numbers(*LION)))
              for s in ((16, 32), (17, 31), (1,))],
     "square_sum": [(dict(a=(17, 31), b=(1,), c=(3, 5, 7), d=(5000,)), {})],
-    "orthogonalize": [(dict(a=(16, 48), b=(37, 16), c=(1, 7)), {})],
+    "muon": [({f"{name}{i}": shape for name in ("p", "m", "grad")
+               for i, shape in enumerate(((16, 48), (37, 16), (1, 7)))},
+              dict(options=numbers(*MUON)))],
 }
 IN_16_BITS = (*CASES, "quantized_linear", "cached_attention")  # operations that take such numbers
-VARIADIC = ("square_sum", "orthogonalize")  # which take their inputs without names
 
 
 def draw(shapes: dict, seed: int = 0) -> dict[str, np.ndarray]:
@@ -204,9 +206,12 @@ def differentiate(operation: str, implementation: str, inputs: dict[str, Tensor]
 def apply(operation: str, implementation: str, inputs: dict[str, Tensor], options: dict
           ) -> dict[str, Tensor]:
     """What an operation without a gradient gives and what it changes, by the input's name."""
-    named = {} if operation in VARIADIC else inputs
-    made = getattr(kernels, operation)(*(() if named else inputs.values()), **named, **options,
-                                       implementation=implementation)
+    given, named = (), inputs
+    if operation == "square_sum":
+        given, named = tuple(inputs.values()), {}
+    elif operation == "muon":
+        given, named = thirds(list(inputs.values())), {}
+    made = getattr(kernels, operation)(*given, **named, **options, implementation=implementation)
     results = {"y": made} if isinstance(made, Tensor) else dict(zip(inputs, made, strict=False))
     Tensor.realize(*results.values())
     return results | {name: inputs[name] for name in IN_PLACE if name in inputs}
@@ -244,4 +249,4 @@ def tolerance(operation: str, dtype: str, right: np.ndarray) -> float:
     """What `error` may be where an operation ran in that dtype."""
     if np.issubdtype(right.dtype, np.integer):
         return TOLERANCE_OF_CODES if right.dtype == np.uint8 else 0.0
-    return TOLERANCE_OF_ORTHOGONALIZE if operation == "orthogonalize" else TOLERANCE[dtype]
+    return TOLERANCE_OF_MUON if operation == "muon" else TOLERANCE[dtype]

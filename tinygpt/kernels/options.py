@@ -4,6 +4,7 @@ C files have them as the fields of a struct.
 """
 
 from collections import namedtuple
+from collections.abc import Sequence
 
 from tinygrad import Tensor
 
@@ -13,6 +14,15 @@ AdamWOptions = namedtuple("AdamWOptions", [
     "bias_correction2", "grad_scale", "apply"])
 LionOptions = namedtuple("LionOptions", [
     "learning_rate", "beta1", "beta2", "weight_decay", "grad_scale", "apply"])
+MuonOptions = namedtuple("MuonOptions", [
+    "learning_rate", "momentum", "weight_decay", "grad_scale", "apply"])
+
+
+def thirds(tensors: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """The three lists of one length that were put together: muon's weights, momenta and gradients.
+    """
+    n = len(tensors) // 3
+    return list(tensors[:n]), list(tensors[n:2 * n]), list(tensors[2 * n:])
 
 
 def unpack(kind: type, options: Tensor):

@@ -28,7 +28,7 @@ from tinygpt.kernels.reference import (
 )
 
 __all__ = ["adamw", "adamw8bit", "attention", "cached_attention", "cross_entropy", "draw",
-           "dropout", "embedding", "gelu", "layer_norm", "linear", "lion", "orthogonalize",
+           "dropout", "embedding", "gelu", "layer_norm", "linear", "lion", "muon",
            "quantized_embedding", "quantized_linear", "rms_norm", "rope", "square_sum", "swiglu"]
 
 
@@ -142,8 +142,8 @@ def square_sum(*tensors):
     return functools.reduce(operator.add, (x.square().sum().contiguous() for x in tensors))
 
 
-def orthogonalize(*xs):
-    return [_orthogonalize(x) for x in xs]
+def muon(*arguments):
+    return reference.muon_steps(_orthogonalize, *arguments)
 
 
 def _orthogonalize(x):

@@ -15,7 +15,7 @@ from tinygrad import dtypes
 from tinygrad.dtype import least_upper_dtype
 
 from tinygpt.kernels.blockwise import dequantize, in_blocks, quantize
-from tinygpt.kernels.options import AdamWOptions, LionOptions, unpack
+from tinygpt.kernels.options import AdamWOptions, LionOptions, MuonOptions, thirds, unpack
 from tinygpt.kernels.random import counter, random_bits, uniform
 
 
@@ -154,17 +154,30 @@ def square_sum(*tensors):
 NEWTON_SCHULZ = 3.4445, -4.7750, 2.0315  # a + b A + c A^2
 
 
-def orthogonalize(*xs):
-    return [_orthogonalize(x) for x in xs]
-
-
-def _orthogonalize(x):
+def orthogonalize(x):
     a, b, c = NEWTON_SCHULZ
     x = x / (x.square().sum().sqrt() + 1e-7)
     for _ in range(5):
         A = x @ x.T
         x = a * x + (b * A + c * A @ A) @ x
     return x
+
+
+def muon(*arguments):
+    return muon_steps(orthogonalize, *arguments)
+
+
+def muon_steps(orthogonalize, *arguments):
+    *tensors, options = arguments
+    params, momenta, grads = thirds(tensors)
+    o = unpack(MuonOptions, options)
+    for p, m, grad in zip(params, momenta, grads, strict=True):
+        grad = grad * o.grad_scale
+        m.assign((o.apply != 0).where(o.momentum * m + grad, m))
+        step = orthogonalize(grad + o.momentum * m) * (0.2 * math.sqrt(max(p.shape)))
+        moved = p * (1 - o.learning_rate * o.weight_decay) - o.learning_rate * step
+        p.assign((o.apply != 0).where(moved, p))
+    return [*params, *momenta]
 
 
 def lion(p, m, grad, options):

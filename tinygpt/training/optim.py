@@ -13,7 +13,7 @@ from tinygrad import Tensor
 from tinygpt import kernels
 from tinygpt.checkpoint import CheckpointError, check_arrays
 from tinygpt.kernels.blockwise import BLOCK
-from tinygpt.kernels.options import AdamWOptions, LionOptions
+from tinygpt.kernels.options import AdamWOptions, LionOptions, MuonOptions
 
 
 def global_norm(tensors: list[Tensor]) -> Tensor:
@@ -171,16 +171,11 @@ class Muon(Optimizer):
         named = dict(zip(self.params, grads, strict=True))
         updated = self.rest.update([named[name] for name in self.rest.params], learning_rate,
                                    scale, apply)
-        for name, m in self.m.items():
-            m.assign(apply.where(self.momentum * m + named[name] * scale, m))
-        steps = kernels.orthogonalize(*(named[name] * scale + self.momentum * m
-                                        for name, m in self.m.items()))
-        for (name, m), step in zip(self.m.items(), steps, strict=True):
-            p = self.params[name]
-            step = step * (0.2 * math.sqrt(max(p.shape)))
-            moved = p * (1 - learning_rate * self.weight_decay) - learning_rate * step
-            updated += [m, p.assign(apply.where(moved, p))]
-        return updated
+        options = _packed(MuonOptions(
+            learning_rate=learning_rate, momentum=self.momentum, weight_decay=self.weight_decay,
+            grad_scale=scale, apply=apply.where(1.0, 0.0)))
+        return updated + kernels.muon([self.params[name] for name in self.m], [*self.m.values()],
+                                      [named[name] for name in self.m], options)
 
     def state_dict(self) -> dict[str, Tensor]:
         """step, muon.<name> of the matrices, and AdamW's m.<name> and v.<name> of the rest."""
@@ -287,7 +282,7 @@ def _zeros(shape: tuple[int, ...], dtype=np.float32) -> Tensor:
     return Tensor(np.zeros(shape, dtype)).realize()
 
 
-def _packed(options: AdamWOptions | LionOptions) -> Tensor:
+def _packed(options: AdamWOptions | LionOptions | MuonOptions) -> Tensor:
     """The options, numbers or tensors of one, in one float32 tensor."""
     learning_rate, *values = options
     ones = [v.reshape(1) if isinstance(v, Tensor) else learning_rate.const_like(v) for v in values]

@@ -6,7 +6,7 @@ import numpy as np
 from tinygrad import Tensor, dtypes
 
 from tinygpt import device, kernels
-from tinygpt.kernels.jit import compiled
+from tinygpt.kernels.cpu.replay import CompiledStep
 from tinygpt.kernels.random import make_key
 from tinygpt.kernels.training import training
 from tinygpt.training.config import TrainConfig
@@ -36,13 +36,13 @@ class Steps:
         self.lr, self.norm_limit = self._buffer(1), self._buffer(1)
         self.loss_scale = self._buffer(1) if config.dtype == "float16" else None
         self.key = self._buffer(1, dtype=dtypes.uint32)
-        self._evaluate = compiled(self._eval_step)
+        self._evaluate = CompiledStep(self._eval_step)
         if self.count > 1:
             self.share = self._buffer(1)  # weight of a micro-batch in the step
             self.sums = [self._buffer(*p.shape) for p in self.params.values()]
             self.loss_sum = self._buffer(1)
             self.buckets = Buckets(ranks, [self.loss_sum, *self.sums])
-            self.apply = compiled(self._apply_step)
+            self.apply = CompiledStep(self._apply_step)
         self.starts: Tensor | None = None
         self.use_length(model.config.block_size)
 
@@ -62,9 +62,9 @@ class Steps:
         self.inputs = self._whole() if length == block else tuple(
             self._rows(rows * block // length, length) for _ in range(2))
         if self.count == 1:
-            self._train = compiled(self._train_step)
+            self._train = CompiledStep(self._train_step)
         else:
-            self.accumulate = compiled(self._accumulate_step)
+            self.accumulate = CompiledStep(self._accumulate_step)
 
     def train(self, number: int, batch, lr: float, norm_limit: float,
               loss_scale: float = 1.0) -> tuple[float, float]:

@@ -13,7 +13,7 @@ from tinygpt.kernels import reference
 from tinygpt.kernels.cpu.compile import bfloat16_defines
 from tinygpt.kernels.cpu.kernel import Kernel, constants, memory, projected, strided
 from tinygpt.kernels.cpu.threads import pool
-from tinygpt.kernels.options import AdamWOptions, LionOptions
+from tinygpt.kernels.options import AdamWOptions, LionOptions, MuonOptions, thirds
 
 GEMV_ROWS = 4  # up to so many rows dot products are faster than packing
 QUANTIZED_GEMV_ROWS = 8  # the same where the weights are of few bits
@@ -304,18 +304,23 @@ def _square_sum(tensors):
         sizes=dict(n=[x.numel() for x in tensors]))["out"].reshape(())
 
 
-def orthogonalize(*xs):
-    # a half, since there is an output for each input
-    return [made for part in _parts(xs, MOST_INPUTS // 2) for made in _orthogonalize(part)]
+def muon(*arguments):
+    *tensors, options = arguments
+    parts = [_parts(some, MOST_INPUTS // 2) for some in thirds(tensors)]
+    return [updated for part in zip(*parts, strict=True) for updated in _muon(*part, options)]
 
 
-def _orthogonalize(xs):
-    N = max(min(x.shape) for x in xs)
-    return Kernel("orthogonalize.c", COUNT=len(xs))(
-        outputs=dict(out=[_empty(*x.shape) for x in xs],
-                     scratch=_empty(min(pool().threads, len(xs)), 4, N, N)),
-        inputs=dict(x=[x.contiguous() for x in xs]),
-        sizes=dict(R=[x.shape[0] for x in xs], C=[x.shape[1] for x in xs]))["out"]
+def _muon(params, momenta, grads, options):
+    R, C = zip(*(p.shape for p in params), strict=True)
+    room = max(2 * r * c + 4 * min(r, c)**2 for r, c in zip(R, C, strict=True))
+    updated = Kernel("muon.c", COUNT=len(params), OPTIONS=", ".join(MuonOptions._fields)).in_place(
+        changed=dict(p=params, m=momenta,
+                     scratch=_empty(min(pool().threads, len(params)), room)),
+        inputs=dict(grad=grads, options=options), sizes=dict(R=list(R), C=list(C), room=room))
+    for name, tensors in dict(p=params, m=momenta).items():
+        for tensor, new in zip(tensors, updated[name], strict=True):
+            tensor.replace(new)
+    return [*params, *momenta]
 
 
 def adamw(p, m, v, grad, options):

@@ -23,7 +23,7 @@ from tinygpt.kernels.jit import constant
 # What the elements of tensors are in C; vector.h has bf16 and f16
 C_TYPES = {dtypes.float32: "float", dtypes.bfloat16: "bf16", dtypes.float16: "f16",
            dtypes.int32: "int", dtypes.uint32: "unsigned", dtypes.int8: "signed char",
-           dtypes.uint8: "unsigned char"}
+           dtypes.uint8: "unsigned char", dtypes.uint64: "unsigned long"}
 Tensors = dict[str, Tensor | list[Tensor] | None]
 Sizes = dict[str, int | float | list[int]]
 

@@ -1,4 +1,4 @@
-"""A captured decode step as one call of C, which also runs it several times.
+"""Captured steps that C runs.
 
 A TinyJit hands the kernels of a step to a queue one by one, in Python, which takes longer than a
 small model computes.
@@ -10,6 +10,7 @@ buffers and variables, get_runtime, and the addresses of code and buffers.
 import ctypes
 import functools
 import sys
+from collections.abc import Callable
 
 import numpy as np
 from tinygrad import Device, Tensor, TinyJit
@@ -19,63 +20,111 @@ from tinygrad.helpers import DEBUG
 from tinygrad.uop.ops import Ops, UOp
 
 from tinygpt.kernels.cpu.compile import function, source
+from tinygpt.kernels.cpu.kernel import Kernel
+from tinygpt.kernels.cpu.threads import pool
+from tinygpt.kernels.jit import compiled, constant
 
-WORDS = 16  # of call_t in replay.c: a function and its arguments
+FEW, MANY = 10, 60  # arguments that call_t of calls.h has room for
 VARIABLES = "start_pos", "row"
 
 
-class Step(ctypes.Structure):
-    """step_t of replay.c."""
+class Calls:
+    """The kernels of a captured step, with the arguments that they were captured with, as an array
+    of call_t (see calls.h): words (W,) uint64. `places` has the indices of VARIABLES in words.
+    """
 
-    _fields_ = [("calls", ctypes.c_void_p), ("count", ctypes.c_uint64),
+    def __init__(self, calls: list[UOp], inputs: tuple[UOp, ...]):
+        words, self.places = [], {name: [] for name in VARIABLES}
+        self.held = []  # what words has the addresses of
+        for call in calls:
+            program, runtime = call.src[0].arg, get_runtime("CPU", call.src[0])
+            given = resolve_params(call, inputs)
+            buffers = [given[i].buffer.ensure_allocated() for i in program.globals]
+            self.held += [runtime, *buffers]
+            code = ctypes.cast(runtime.fxn, ctypes.c_void_p).value
+            count = len(buffers) + len(program.vars)
+            room = FEW if count <= FEW else MANY
+            parts = program.global_size[0] if program.runtimevars else 1
+            for core in range(parts):
+                words += [code, parts, room, *map(_address, buffers)]
+                for name in (v.expr for v in program.vars):
+                    if name in self.places:
+                        self.places[name].append(len(words))
+                    words.append(core)
+                words += [0] * (room - count)
+        self.words = np.array(words, np.uint64)
+
+    @classmethod
+    def of(cls, step: TinyJit, *inputs: Tensor) -> "Calls | None":
+        """The kernels of a step that was captured with those inputs.
+
+        None where it has other calls than of programs for the CPU, where JIT=0 prevents capturing,
+        and where DEBUG=2 asks tinygrad to show each call.
+        """
+        if step.captured is None or DEBUG >= 2 or not all(map(_is_plain, kernels_of(step))):
+            return None
+        return cls(kernels_of(step), tuple(x.uop.base for x in inputs))
+
+
+class CompiledStep:
+    """A method of tensors that is captured at its first call. Where all its kernels are the CPU's,
+    C runs them at the later calls, as one kernel of tinygrad's queue.
+
+    Every call gets the same tensors, and overwrites what the one before it returned.
+    """
+
+    def __init__(self, method: Callable[..., Tensor | None]):
+        self.step, self.replay, self.calls = compiled(method), None, None
+
+    def __call__(self, *inputs: Tensor) -> Tensor | None:
+        if self.replay and DEBUG < 2:
+            self.replay()
+            return self.step.captured.ret
+        is_first = self.step.captured is None
+        made = self.step(*inputs)
+        if is_first and (calls := Calls.of(self.step, *inputs)):
+            self.calls, self.words = calls, constant(calls.words, "CPU")
+            self.replay = compiled(self._run)
+        return made
+
+    def _run(self) -> None:
+        Tensor.realize(*Kernel("replay.c").in_place(
+            changed=dict(calls=self.words), inputs={},
+            sizes=dict(words=len(self.calls.words))).values())
+
+
+class Step(ctypes.Structure):
+    """step_t of replay_decoding.c."""
+
+    _fields_ = [("pool", ctypes.c_void_p), ("calls", ctypes.c_void_p), ("end", ctypes.c_void_p),
                 ("positions", ctypes.c_void_p), ("position_count", ctypes.c_uint64),
                 ("tokens", ctypes.c_void_p), ("drawn", ctypes.c_void_p), ("rows", ctypes.c_uint64),
                 ("key", ctypes.c_void_p), ("key_size", ctypes.c_uint64)]
 
 
-class Replay:
-    """The kernels of a captured step, with the arguments that they were captured with."""
+class DecodeReplay:
+    """A captured decode step, which C runs several times in one call."""
 
-    def __init__(self, calls: list[UOp], tokens: Tensor, key: Tensor, drawn: Tensor,
-                 logits: Tensor):
-        self.logits = logits
-        self._held, words = [tokens, key, drawn], []  # what C has the addresses of
-        places = {name: [] for name in VARIABLES}  # of the variables in words
-        for call in calls:
-            program, runtime = call.src[0].arg, get_runtime("CPU", call.src[0])
-            given = resolve_params(call, (tokens.uop.base,))
-            buffers = [given[i].buffer.ensure_allocated() for i in program.globals]
-            self._held += [runtime, *buffers]
-            code = ctypes.cast(runtime.fxn, ctypes.c_void_p).value
-            for core in range(program.global_size[0] if program.runtimevars else 1):
-                call_words = [code, *map(_address, buffers)]
-                for name in (v.expr for v in program.vars):
-                    if name in places:
-                        places[name].append(len(words) + len(call_words))
-                    call_words.append(core)
-                words += call_words + [0] * (WORDS - len(call_words))
-        self.words = np.array(words, np.uint64)
-        self.places = {name: np.array(found, np.uint64) for name, found in places.items()}
-        self.positions = self.words.ctypes.data + 8 * self.places["start_pos"]
+    def __init__(self, calls: Calls, tokens: Tensor, key: Tensor, drawn: Tensor, logits: Tensor):
+        self.logits, self.calls = logits, calls
+        self.words, self.held = calls.words, (tokens, key, drawn)
+        self.places = {name: np.array(at, np.uint64) for name, at in calls.places.items()}
+        begin, end = self.words.ctypes.data, self.words.ctypes.data + self.words.nbytes
+        self.positions = begin + 8 * self.places["start_pos"]
         memory = {name: x.uop.base.realized for name, x in
                   dict(tokens=tokens, key=key, drawn=drawn).items()}
         self.tokens = np.frombuffer(memory["tokens"].as_memoryview(force_zero_copy=True), np.int32)
-        self.step = Step(calls=self.words.ctypes.data, count=len(words) // WORDS,
+        self.step = Step(pool=pool().address, calls=begin, end=end,
                          positions=self.positions.ctypes.data, position_count=len(self.positions),
                          rows=drawn.shape[0], key_size=key.shape[0],
                          **{name: _address(buffer) for name, buffer in memory.items()})
 
     @classmethod
-    def of(cls, step: TinyJit, tokens: Tensor, key: Tensor) -> "Replay | None":
+    def of(cls, step: TinyJit, tokens: Tensor, key: Tensor) -> "DecodeReplay | None":
         """That of a captured step, which returned the tokens drawn (B,) int32 and the logits, and
-        read tokens (B, T) int32 and key (K,) uint32.
-
-        None where the step has other calls than of programs for the CPU with few arguments, where
-        JIT=0 prevents capturing, and where DEBUG=2 asks tinygrad to show each call.
-        """
-        if step.captured is None or DEBUG >= 2 or not all(map(_is_plain, kernels_of(step))):
-            return None
-        return cls(kernels_of(step), tokens, key, *step.captured.ret)
+        read tokens (B, T) int32 and key (K,) uint32. None where `Calls.of` is."""
+        calls = Calls.of(step, tokens)
+        return calls and cls(calls, tokens, key, *step.captured.ret)
 
     def __call__(self, tokens: np.ndarray, start_pos: int, row: int, keys: np.ndarray
                  ) -> tuple[np.ndarray, Tensor]:
@@ -93,7 +142,7 @@ class Replay:
 
 @functools.cache
 def _run():
-    return function(*source("replay.c", "replay"))
+    return function(*source("replay_decoding.c", "replay_decoding"))
 
 
 def kernels_of(step: TinyJit) -> list[UOp]:
@@ -114,7 +163,7 @@ def _is_plain(call: UOp) -> bool:
         return False
     return (all(isinstance(n, int) for n in program.global_size)
             and {v.expr for v in program.vars} <= {*VARIABLES, "core_id"}
-            and len(program.globals) + len(program.vars) < WORDS)
+            and len(program.globals) + len(program.vars) <= MANY)
 
 
 def _address(buffer: Buffer) -> int:
