@@ -9,6 +9,7 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 import time
+from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from tinygpt.training.config import PRESETS, TrainConfig
 from tinygpt.training.loggers import check_loggers
 from tinygpt.training.optim import OPTIMIZERS
 from tinygpt.training.ranks import Ranks, world
-from tinygpt.training.recipe import SHAPES, Trial, describe, recipe, recipe_for
+from tinygpt.training.recipe import SHAPES, Given, Trial, describe, recipe, recipe_for
 from tinygpt.training.run import Interrupted, TrainResult, prepare
 from tinygpt.training.schedule import context_length
 from tinygpt.training.trial import time_steps
@@ -168,10 +169,17 @@ def _adapt_to_text(flags: Settings, ranks: Ranks) -> str:
             raise ValueError(f"--minutes is for text, but {data} has token files: take "
                              "--max_minutes instead")
         return ""
-    settings = recipe(size)
+    typed = {name: getattr(flags["model"], name) for name in flags.typed & SHAPES[0].keys()}
+    shapes = [SHAPES[0] | typed] if typed else SHAPES
+    given = Given(config.batch_size * config.gradient_accumulation_steps, config.learning_rate,
+                  config.tokenizer)
     if minutes:
         seconds = 60 * minutes - STARTING - (time.perf_counter() - start)
-        settings = ranks.broadcast(_recipe_for(flags, size, seconds, ranks))
+        measure = _measure(flags, ranks)
+        settings = ranks.broadcast(recipe_for(size, seconds, measure, shapes, given)
+                                   if ranks.is_main else None)
+    else:
+        settings = recipe(size, shapes[0], given=given)
     settings = {k: v for k, v in settings.items() if k not in flags.typed}
     for key in ("model", "train"):
         names = {f.name for f in fields(flags[key])} & settings.keys()
@@ -179,21 +187,16 @@ def _adapt_to_text(flags: Settings, ranks: Ranks) -> str:
     return describe(size, settings, minutes)
 
 
-def _recipe_for(flags: Settings, size: int, seconds: float, ranks: Ranks) -> dict | None:
-    """The recipe for a run of so many seconds, measured by the main process alone."""
+def _measure(flags: Settings, ranks: Ranks) -> Callable[[dict[str, int]], Trial]:
+    """What takes a few steps of the run with a shape, in the main process alone."""
     shape, config = flags["model"], flags["train"]
     kernels.use(config.kernels)
     kernels.set_threads(config.threads or ranks.threads())  # which asks the other processes
-    if not ranks.is_main:
-        return None
     rows, count = ranks.split(config.batch_size, config.gradient_accumulation_steps)
     config = replace(config, batch_size=rows, gradient_accumulation_steps=count // ranks.size)
-
-    def measure(sizes: dict[str, int]) -> Trial:
-        return time_steps(GPT(replace(shape, **sizes), config.seed), config)
-    print("measuring training steps", file=sys.stderr)
-    typed = {name: getattr(shape, name) for name in flags.typed & SHAPES[0].keys()}
-    return recipe_for(size, seconds, measure, [SHAPES[0] | typed] if typed else SHAPES)
+    if ranks.is_main:
+        print("measuring training steps", file=sys.stderr)
+    return lambda sizes: time_steps(GPT(replace(shape, **sizes), config.seed), config)
 
 
 def _former_settings(config) -> Path | None:

@@ -5,7 +5,7 @@ from dataclasses import InitVar, dataclass
 from tinygpt.config import MachineConfig, check, setting
 from tinygpt.data.tokenizer import TOKENIZERS
 from tinygpt.training.optim import OPTIMIZERS
-from tinygpt.training.recipe import BATCH_SIZE, SHAPES, USUAL
+from tinygpt.training.recipe import BATCH_SIZE, LEARNING_RATE, SHAKESPEARE, recipe
 from tinygpt.training.schedule import SCHEDULES
 
 DECAYS = ("--schedule other than constant", lambda c: c.schedule != "constant")
@@ -170,10 +170,10 @@ class TrainConfig(MachineConfig):
 # that sets it.
 PRESETS: dict[str, dict] = {
     "shakespeare": dict(
-        **SHAPES[0], vocab_size=1024, bias=False, position="rope", norm="rmsnorm",
-        activation="swiglu", qk_norm=True, data="shakespeare", tokenizer="bpe",
-        batch_size=BATCH_SIZE, optimizer="muon", learning_rate=8e-3, ema=True, ema_decay=0.99,
-        max_iters=3000, eval_interval=300, eval_iters=40, beta2=0.99, **USUAL),
+        vocab_size=1024, bias=False, position="rope", norm="rmsnorm", activation="swiglu",
+        qk_norm=True, data="shakespeare", tokenizer="bpe", batch_size=BATCH_SIZE, eval_iters=40,
+        optimizer="muon", learning_rate=LEARNING_RATE, beta2=0.99, ema=True, ema_decay=0.99,
+        **recipe(SHAKESPEARE)),
     # nanoGPT's config/train_shakespeare_char.py
     "shakespeare_char": dict(
         block_size=256, n_layer=6, n_head=6, n_embd=384, dropout=0.2, bias=False,
@@ -200,6 +200,6 @@ PRESETS: dict[str, dict] = {
         eval_iters=40, log_interval=1),
     # to fine-tune the default model on conversations (bench/chat.py)
     "chat": dict(
-        batch_size=BATCH_SIZE, optimizer="muon", learning_rate=8e-3, ema=True, ema_decay=0.99,
-        max_iters=2000, eval_interval=200, eval_iters=40, **USUAL),
+        batch_size=BATCH_SIZE, optimizer="muon", learning_rate=LEARNING_RATE, ema=True,
+        ema_decay=0.99, max_iters=2000, eval_interval=200, eval_iters=40),
 }
