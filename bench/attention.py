@@ -37,6 +37,7 @@ def ours(arrays: list[np.ndarray], implementation: str, dtype: str, backward: bo
         else:
             y = kernels.attention(*heads, implementation=implementation).transpose(1, 2)
         results = [y, *(y.gradient(q, k, v, gradient=dy) if backward else [])]
+        results = [kernels.stored(result) for result in results]  # not copied, as in a model
         Tensor.realize(*results)
         return results
 

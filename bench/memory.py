@@ -30,7 +30,9 @@ def peak() -> float:
 def added(peer: str) -> float:
     """MB that a step adds to the memory of its inputs and of the imported library."""
     import bench.attention as attention
+    from tinygpt import device
 
+    device.prepare()
     arrays = [np.random.default_rng(0).normal(size=SHAPE).astype(np.float32) for _ in range(4)]
     step = {"ours": lambda: attention.ours(arrays, "auto", "float32"),
             "torch": lambda: attention.theirs(arrays, "float32")}[peer]()

@@ -19,7 +19,7 @@ MAX_ITERS = 3000  # of the default run: three minutes on two cores with AVX2
 EPOCHS = 10  # times that a text is read at most; more overfit
 # Weights are an average of their updates over the last 1 / (learning_rate * weight_decay) steps
 # (arXiv:2405.13698); with fewer epochs than these a run overfits less, with more it learns faster
-EPOCHS_AVERAGED = 0.8
+EPOCHS_AVERAGED = 0.7
 WEIGHT_DECAY = 0.1, 6.0  # the least and the most; a long text is not read so often
 BYTES_PER_TOKEN = dict(bpe=2.7, gpt2=3.3, char=1.0, byte=1.0)  # of English
 TOKENS_PER_WEIGHT = 1  # that a run has to see for a larger shape to be the better one
