@@ -6,6 +6,7 @@ from tinygrad import Tensor, UOp, dtypes
 from tinygrad.helpers import Context
 
 from tinygpt import device, kernels
+from tinygpt.kernels.cpu import replay
 from tinygpt.kernels.cpu.replay import CompiledStep, DecodeReplay
 from tinygpt.kernels.jit import compiled
 from tinygpt.kernels.options import MuonOptions
@@ -33,14 +34,14 @@ class Counter:
 
 
 def test_several_steps_in_one_call_are_fed_with_what_they_draw():
-    replay = Counter(2).capture()
+    captured = Counter(2).capture()
     for start_pos, count in ((0, 1), (5, 7), (20, 3)):
         keys = np.arange(count, dtype=np.uint32)[:, None] * 10
         last, expected = np.array([4, 900]), []
         for i in range(count):
             last = (3 * last + start_pos + i + 10 * i) % 1009
             expected.append(last)
-        drawn, logits = replay(np.array([[4], [900]]), start_pos, 0, keys)
+        drawn, logits = captured(np.array([[4], [900]]), start_pos, 0, keys)
         np.testing.assert_array_equal(drawn, expected)
         np.testing.assert_array_equal(logits.numpy(), last + 0.5)
 
@@ -86,6 +87,20 @@ def test_a_compiled_step_changes_what_its_method_does(jit):
         assert (s.step.replay is None) == (jit == 0)
         np.testing.assert_array_equal(s.sums.numpy(), np.full((3, 5), given.sum()))
         assert all(abs(p.numpy()[0, 0]) > 0.5 and p.numpy()[0, 1] == 0 for p in s.p)
+
+
+def test_a_long_step_is_not_one_kernel(monkeypatch):
+    """For which tinygrad would not wait."""
+    monkeypatch.setattr(replay, "LONGEST", 0.0)
+    s = Sums()
+    for count in (1, 2, 3):
+        device.write(s.x, [1.0])
+        assert s.step(s.x).item() == MANY * count
+    assert s.step.replay is None
+    monkeypatch.setattr(replay, "LONGEST", 10.0)
+    for count in (4, 5):
+        assert s.step(s.x).item() == MANY * count
+    assert s.step.replay is not None
 
 
 @pytest.mark.filterwarnings("ignore:no C kernel for muon")

@@ -10,6 +10,7 @@ buffers and variables, get_runtime, and the addresses of code and buffers.
 import ctypes
 import functools
 import sys
+import time
 from collections.abc import Callable
 
 import numpy as np
@@ -26,6 +27,7 @@ from tinygpt.kernels.jit import compiled, constant
 
 FEW, MANY = 10, 60  # arguments that call_t of calls.h has room for
 VARIABLES = "start_pos", "row"
+LONGEST = 10.0  # seconds of a step; 0.14 waits for a kernel for 30
 
 
 class Calls:
@@ -67,8 +69,8 @@ class Calls:
 
 
 class CompiledStep:
-    """A method of tensors that is captured at its first call. Where all its kernels are the CPU's,
-    C runs them at the later calls, as one kernel of tinygrad's queue.
+    """A method of tensors that is captured at its first call. Where all its kernels are the CPU's
+    and it takes no longer than LONGEST, C runs them later on, as one kernel of tinygrad's queue.
 
     Every call gets the same tensors, and overwrites what the one before it returned.
     """
@@ -80,12 +82,19 @@ class CompiledStep:
         if self.replay and DEBUG < 2:
             self.replay()
             return self.step.captured.ret
-        is_first = self.step.captured is None
+        is_first, start = self.step.captured is None, time.perf_counter()
         made = self.step(*inputs)
-        if is_first and (calls := Calls.of(self.step, *inputs)):
-            self.calls, self.words = calls, constant(calls.words, "CPU")
-            self.replay = compiled(self._run)
+        if is_first:
+            self.calls = Calls.of(self.step, *inputs)
+        if self.calls and not self.replay:
+            Device["CPU"].synchronize()
+            if time.perf_counter() - start < LONGEST:
+                self._begin_to_replay()
         return made
+
+    def _begin_to_replay(self) -> None:
+        self.words = constant(self.calls.words, "CPU")
+        self.replay = compiled(self._run)
 
     def _run(self) -> None:
         Tensor.realize(*Kernel("replay.c").in_place(
