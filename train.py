@@ -171,7 +171,8 @@ def _adapt_to_text(flags: Settings, ranks: Ranks) -> str:
         return ""
     typed = {name: getattr(flags["model"], name) for name in flags.typed & SHAPES[0].keys()}
     shapes = [SHAPES[0] | typed] if typed else SHAPES
-    given = Given(config.batch_size * config.gradient_accumulation_steps, config.learning_rate,
+    given = Given(config.batch_size * config.gradient_accumulation_steps,
+                  config.learning_rate if "learning_rate" in flags.typed else None,
                   config.tokenizer)
     if minutes:
         seconds = 60 * minutes - STARTING - (time.perf_counter() - start)

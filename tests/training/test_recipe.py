@@ -31,14 +31,14 @@ SHAPE = [*(f"--{name}={value}" for name, value in SMALL.items()), "--vocab_size=
 def test_a_smaller_text_gets_fewer_steps_and_more_weight_decay():
     made = [recipe(int(2000 * 1.3**n)) for n in range(50)]
     assert [m["max_iters"] for m in made] == sorted(m["max_iters"] for m in made)
-    for name in ("weight_decay", "patience"):
+    for name in ("learning_rate", "weight_decay", "patience"):
         values = [m[name] for m in made]
         assert values == sorted(values, reverse=True)
     assert recipe(10**12) == recipe(10**8) and recipe(10**8)["max_iters"] == MAX_ITERS
 
 
 @pytest.mark.parametrize("rows, tokenizer, learning_rate", [
-    (8, "bpe", 8e-3), (32, "bpe", 8e-3), (8, "char", 8e-3), (8, "bpe", 2e-3)])
+    (8, "bpe", 8e-3), (32, "bpe", None), (8, "char", 8e-3), (8, "bpe", 2e-3)])
 @pytest.mark.parametrize("shape", SHAPES[:2])
 def test_flags_change_neither_the_epochs_nor_what_the_weights_average(shape, rows, tokenizer,
                                                                        learning_rate):
@@ -47,7 +47,8 @@ def test_flags_change_neither_the_epochs_nor_what_the_weights_average(shape, row
         rows=rows, tokenizer=tokenizer, learning_rate=learning_rate))
     tokens, step = 0.9 * size / per_token, rows * shape["block_size"]
     assert made["max_iters"] * step == pytest.approx(EPOCHS * tokens, abs=5 * step)
-    averaged = 1 / (learning_rate * made["weight_decay"]) * step / tokens
+    assert made["learning_rate"] == (learning_rate or made["learning_rate"])
+    averaged = 1 / (made["learning_rate"] * made["weight_decay"]) * step / tokens
     assert averaged == pytest.approx(0.7, rel=0.05) or made["weight_decay"] == 6.0
 
 

@@ -172,8 +172,7 @@ PRESETS: dict[str, dict] = {
     "shakespeare": dict(
         vocab_size=1024, bias=False, position="rope", norm="rmsnorm", activation="swiglu",
         qk_norm=True, data="shakespeare", tokenizer="bpe", batch_size=BATCH_SIZE, eval_iters=40,
-        optimizer="muon", learning_rate=LEARNING_RATE, beta2=0.99, ema=True, ema_decay=0.99,
-        **recipe(SHAKESPEARE)),
+        optimizer="muon", beta2=0.99, ema=True, ema_decay=0.99, **recipe(SHAKESPEARE)),
     # nanoGPT's config/train_shakespeare_char.py
     "shakespeare_char": dict(
         block_size=256, n_layer=6, n_head=6, n_embd=384, dropout=0.2, bias=False,

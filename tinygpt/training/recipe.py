@@ -12,7 +12,8 @@ SHAPES = (dict(n_layer=4, n_head=4, n_embd=128, block_size=64),
           dict(n_layer=4, n_head=6, n_embd=192, block_size=128),
           dict(n_layer=6, n_head=6, n_embd=384, block_size=256))
 BATCH_SIZE = 8
-LEARNING_RATE = 8e-3
+LEARNING_RATE = 8e-3  # of a run of 1300 steps; a longer one wants a lower rate, by the square root
+LEARNING_RATES = 2e-3, 1.5e-2  # the lowest and the highest
 USUAL = dict(warmup_iters=100, patience=0)
 SHAKESPEARE = 1_115_394  # bytes
 MAX_ITERS = 3000  # of the default run: three minutes on two cores with AVX2
@@ -40,7 +41,7 @@ class Given(NamedTuple):
     """What the recipe follows besides the text: flags that a user may give."""
 
     rows: int = BATCH_SIZE  # sequences in a step
-    learning_rate: float = LEARNING_RATE
+    learning_rate: float | None = None
     tokenizer: str = "bpe"
 
 
@@ -56,11 +57,16 @@ def recipe(size: int, shape: dict[str, int] = SHAPES[0], most: float = MAX_ITERS
     text = 0.9 * max(size, 1) / BYTES_PER_TOKEN[given.tokenizer]  # tokens of the training split
     step = given.rows * shape["block_size"]  # tokens of a step
     max_iters = max(20, int(round(min(most, EPOCHS * text / step), -1)))
-    least, greatest = WEIGHT_DECAY
-    weight_decay = min(max(step / (given.learning_rate * EPOCHS_AVERAGED * text), least), greatest)
+    rate = given.learning_rate or within(LEARNING_RATES, LEARNING_RATE * (1300 / max_iters)**0.5)
+    weight_decay = within(WEIGHT_DECAY, step / (rate * EPOCHS_AVERAGED * text))
     return shape | dict(
         max_iters=max_iters, warmup_iters=min(100, max_iters // 2), eval_interval=max_iters // 10,
-        patience=3 if size < SMALL else 0, weight_decay=round(weight_decay, 2))
+        patience=3 if size < SMALL else 0, learning_rate=round(rate, 4),
+        weight_decay=round(weight_decay, 2))
+
+
+def within(limits: tuple[float, float], value: float) -> float:
+    return min(max(value, limits[0]), limits[1])
 
 
 def recipe_for(size: int, seconds: float, measure: Callable[[dict[str, int]], Trial],
