@@ -10,6 +10,7 @@ from typing import NamedTuple
 # the shape of the default run, and larger ones for more time
 SHAPES = (dict(n_layer=4, n_head=4, n_embd=128, block_size=64),
           dict(n_layer=4, n_head=6, n_embd=192, block_size=128),
+          dict(n_layer=6, n_head=4, n_embd=256, block_size=256),
           dict(n_layer=6, n_head=6, n_embd=384, block_size=256))
 BATCH_SIZE = 8
 LEARNING_RATE = 8e-3  # of a run of 1300 steps; a longer one wants a lower rate, by the square root
@@ -23,7 +24,7 @@ EPOCHS = 10  # times that a text is read at most; more overfit
 EPOCHS_AVERAGED = 0.7
 WEIGHT_DECAY = 0.1, 6.0  # the least and the most; a long text is not read so often
 BYTES_PER_TOKEN = dict(bpe=2.7, gpt2=3.3, char=1.0, byte=1.0)  # of English
-TOKENS_PER_WEIGHT = 1  # that a run has to see for a larger shape to be the better one
+TOKENS_PER_WEIGHT = 0.7  # that a run has to see for a larger shape to be the better one
 SMALL = 1_000_000  # bytes; a run on less is stopped once it overfits
 LITTLE = 10_000  # bytes; a model learns little more than words from less
 TINY = 2_000  # bytes; the validation split of less has too few tokens for a longer block
