@@ -31,9 +31,12 @@ SHAPE = [*(f"--{name}={value}" for name, value in SMALL.items()), "--vocab_size=
 def test_a_smaller_text_gets_fewer_steps_and_more_weight_decay():
     made = [recipe(int(2000 * 1.3**n)) for n in range(50)]
     assert [m["max_iters"] for m in made] == sorted(m["max_iters"] for m in made)
-    for name in ("learning_rate", "weight_decay", "patience"):
+    for name in ("weight_decay", "patience"):
         values = [m[name] for m in made]
         assert values == sorted(values, reverse=True)
+    rates = [m["learning_rate"] for m in made]
+    lowest = rates.index(min(rates))
+    assert rates[:lowest] == sorted(rates[:lowest], reverse=True) and max(rates[lowest:]) == 8e-3
     assert recipe(10**12) == recipe(10**8) and recipe(10**8)["max_iters"] == MAX_ITERS
 
 

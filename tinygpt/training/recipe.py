@@ -13,7 +13,9 @@ SHAPES = (dict(n_layer=4, n_head=4, n_embd=128, block_size=64),
           dict(n_layer=6, n_head=4, n_embd=256, block_size=256),
           dict(n_layer=6, n_head=6, n_embd=384, block_size=256))
 BATCH_SIZE = 8
-LEARNING_RATE = 8e-3  # of a run of 1300 steps; a longer one wants a lower rate, by the square root
+# of a run of 1300 steps; a longer one that reads its text twice or more often wants a lower rate, and
+# a shorter one a higher rate, by the square root of the steps
+LEARNING_RATE = 8e-3
 LEARNING_RATES = 2e-3, 1.5e-2  # the lowest and the highest
 USUAL = dict(warmup_iters=100, patience=0)
 SHAKESPEARE = 1_115_394  # bytes
@@ -58,7 +60,10 @@ def recipe(size: int, shape: dict[str, int] = SHAPES[0], most: float = MAX_ITERS
     text = 0.9 * max(size, 1) / BYTES_PER_TOKEN[given.tokenizer]  # tokens of the training split
     step = given.rows * shape["block_size"]  # tokens of a step
     max_iters = max(20, int(round(min(most, EPOCHS * text / step), -1)))
-    rate = given.learning_rate or within(LEARNING_RATES, LEARNING_RATE * (1300 / max_iters)**0.5)
+    rate = within(LEARNING_RATES, LEARNING_RATE * (1300 / max_iters)**0.5)
+    if max_iters * step < 2 * text:
+        rate = max(rate, LEARNING_RATE)
+    rate = given.learning_rate or rate
     weight_decay = within(WEIGHT_DECAY, step / (rate * EPOCHS_AVERAGED * text))
     return shape | dict(
         max_iters=max_iters, warmup_iters=min(100, max_iters // 2), eval_interval=max_iters // 10,
