@@ -13,8 +13,8 @@ SHAPES = (dict(n_layer=4, n_head=4, n_embd=128, block_size=64),
           dict(n_layer=6, n_head=4, n_embd=256, block_size=256),
           dict(n_layer=6, n_head=6, n_embd=384, block_size=256))
 BATCH_SIZE = 8
-# of a run of 1300 steps; a longer one that reads its text twice or more often wants a lower rate, and
-# a shorter one a higher rate, by the square root of the steps
+# of a run of 1300 steps. A shorter one wants a higher rate, by the square root of the steps, and a
+# longer one a lower rate, if it reads its text twice or more often.
 LEARNING_RATE = 8e-3
 LEARNING_RATES = 2e-3, 1.5e-2  # the lowest and the highest
 USUAL = dict(warmup_iters=100, patience=0)
