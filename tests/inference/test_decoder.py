@@ -266,7 +266,7 @@ def test_tokens_that_are_drawn_ahead_are_those_drawn_one_by_one(monkeypatch):
     ahead = model.generate(RAGGED, 40, **options)
     assert model._decoders._idle[0].ahead == decoder.MOST_AHEAD
     model.free_decoders()
-    monkeypatch.setattr(decoder.Replay, "of", lambda *_: None)
+    monkeypatch.setattr(decoder.DecodeReplay, "of", lambda *_: None)
     assert model.generate(RAGGED, 40, **options) == ahead
 
 
