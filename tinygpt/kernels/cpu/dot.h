@@ -2,22 +2,26 @@
 
 HOT float scaled(const gemv_t* g, long n, float y) { return g->scale ? y * g->scale[n] : y; }
 
-/* row m of X times row n of W */
-HOT float dot(const gemv_t* g, long m, long n) {
-  const act* x = g->x + m * g->K;
-  const weight_t* w = g->weight + n * g->K;
-  vfloat sum[4];
-  UNROLL for (int i = 0; i < 4; i++) sum[i] = (vfloat)0.f;
-  long k = 0;
-  for (; k + 4 * LANES <= g->K; k += 4 * LANES) {
-    __builtin_prefetch((const char*)(w + k) + 2048);
-    UNROLL for (int i = 0; i < 4; i++)
-      sum[i] += LOAD(x + k + i * LANES) * LOAD_WEIGHTS(w + k + i * LANES);
+/* y = row m of X times rows n of W */
+HOT void dot_runs(const gemv_t* g, long m, const long n[RUNS], float y[RUNS]) {
+  const long K = g->K;
+  const act* x = g->x + m * K;
+  const weight_t* w[RUNS];
+  vfloat sum[RUNS][2];
+  UNROLL for (int r = 0; r < RUNS; r++) {
+    w[r] = g->weight + n[r] * K;
+    sum[r][0] = sum[r][1] = (vfloat)0.f;
   }
-  for (; k + LANES <= g->K; k += LANES) sum[0] += LOAD(x + k) * LOAD_WEIGHTS(w + k);
-  float y = vsum((sum[0] + sum[1]) + (sum[2] + sum[3]));
-  for (; k < g->K; k++) y += GET(x + k) * GET_WEIGHT(w + k);
-  return scaled(g, n, y);
+  long k = 0;
+  for (; k + 2 * LANES <= K; k += 2 * LANES)
+    UNROLL for (int r = 0; r < RUNS; r++) {
+      UNROLL for (int j = 0; j < 2; j++)
+        sum[r][j] += LOAD(x + k + j * LANES) * LOAD_WEIGHTS(w[r] + k + j * LANES);
+    }
+  UNROLL for (int r = 0; r < RUNS; r++) y[r] = vsum(sum[r][0] + sum[r][1]);
+  for (; k < K; k++)
+    for (int r = 0; r < RUNS; r++) y[r] += GET(x + k) * GET_WEIGHT(w[r] + k);
+  for (int r = 0; r < RUNS; r++) y[r] = scaled(g, n[r], y[r]);
 }
 
 /* y = BLOCK rows of X from m on times row n of W */

@@ -12,26 +12,30 @@ HOT vfloat products(const act* x, long n, const vfloat* w) {
   return sum;
 }
 
-/* row m of X times row n of W */
-HOT float dot(const gemv_t* g, long m, long n) {
+/* y = row m of X times rows n of W */
+HOT void dot_runs(const gemv_t* g, long m, const long n[RUNS], float y[RUNS]) {
   const long K = g->K, groups = (K + GROUP - 1) / GROUP;
   const act* x = g->x + m * K;
-  vfloat sum[4], w[GROUP / LANES];
-  UNROLL for (int u = 0; u < 4; u++) sum[u] = (vfloat)0.f;
-  long i = n * groups, k = 0;
-  for (; k + 4 * GROUP <= K; k += 4 * GROUP) {
-    const float4 scales = LOAD4(g->scale + i);
-    __builtin_prefetch(g->weight + i * GROUP / 2 + 2048);
-    UNROLL for (int u = 0; u < 4; u++, i++) {
-      load_group(g->weight + i * GROUP / 2, w);
-      sum[u] += products(x + k + u * GROUP, GROUP, w) * scales[u];
+  vfloat sum[RUNS], w[GROUP / LANES];
+  UNROLL for (int r = 0; r < RUNS; r++) sum[r] = (vfloat)0.f;
+  long i = 0;
+  for (; (i + 4) * GROUP <= K; i += 4)
+    UNROLL for (int r = 0; r < RUNS; r++) {
+      const long at = n[r] * groups + i;
+      const float4 scales = LOAD4(g->scale + at);
+      __builtin_prefetch(g->weight + at * GROUP / 2 + 1024);
+      UNROLL for (int u = 0; u < 4; u++) {
+        load_group(g->weight + (at + u) * GROUP / 2, w);
+        sum[r] += products(x + (i + u) * GROUP, GROUP, w) * scales[u];
+      }
     }
-  }
-  for (; k < K; i++, k += GROUP) {
-    load_group(g->weight + i * GROUP / 2, w);
-    sum[0] += products(x + k, K - k, w) * GET(g->scale + i);
-  }
-  return vsum((sum[0] + sum[1]) + (sum[2] + sum[3]));
+  for (; i < groups; i++)
+    for (int r = 0; r < RUNS; r++) {
+      const long at = n[r] * groups + i;
+      load_group(g->weight + at * GROUP / 2, w);
+      sum[r] += products(x + i * GROUP, K - i * GROUP, w) * GET(g->scale + at);
+    }
+  UNROLL for (int r = 0; r < RUNS; r++) y[r] = vsum(sum[r]);
 }
 
 /* y = BLOCK rows of X from m on times row n of W */

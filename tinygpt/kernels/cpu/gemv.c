@@ -1,5 +1,5 @@
 /* Y (M x N) = X (M x K) W^T (N x K) + bias + residual for few rows M, or weights of few
- * bits: one pass over the weights, each row of them read once as a single stream. */
+ * bits: one pass over the weights, each row of them read once. */
 #include "pool.h"
 #include "vector.h"
 #include "weight.h"
@@ -7,6 +7,8 @@
 typedef x_t act;
 
 #define BLOCK 4   /* rows of X that share what a row of W is converted to */
+#define RUNS 4    /* of rows of W in memory that a thread reads at the same time: a core gets more
+                   * from memory through several streams than through one */
 
 typedef struct {
   const act *x, *residual;
@@ -42,14 +44,21 @@ HOT void put(const gemv_t* g, long m, long n, float y) {
 
 KERNEL static void rows_of_w(void* args, int index) {
   const gemv_t* g = args;
-  const long end = MIN((index + 1) * g->share, g->N);
-  for (long n = index * g->share; n < end; n++) {
-    long m = 0;
-    for (; m + BLOCK <= g->M; m += BLOCK) {
-      float y[BLOCK];
-      dot_block(g, m, n, y);
-      for (int i = 0; i < BLOCK; i++) put(g, m + i, n, y[i]);
+  const long first = index * g->share, count = MIN(g->share, g->N - first);
+  const long run = (count + RUNS - 1) / RUNS;
+  for (long i = 0; i < run; i++) {
+    long n[RUNS], m = 0;                  /* runs overlap where count is no multiple of RUNS */
+    for (int r = 0; r < RUNS; r++) n[r] = first + r * (count - run) / (RUNS - 1) + i;
+    for (; m + BLOCK <= g->M; m += BLOCK)
+      for (int r = 0; r < RUNS; r++) {
+        float y[BLOCK];
+        dot_block(g, m, n[r], y);
+        for (int j = 0; j < BLOCK; j++) put(g, m + j, n[r], y[j]);
+      }
+    for (; m < g->M; m++) {
+      float y[RUNS];
+      dot_runs(g, m, n, y);
+      for (int r = 0; r < RUNS; r++) put(g, m, n[r], y[r]);
     }
-    for (; m < g->M; m++) put(g, m, n, dot(g, m, n));
   }
 }
