@@ -45,7 +45,8 @@ typedef float scale_t;
 #if defined(__AVX__)
 #define GM (LANES == 16 ? 12 : 6)
 #define GV 2
-#define MC 96                  /* MC x KC of A are half of an L2 of 512 KB */
+#define MC (LANES == 16 ? 144 : 96)  /* MC x KC of A are less than half of an L2 of 1 MB, or of
+                                      * one of 512 KB */
 #define NC 1536
 #define KC 768
 #else
@@ -70,18 +71,22 @@ typedef struct {
   long M, N, K;
   int ta, tb, symmetric;
   long jc, nc, pc, kc;          /* the strip of columns and the slice of depth at hand */
-  long rows;                    /* of C in a task, a multiple of GM */
+  long tasks;                   /* that share the rows of C */
   long panels;                  /* of B that a task packs */
 } gemm_t;
 
 static void pack_b(void* args, int index);
 static void multiply(void* args, int index);
 
+/* the first row of C of a task: blocks are shared as evenly as they can be */
+HOT long first_row(const gemm_t* g, long task) {
+  return MIN((g->M + GM - 1) / GM * task / g->tasks * GM, g->M);
+}
+
 /* C = op(A) op(B) + bias + residual */
 HOT void product(pool_t* pool, gemm_t* g) {
-  /* as many tasks for each thread, and two at least, so that a late one costs little */
-  const long round = 2 * (long)pool->threads, tasks = ROUND_UP((g->M + MC - 1) / MC, round);
-  g->rows = ROUND_UP((g->M + tasks - 1) / tasks, GM);
+  /* as many tasks for each thread, and few, since each reads all that is packed of B */
+  g->tasks = MIN(ROUND_UP((g->M + MC - 1) / MC, (long)pool->threads), (g->M + GM - 1) / GM);
   /* slices of about one depth */
   const long slices = (g->K + KC - 1) / KC, depth = ROUND_UP((g->K + slices - 1) / slices, 32);
   for (g->jc = 0; g->jc < g->N; g->jc += NC) {
@@ -90,7 +95,7 @@ HOT void product(pool_t* pool, gemm_t* g) {
       g->kc = MIN(g->K - g->pc, depth);
       g->panels = g->nc >= 4 * GN * (long)pool->threads ? 4 : 1;
       parallel_for(pool, pack_b, g, (g->nc + g->panels * GN - 1) / (g->panels * GN));
-      parallel_for(pool, multiply, g, (g->M + g->rows - 1) / g->rows);
+      parallel_for(pool, multiply, g, g->tasks);
     }
   }
   for (long i = 0; g->symmetric && i < g->M; i++)

@@ -36,7 +36,7 @@ HOT void pack_a(const gemm_t* g, long i0, long rows, unsigned char* packed_a) {
 
 KERNEL static void multiply(void* args, int index) {
   const gemm_t* g = args;
-  const long first = index * g->rows, rows = MIN(first + g->rows, g->M) - first;
+  const long first = first_row(g, index), rows = first_row(g, index + 1) - first;
   const long depth = ROUND_UP(g->kc, 32);
   unsigned char packed_a[MC * ROW_BYTES] __attribute__((aligned(64)));
   float block[GM * GN] __attribute__((aligned(64)));

@@ -59,7 +59,7 @@ HOT void block_kernel(const int* a, const int* b, long steps, vfloat sum[GM][GV]
 KERNEL static void multiply(void* args, int index) {
   const gemm_t copy = *(const gemm_t*)args;   /* which no store of a float can change */
   const gemm_t* g = &copy;
-  const long first = index * g->rows, last = MIN(first + g->rows, g->M);
+  const long first = first_row(g, index), last = first_row(g, index + 1);
   const long steps = ROUND_UP(g->kc, 32) / 2;
   int packed_a[MC / GM * PANEL_STRIDE(KC)] __attribute__((aligned(64)));
   if (g->ta)

@@ -99,7 +99,7 @@ HOT void block_kernel(const float* a, long ai, long ak, const float* b, long kc,
 
 KERNEL static void multiply(void* args, int index) {
   const gemm_t* g = args;
-  const long first = index * g->rows, last = MIN(first + g->rows, g->M);
+  const long first = first_row(g, index), last = first_row(g, index + 1);
   const long stride = g->kc * GM + 16;              /* + 16: panels must not share a cache set */
   /* where C is narrow, packing A costs more than it saves, unless a block has so many rows that
    * their addresses do not fit into registers */
