@@ -47,7 +47,8 @@ def tensors(arrays) -> list[Tensor | None]:
 @for_each
 @for_each_kind
 @pytest.mark.parametrize("shape", SHAPES)
-def test_products_and_rows_equal_numpy(shape, kind, implementation, rng):
+def test_products_and_rows_equal_numpy(shape, kind, implementation, rng, monkeypatch):
+    monkeypatch.setattr(kernels.cpu, "integer_defines", dict)
     arrays, matrix = draw(*shape, kind, rng)
     x, _, _, bias, residual = arrays
     x_, weight, scale, bias_, residual_ = tensors(arrays)
@@ -60,6 +61,30 @@ def test_products_and_rows_equal_numpy(shape, kind, implementation, rng):
     idx = ids(rng, 3, 2, vocab=shape[1])
     rows = kernels.quantized_embedding(Tensor(idx), weight, scale, implementation).numpy()
     np.testing.assert_allclose(rows[..., :shape[2]], matrix[idx], rtol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+@pytest.mark.parametrize("shape", [(9, 64, 100), (40, 70, 1100), (151, 1550, 1601)])
+def test_products_of_integers_differ_by_the_rounding_of_each_group(shape, kind, rng, monkeypatch):
+    """x is rounded to multiples of a group's largest magnitude / 32767, whatever other groups have."""
+    monkeypatch.setattr(kernels.cpu, "integer_defines", lambda: {"VNNI": 1})
+    arrays, matrix = draw(*shape, kind, rng)
+    x = arrays[0]
+    x *= 10.0 ** rng.integers(-6, 6, x.shape)
+    x[0], x[1, :, 32:64] = 0, 1e-38
+    right = x.astype(np.float64) @ matrix.T
+    groups = np.pad(np.abs(x), ((0, 0), (0, 0), (0, -shape[2] % 32))).reshape(*x.shape[:2], -1, 32)
+    step = (groups.max(-1, keepdims=True) / 32767).repeat(32, -1).reshape(*x.shape[:2], -1)
+    bound = (0.501 * step[..., :shape[2]] + 1e-6 * np.abs(x)) @ np.abs(matrix).T + 1e-30
+    x_, weight, scale, bias, residual = tensors(arrays)
+    bare = kernels.quantized_linear(x_, weight, scale, implementation="cpu").numpy()
+    assert (np.abs(bare - right) <= bound).all() and not bare[0].any()
+    whole = kernels.quantized_linear(x_, weight, scale, bias, residual, "cpu").numpy()
+    np.testing.assert_allclose(whole, bare + arrays[3] + arrays[4], rtol=1e-6, atol=1e-5)
+    x[2, :, 5], x[3, :, 70] = np.nan, np.inf
+    broken = kernels.quantized_linear(Tensor(x), weight, scale, implementation="cpu").numpy()
+    assert not np.isfinite(broken[2:4]).any()
+    np.testing.assert_array_equal(np.delete(broken, [2, 3], 0), np.delete(bare, [2, 3], 0))
 
 
 @pytest.mark.parametrize("instructions", [True, False])

@@ -10,7 +10,7 @@ can take given tensors.
 from tinygrad import Tensor, UOp, dtypes
 
 from tinygpt.kernels import reference
-from tinygpt.kernels.cpu.compile import bfloat16_defines
+from tinygpt.kernels.cpu.compile import bfloat16_defines, integer_defines
 from tinygpt.kernels.cpu.kernel import Kernel, constants, memory, projected, strided
 from tinygpt.kernels.cpu.threads import pool
 from tinygpt.kernels.options import AdamWOptions, LionOptions, MuonOptions, thirds
@@ -81,9 +81,10 @@ def quantized_linear(x, scale, bias, residual, weight):
     bias, residual = _float(bias), residual if residual is None else residual.cast(x.dtype)
     if M <= QUANTIZED_GEMV_ROWS:
         return _gemv(x, weight, scale, bias, residual)
+    integers = {} if weight.dtype == dtypes.float16 else integer_defines()
     return _gemm(_empty(*x.shape[:-1], N, dtype=x.dtype),
                  dict(a=x, b=weight, scale=scale, bias=bias, residual=residual),
-                 dict(M=M, N=N, K=K, ta=0, tb=1), QUANTIZED=1, **_int4(weight))["c"]
+                 dict(M=M, N=N, K=K, ta=0, tb=1), QUANTIZED=1, **_int4(weight), **integers)["c"]
 
 
 def _int4(weight: Tensor) -> dict[str, int]:

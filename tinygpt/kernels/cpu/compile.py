@@ -102,6 +102,12 @@ def bfloat16_defines() -> dict[str, int]:
     return {}
 
 
+@functools.cache
+def integer_defines() -> dict[str, int]:
+    """What chooses the micro kernel of gemm.h for matrices of integers."""
+    return {"VNNI": 1} if "avx512_vnni" in cpu_info() else {}
+
+
 def program(name: str, code: str, buffers, outputs: int, flops: int, device: str = "CPU",
             **launch) -> UOp:
     """A tinygrad program that is source for a device; the first `outputs` of the buffers are

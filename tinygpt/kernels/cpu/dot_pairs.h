@@ -1,6 +1,5 @@
 /* sum + the products of pairs of bfloat16, those of a lane being in its 32 bits: what AVX512_BF16 and
  * Arm's BF16 have an instruction for; elsewhere the same in float32, to be tested on. */
-typedef int vint_unaligned __attribute__((ext_vector_type(LANES), aligned(4)));
 
 HOT vfloat dot_pairs(vfloat sum, vint a, vint b) {
 #if defined(__AVX512BF16__)

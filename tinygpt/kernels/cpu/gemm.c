@@ -16,6 +16,11 @@ KERNEL void NAME(ARGUMENTS) {
 #include "gemm_amx.h"
 #elif DOT
 #include "gemm_dot.h"
+#elif VNNI
+#include "gemm_vnni.h"
 #else
 #include "gemm_float.h"
+#endif
+#if DOT || VNNI
+#include "gemm_multiply.h"
 #endif

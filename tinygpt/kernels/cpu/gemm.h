@@ -1,6 +1,6 @@
-/* The loops around the micro kernels of gemm_float.h, with AMX 1 gemm_amx.h, and with DOT 1
- * gemm_dot.h, as BLIS has them (Van Zee and van de Geijn, ACM TOMS 2015), and the way from a block
- * to C. A file that includes this one includes one of those after its entry.
+/* The loops around the micro kernels of gemm_float.h, with AMX 1 gemm_amx.h, with DOT 1 gemm_dot.h,
+ * and with VNNI 1 gemm_vnni.h, as BLIS has them (Van Zee and van de Geijn, ACM TOMS 2015), and the
+ * way from a block to C. A file that includes this one includes one of those after its entry.
  *
  *   C (M x N) = op(A) op(B) + bias + residual, all row-major
  *
@@ -34,7 +34,7 @@ typedef float scale_t;
 #define MC 128
 #define NC 512
 #define KC 1024
-#elif DOT
+#elif DOT || VNNI
 #define GM (LANES == 4 ? 6 : 12)
 #define GV (LANES == 4 ? 4 : 2)
 #define GN (GV * LANES)

@@ -1,13 +1,13 @@
 /* The micro kernel of gemm.h on instructions that add the products of two pairs of bfloat16 to each
  * float32: AVX512_BF16's vdpbf16ps, Arm's bfdot. Panels of A have GM rows. */
 
-#define PANEL_STRIDE(depth) ((depth) / 2 * GM + 16)   /* + 16: panels must not share a cache set */
+#define A_STRIDE(depth) ((depth) / 2 * GM + 16)   /* + 16: panels must not share a cache set */
+#define B_STRIDE(depth) ((depth) / 2 * GN)
 
 /* packed[panel][k / 2][GM] pairs of rows first .. last of A; a vector is stored whole, and the next
  * one overwrites what is behind GM rows */
-HOT void pack_rows(const gemm_t* g, long first, long last, int* packed) {
-  const long depth = ROUND_UP(g->kc, 32);
-  for (long i = first; i < last; i += GM, packed += PANEL_STRIDE(depth))
+HOT void pack_rows(const gemm_t* g, long first, long last, long depth, int* packed) {
+  for (long i = first; i < last; i += GM, packed += A_STRIDE(depth))
     for (long k = 0; k < depth; k += 32) {
       const a_t* src = g->a + i * g->K + g->pc + k;
       int16 r[16];
@@ -22,8 +22,7 @@ HOT void pack_rows(const gemm_t* g, long first, long last, int* packed) {
 /* the same of columns of A's storage, and their sums; BURST depths of all panels in turn, so that a
  * line of the cache is read once */
 #define BURST 32
-HOT void pack_columns(const gemm_t* g, long first, long last, int* packed) {
-  const long depth = ROUND_UP(g->kc, 32);
+HOT void pack_columns(const gemm_t* g, long first, long last, long depth, int* packed) {
   float16 sums[MC / GM];
   for (long p = 0; p < MC / GM; p++) sums[p] = (float16)0.f;
   for (long from = 0; from < depth; from += BURST)
@@ -35,7 +34,7 @@ HOT void pack_columns(const gemm_t* g, long first, long last, int* packed) {
         __builtin_prefetch(src + BURST * g->M);
         __builtin_prefetch(src + (BURST + 1) * g->M);
         const int16 r = PAIRS(src, src + g->M, k < g->kc ? there : 0, k + 1 < g->kc ? there : 0);
-        *(int16_unaligned*)(packed + p * PANEL_STRIDE(depth) + k / 2 * GM) = r;
+        *(int16_unaligned*)(packed + p * A_STRIDE(depth) + k / 2 * GM) = r;
         sum += sums_of_pairs(r);
       }
       sums[p] = sum;
@@ -44,47 +43,21 @@ HOT void pack_columns(const gemm_t* g, long first, long last, int* packed) {
     g->sums[i] = sums[(i - first) / GM][(i - first) % GM] + (g->pc ? g->sums[i] : 0.f);
 }
 
-/* sum = a panel of A times one of B, `steps` pairs deep */
-HOT void block_kernel(const int* a, const int* b, long steps, vfloat sum[GM][GV]) {
+HOT void pack_a(const gemm_t* g, long first, long last, long depth, int* packed) {
+  if (g->ta)
+    pack_columns(g, first, last, depth, packed);
+  else
+    pack_rows(g, first, last, depth, packed);
+}
+
+/* sum = a panel of A times one of B */
+HOT void block_kernel(const int* a, const int* b, long depth, vfloat sum[GM][GV]) {
   UNROLL for (int i = 0; i < GM; i++) UNROLL for (int j = 0; j < GV; j++) sum[i][j] = (vfloat)0.f;
-  for (long k = 0; k < steps; k++) {
+  for (long k = 0; k < depth / 2; k++) {
     vint row[GV];
     UNROLL for (int j = 0; j < GV; j++) row[j] = *(const vint_unaligned*)(b + k * GN + j * LANES);
     UNROLL for (int i = 0; i < GM; i++)
       UNROLL for (int j = 0; j < GV; j++)
         sum[i][j] = dot_pairs(sum[i][j], (vint)a[k * GM + i], row[j]);
   }
-}
-
-KERNEL static void multiply(void* args, int index) {
-  const gemm_t copy = *(const gemm_t*)args;   /* which no store of a float can change */
-  const gemm_t* g = &copy;
-  const long first = first_row(g, index), last = first_row(g, index + 1);
-  const long steps = ROUND_UP(g->kc, 32) / 2;
-  int packed_a[MC / GM * PANEL_STRIDE(KC)] __attribute__((aligned(64)));
-  if (g->ta)
-    pack_columns(g, first, last, packed_a);
-  else
-    pack_rows(g, first, last, packed_a);
-  for (long j = 0; j < g->nc; j += GN)
-    for (long i = first; i < last; i += GM) {
-      const long rows = MIN(last - i, GM), cols = MIN(g->nc - j, GN);
-      vfloat sum[GM][GV];
-      UNROLL for (int r = 0; r < GM; r++) {
-        const long at = (i + r) * g->N + g->jc + j;
-        __builtin_prefetch(g->c + at, 1);
-        if (g->residual) __builtin_prefetch(g->residual + at);
-      }
-      block_kernel(packed_a + (i - first) / GM * PANEL_STRIDE(2 * steps),
-                   (const int*)g->packed_b + j * steps, steps, sum);
-      if (rows == GM && cols == GN) {
-        UNROLL for (int r = 0; r < GM; r++)
-          UNROLL for (int x = 0; x < GV; x++) store_sums(g, i + r, j + x * LANES, sum[r][x]);
-        continue;
-      }
-      float block[GM * GN];
-      UNROLL for (int r = 0; r < GM; r++)
-        UNROLL for (int x = 0; x < GV; x++) STORE(block + r * GN + x * LANES, sum[r][x]);
-      store_block(g, i, j, block, GN, rows, cols);
-    }
 }

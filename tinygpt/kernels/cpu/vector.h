@@ -36,6 +36,7 @@ typedef float vfloat __attribute__((ext_vector_type(LANES)));
 typedef int vint __attribute__((ext_vector_type(LANES)));
 typedef unsigned vuint __attribute__((ext_vector_type(LANES)));
 typedef float vfloat_unaligned __attribute__((ext_vector_type(LANES), aligned(4)));
+typedef int vint_unaligned __attribute__((ext_vector_type(LANES), aligned(4)));
 typedef float float4 __attribute__((ext_vector_type(4), aligned(4)));
 
 typedef unsigned short bf16;
