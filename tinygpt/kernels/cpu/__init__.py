@@ -210,20 +210,24 @@ def attention(q, k, v, starts=None, offset=0, window=None, dropout_p=0.0, dropou
                  dropout=int(dropout_p * 2**32) if drops else 0,
                  starts_row=0 if starts is None else starts.numel() // B)
     flops = 2 * B * H * D * T * (2 * S - T)
-    defines = dict(DOT=1) if q.dtype == dtypes.bfloat16 and bfloat16_defines() else {}
 
     def gradient(dy: Tensor, made: dict[str, Tensor]) -> dict[str, Tensor]:
-        grads = Kernel("attention_backward.c", **defines)(
+        grads = Kernel("attention_backward.c", **_pairs(q))(
             outputs=dict(dq=_empty_like(sources["q"]), dk=_empty_like(sources["k"]),
                          dv=_empty_like(sources["v"]), delta=_empty(B, H, T),
                          sums=None if q.dtype == dtypes.float32 else _empty(B, H, T, D)),
             inputs=dict(dout=dy, **made, **sources, **where), sizes=sizes, flops=flops * 5 // 2)
         return dict(q=grads["dq"], k=grads.get("dk"), v=grads.get("dv"))
 
-    made = Kernel("attention_forward.c", **defines)(
+    made = Kernel("attention_forward.c", **_pairs(q))(
         outputs=dict(out=_empty(B, T, H, D, dtype=q.dtype), lse=_empty(B, H, T)),
         inputs=dict(**sources, **where), sizes=sizes, gradient=gradient, flops=flops)
     return made["out"].transpose(1, 2)
+
+
+def _pairs(q: Tensor) -> dict[str, int]:
+    """The definition with which attention multiplies pairs of bfloat16."""
+    return dict(DOT=1) if q.dtype == dtypes.bfloat16 and bfloat16_defines() else {}
 
 
 def _projections(q, k, v) -> tuple[dict[str, Tensor | None], dict[str, list[int]]]:
@@ -242,7 +246,7 @@ def _projections(q, k, v) -> tuple[dict[str, Tensor | None], dict[str, list[int]
 
 def cached_attention(q, k, v, keys, values, offset, window=None, start=None):
     B, H, T, D = q.shape
-    if T > 1 or keys.dtype != q.dtype:
+    if keys.dtype != q.dtype:
         reference.write_cache(k, v, keys, values, offset)
         return attention(q, keys, values, start, offset, window)
     sources, places = {}, {}
@@ -250,13 +254,21 @@ def cached_attention(q, k, v, keys, values, offset, window=None, start=None):
         source, first, strides = memory(x)
         if strides[3] != 1:
             source, first, strides = memory(x.contiguous())
-        sources[name], places[f"{name}_strides"] = source, [first, *strides[:2]]
+        sources[name], places[f"{name}_strides"] = source, [first, *strides[:3]]
     G, S = keys.shape[1:3]
-    return Kernel("attention_decode.c").in_place(
-        changed=dict(out=_empty(B, H, T, D, dtype=q.dtype), keys=keys, values=values),
-        inputs=dict(**sources, offset=_number(offset), start=start),
-        sizes=dict(B=B, H=H, G=G, S=S, D=D, window=window or 0, **places),
-        flops=4 * B * H * D * S)["out"]
+    sizes = dict(B=B, H=H, G=G, S=S, D=D, window=window or 0, **places)
+    if T == 1:
+        return Kernel("attention_decode.c").in_place(
+            changed=dict(out=_empty(B, H, T, D, dtype=q.dtype), keys=keys, values=values),
+            inputs=dict(**sources, offset=_number(offset), start=start), sizes=sizes,
+            flops=4 * B * H * D * S)["out"]
+    return Kernel("attention_forward.c", CACHED=1, **_pairs(q)).in_place(
+        changed=dict(out=_empty(B, T, H, D, dtype=q.dtype), lse=_empty(B, H, T), keys=keys,
+                     values=values),
+        inputs=dict(**sources, offset=_number(offset), starts=start,
+                    key=constants(dtypes.uint32, 0)),
+        sizes=sizes | dict(T=T, dropout=0, starts_row=0 if start is None else 1),
+        flops=2 * B * H * D * T * (2 * S - T))["out"].transpose(1, 2)
 
 
 def _number(n: int | UOp) -> Tensor:

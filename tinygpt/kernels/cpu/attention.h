@@ -11,6 +11,7 @@
 #include "vector.h"
 
 typedef q_t act;
+#include "cache.h"
 #if DOT
 #include "dot_pairs.h"
 typedef bf16 part_t;           /* of a step */
@@ -33,8 +34,6 @@ typedef float step_t;
 #define TILE(rows, cols) \
   ((void*)__builtin_alloca_with_align((rows) * (cols) * sizeof(float), 512))
 
-typedef struct { long start, batch, head, row; } strides_t;   /* in elements; D is contiguous */
-
 typedef struct {
   const act *q, *k, *v, *dout;
   act *out, *dq, *dk, *dv;
@@ -47,8 +46,6 @@ typedef struct {
   unsigned dropout, key;         /* dropout: its probability times 2^32 */
   float scale, keep;             /* 1 / sqrt(D), 1 / (1 - dropout) */
 } attention_t;
-
-#define AT(p, s, b, h, i) ((p) + (s).start + (b) * (s).batch + (h) * (s).head + (i) * (s).row)
 
 /* The fields of an attention_t that both directions set, from the names at their entry */
 #define SIZES \

@@ -7,6 +7,7 @@
 #include "vector.h"
 
 typedef q_t act;
+#include "cache.h"
 
 #define CHUNK 64   /* keys that are weighed at once */
 #define LOCAL(n) ((float*)__builtin_alloca_with_align((n) * sizeof(float), 512))
@@ -20,18 +21,6 @@ typedef struct {
 } decode_t;
 
 static void some_keys(void* args, int index);
-
-/* row b and head g of a new key or value begin at `first` + b * `batch` + g * `head` */
-typedef struct { long first, batch, head; } strides_t;
-
-/* the cache at position p = a new row for each of the heads */
-HOT void append(const decode_t* a, act* cache, const act* row, const long* strides, long B, long p) {
-  const strides_t s = *(const strides_t*)strides;
-  for (long b = 0; b < B; b++)
-    for (long g = 0; g < a->G; g++)
-      for (long d = 0; d < a->D; d++)
-        cache[((b * a->G + g) * a->S + p) * a->D + d] = row[s.first + b * s.batch + g * s.head + d];
-}
 
 /* merges the parts of head h into its output */
 HOT void merge(const decode_t* a, long head) {
@@ -51,14 +40,14 @@ HOT void merge(const decode_t* a, long head) {
 
 KERNEL void NAME(ARGUMENTS) {
   DECLARE_NAMES
-  const long p = offset[0];
+  const long p = offset[0], T = 1;
+  const append_t appended = APPENDED;
   const strides_t qs = *(const strides_t*)q_strides;
-  decode_t a = {.q = q + qs.first, .keys = keys, .values = values, .out = out, .start = start,
+  decode_t a = {.q = q + qs.start, .keys = keys, .values = values, .out = out, .start = start,
                 .parts = shared->workspace, .G = G, .S = S, .D = D, .group = H / G,
                 .q_batch = qs.batch, .q_head = qs.head,
                 .first = window ? MAX(0, p + 1 - window) : 0, .last = p + 1};
-  append(&a, keys, k, k_strides, B, p);
-  append(&a, values, v, v_strides, B, p);
+  for (long b = 0; b < B; b++) append(&appended, b);
   const long threads = (long)shared->pool->threads, chunks = (a.last - a.first + CHUNK - 1) / CHUNK;
   a.splits = MAX(1, MIN((threads + B * G - 1) / (B * G), chunks));
   parallel_for_work(shared->pool, some_keys, &a, B * G * a.splits,

@@ -1,15 +1,25 @@
 /* Causal flash attention, forward: out (B, T, H, D), and for the backward pass the logarithm to
  * base 2 of each softmax's denominator, lse (B, H, T). Scores are kept transposed, S[j][i], so that
- * the lanes of a vector are queries and the softmax needs no reduction across lanes. */
+ * the lanes of a vector are queries and the softmax needs no reduction across lanes. Where there is a
+ * cache (keys, values), k and v are new in it, and all of it is seen. */
 #include "attention.h"
 
+static void append_token(void* args, int index);
 static void query_tile(void* args, int index);
 
 KERNEL void NAME(ARGUMENTS) {
   DECLARE_NAMES
   attention_t a = {.q = q, .k = k ? k : q, .v = v ? v : q, .out = out, .lse = lse, SIZES};
+#if CACHED
+  append_t appended = APPENDED;
+  parallel_for(shared->pool, append_token, &appended, B * T);
+  a.k = keys, a.v = values;
+  a.ks = a.vs = (strides_t){0, G * S * D, S * D, D};
+#endif
   parallel_for(shared->pool, query_tile, &a, B * H * ((T + BQ - 1) / BQ));
 }
+
+KERNEL static void append_token(void* args, int index) { append(args, index); }
 
 /* the running maximum m, the sum s of the weights, and the factor by which both shrink */
 typedef struct { float *m, *s, *shrink; } softmax_t;
