@@ -181,12 +181,14 @@ async function look(index, how) {
   if (view() === "probability" || isAsked) await showAlternatives(index, how, isAsked);
 }
 
+let asked = 0; // how often alternatives were asked for: the last ones are shown
+
 async function showAlternatives(index, how, isPinned) {
-  const token = text.tokens[index];
+  const token = text.tokens[index], turn = ++asked;
   if (token.isPrompt && index > 0 && backend.predict) {
     Object.assign(token, await backend.predict(text.ids.slice(0, index), token.id));
   }
-  if (token !== text.tokens[index]) return; // the text has changed meanwhile
+  if (turn !== asked || token !== text.tokens[index]) return; // the text may have changed too
   popover.show(index, token, text.spans[index], isPinned);
   if (how === "enter") popover.root.querySelector("button")?.focus();
 }
