@@ -72,7 +72,8 @@ def test_rounding_to_bfloat16_needs_no_instruction_of_the_processor(rng):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc/cpuinfo is Linux's")
 @pytest.mark.parametrize(("info", "defines"), [
-    ("flags\t\t: fpu avx512f avx512_bf16 clflush", {"DOT": 1}), ("flags\t\t: fpu avx2 f16c", {}),
+    ("flags\t\t: fpu avx512f avx512_bf16 avx512_vnni", {"DOT": 1}),
+    ("flags\t\t: fpu avx2 avx_vnni f16c", {}),
     ("Features\t: fp asimd bf16 i8mm", {"DOT": 1}), ("Features\t: fp asimd ebf16", {}), ("", {})])
 def test_bfloat16_is_multiplied_as_the_processor_can_and_what_it_lacks_is_said_once(
         info, defines, monkeypatch):
@@ -83,5 +84,6 @@ def test_bfloat16_is_multiplied_as_the_processor_can_and_what_it_lacks_is_said_o
         warnings.simplefilter("always")
         for _ in range(2):
             assert compiling.bfloat16_defines() == defines
+    assert bool(compiling.integer_defines.__wrapped__()) == info.endswith("avx512_vnni")
     assert [str(w.message)[:38] for w in said] == ["this processor has no AMX, AVX512_BF16"] * (
         not defines)

@@ -251,7 +251,8 @@ PROCESSORS = {"avx512": ["x86_64", "-march=sapphirerapids"], "sse": ["x86_64", "
 
 @pytest.fixture(scope="module")
 def c_sources():
-    """The source of every C kernel that the cases use, with each way to multiply bfloat16."""
+    """The source of every C kernel that the cases use, with each way to multiply bfloat16 and
+    integers."""
     sources, build = {}, kernel.program
 
     def program(name, code, *rest):
@@ -271,6 +272,13 @@ def c_sources():
         for operation, cases in WITHOUT_GRADIENT.items():
             for shapes, options in cases:
                 run(operation, "cpu", draw(shapes), options)
+        for defines in ({}, {"VNNI": 1}):
+            patch.setattr(kernels.cpu, "integer_defines", lambda defines=defines: defines)
+            for weight, scale in ((filled(6, 32, dtype=dtypes.int8), filled(6)),
+                                  (filled(6, 16, dtype=dtypes.uint8),
+                                   filled(6, 1, dtype=dtypes.float16))):
+                kernels.quantized_linear(filled(9, 32), weight, scale,
+                                         implementation="cpu").realize()
     for kind in ("FLOAT", "AMX", "DOT"):
         defines = ((kind, 1), ("ROUNDS", 1), ("BURSTS", 1))
         sources |= [kernel.source("peak.c", f"peak_{kind}1".lower(), defines)]
@@ -279,7 +287,7 @@ def c_sources():
 
 @pytest.mark.parametrize("processor", PROCESSORS)
 def test_c_compiles_for_other_processors(processor, c_sources):
-    assert any("amx1" in name for name in c_sources) and len(c_sources) > 30
+    assert all(any(kind in name for name in c_sources) for kind in ("amx1", "vnni1", "int41"))
     target, *options = PROCESSORS[processor]
     command = [os.environ.get("CC", "clang"), f"--target={target}-none-unknown-elf", *options,
                "-x", "c", "-c", "-O0", "-ffreestanding", "-Wall", "-Werror", "-Wno-psabi",

@@ -75,6 +75,8 @@ def quantized_linear(x: Tensor, weight: Tensor, scale: Tensor | None = None,
     (N, C) int8 with scale (N,) float32, a row's
     (N, 16 G) uint8 with scale (N, G) float16, those of groups of 32 weights, G = ceil(C / 32): four
     bits each, in llama.cpp's Q4_0 (see cpu/weight.h)
+    With int8 and int4 an implementation may round each group of 32 numbers in x to multiples of its
+    largest magnitude / 32767.
     """
     _check_linear("quantized_linear", x, weight, bias, residual)
     return _run("quantized_linear", implementation, (x, scale, bias, residual), weight)

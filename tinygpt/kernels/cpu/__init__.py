@@ -1,10 +1,11 @@
 """The operations in C, for float32, bfloat16 and float16 on tinygrad's CPU device.
 
 Each C file in this folder begins with what it computes. It is compiled once for a machine and takes
-its sizes when it runs. Arithmetic is float32 whatever the activations are, but for the products of
-bfloat16 activations, in linear layers and in attention, on a processor that multiplies bfloat16
-(AMX, AVX512_BF16, Arm's BF16), which are summed in float32. `fits` decides whether these functions
-can take given tensors.
+its sizes when it runs. Arithmetic is float32 whatever the activations are, with two exceptions:
+products of bfloat16 activations, in linear layers and in attention, on a processor that multiplies
+bfloat16 (AMX, AVX512_BF16, Arm's BF16), which are summed in float32; and products of int8 and int4
+matrices with more than a few rows on a processor with AVX512_VNNI, for which groups of 32
+activations are rounded to 16 bits. `fits` decides whether these functions can take given tensors.
 """
 
 from tinygrad import Tensor, UOp, dtypes
