@@ -1,6 +1,7 @@
 """The commands and scripts of README.md and docs/, checked or run as they stand, only smaller; the
 links, files and flags that the pages name."""
 
+import csv
 import re
 import shlex
 from dataclasses import fields
@@ -192,3 +193,10 @@ def test_the_examples_for_contributors_are_the_code_as_it_is():
         source = [line.strip() for line in (ROOT / file).read_text(encoding="utf-8").splitlines()]
         lines = [line.strip() for line in code.splitlines()]
         assert any(source[i:i + len(lines)] == lines for i in range(len(source))), code
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "bench").glob("*.csv")), ids=lambda path: path.name)
+def test_every_line_of_the_measurements_is_a_row(path):
+    with path.open(newline="", encoding="utf-8") as file:
+        header, *rows = csv.reader(file)
+    assert rows and {len(row) for row in rows} == {len(header)}

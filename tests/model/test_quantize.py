@@ -66,7 +66,7 @@ def test_products_and_rows_equal_numpy(shape, kind, implementation, rng, monkeyp
 @pytest.mark.parametrize("kind", ["int8", "int4"])
 @pytest.mark.parametrize("shape", [(9, 64, 100), (40, 70, 1100), (151, 1550, 1601)])
 def test_products_of_integers_differ_by_the_rounding_of_each_group(shape, kind, rng, monkeypatch):
-    """x is rounded to multiples of a group's largest magnitude / 32767, whatever other groups have."""
+    """To multiples of its largest magnitude / 32767, whatever other groups have."""
     monkeypatch.setattr(kernels.cpu, "integer_defines", lambda: {"VNNI": 1})
     arrays, matrix = draw(*shape, kind, rng)
     x = arrays[0]
