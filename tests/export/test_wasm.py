@@ -6,6 +6,7 @@ from covering import MODEL, covering
 from tinygrad import Tensor
 
 from gpt import GPT, GPTConfig
+from tinygpt import kernels
 from tinygpt.data.tokenizer import ByteTokenizer
 from tinygpt.export import wasm
 from tinygpt.inference.sampling import OPTIONS
@@ -44,8 +45,14 @@ class Tokens(ByteTokenizer):
     vocab_size = V
 
 
+@pytest.fixture
+def float_products(monkeypatch):
+    """Our int8 products in float32, so that the module's rounding is all there is."""
+    monkeypatch.setattr(kernels.cpu, "integer_defines", dict)
+
+
 @pytest.mark.parametrize("row", covering(MODEL | dict(quantize=["none", "int8", "fp16"])), ids=str)
-def test_logits_and_attention(row):
+def test_logits_and_attention(row, float_products):
     kind, options = row["quantize"], {k: v for k, v in row.items() if k != "quantize"}
     ours, rng = GPT(GPTConfig(**SHAPE | options)), np.random.default_rng(11)
     ours.load_state_dict({name: w.numpy() + 0.1 * rng.standard_normal(w.shape)
@@ -74,7 +81,7 @@ def test_logits_and_attention(row):
 
 @pytest.mark.parametrize("sizes", [
     dict(n_embd=21, n_head=3, n_inner=37), dict(n_embd=4, n_head=1, n_inner=40000)], ids=str)
-def test_odd_and_large_sizes_of_int8(sizes):
+def test_odd_and_large_sizes_of_int8(sizes, float_products):
     """In the large one all addends of a sum are equal, and so it is as large as it can be."""
     config = GPTConfig(**SHAPE | dict(n_layer=1, position="learned") | sizes)
     ours, rng = GPT(config), np.random.default_rng(5)
