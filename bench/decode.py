@@ -4,7 +4,8 @@ with the same weights, matrices of the same kind and as many threads:
 
     python bench/decode.py [small] [124M]
 
-Ours and PyTorch's draw the tokens; llama.cpp's time has no drawing.
+Ours and PyTorch's draw the tokens; llama.cpp's time has no drawing. "reading" is what reading as
+many bytes as our matrices have takes: the product of one row and a float32 matrix of that size.
 """
 
 import sys
@@ -14,11 +15,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from tinygrad import Device, Tensor, TinyJit
+from tinygrad.nn.state import get_state_dict
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from bench.measure import in_turn, record
 from bench.peer import Cache, PeerGPT, enter_torch, torch_device
 from gpt import GPT, GPTConfig
+from tinygpt import kernels
 from tinygpt.machine import cpu_count
 
 CASES = {"small": (6, 6, 384, 256, 512), "124M": (12, 12, 768, 1024, 50257)}  # L, H, C, T, V
@@ -38,11 +42,27 @@ def model_of(case: str) -> GPT:
     return GPT(GPTConfig(n_layer=L, n_head=H, n_embd=C, block_size=T, vocab_size=V))
 
 
-def ours(case: str, kind: str):
+def ours(case: str, kind: str) -> GPT:
     model = model_of(case)
-    if kind != "float32":
-        model.quantize(kind)
+    return model if kind == "float32" else model.quantize(kind)
+
+
+def writing(model: GPT):
     return lambda prompt, tokens: list(model.stream(prompt, max_new_tokens=tokens, temperature=1.0))
+
+
+def reading(model: GPT, at_once: int = 16):
+    """Reads, for each token, as many bytes as the model has but for its positions."""
+    size = sum(t.nbytes() for name, t in get_state_dict(model).items() if "wpe" not in name)
+    matrix = Tensor.ones(size // 4 // 1024, 1024).contiguous().realize()
+    rows = [Tensor.ones(1, 1024).contiguous().realize() for _ in range(at_once)]
+    read = TinyJit(lambda: Tensor.realize(*[kernels.linear(row, matrix) for row in rows]))
+
+    def run(prompt: np.ndarray, tokens: int) -> None:
+        for _ in range(tokens // at_once):
+            read()
+        Device["CPU"].synchronize()
+    return run
 
 
 def theirs(case: str):
@@ -96,14 +116,17 @@ def llamas(case: str, kind: str):
 def main() -> None:
     torch.set_num_threads(cpu_count())
     for case in sys.argv[1:] or CASES:
-        writers = {kind: ours(case, kind) for kind in KINDS} | {"torch": theirs(case)}
+        models = {kind: ours(case, kind) for kind in KINDS}
+        writers = {kind: writing(model) for kind, model in models.items()} | {"torch": theirs(case)}
         if find_spec("llama_cpp"):
             writers |= {f"llama.cpp {kind}": llamas(case, kind) for kind in KINDS}
         for name, work in works(case).items():
-            times = in_turn({peer: lambda write=write, work=work: write(*work)
-                             for peer, write in writers.items()}, seconds=15)
+            readers = {f"reading {kind}": reading(model) for kind, model in models.items()}
+            peers = writers | (readers if work[1] > 1 else {})
+            times = in_turn({peer: lambda run=run, work=work: run(*work)
+                             for peer, run in peers.items()}, seconds=12)
             for kind in KINDS:
-                for peer in ("torch", f"llama.cpp {kind}"):
+                for peer in ("torch", f"llama.cpp {kind}", f"reading {kind}"):
                     if peer in times:
                         record("decode.py", f"{case} {kind}, {name}", times[kind] / work[1],
                                peer.partition(" ")[0], times[peer] / work[1])
