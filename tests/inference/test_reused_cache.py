@@ -64,6 +64,17 @@ def test_what_is_cached_is_known_after_texts_that_are_abandoned_repeated_or_in_a
         assert written(rows, reuse_cache=True) == expected and computed == steps
 
 
+def test_a_prompt_is_read_in_chunks_of_which_the_last_is_the_shortest_that_holds_the_rest(
+        computed, monkeypatch):
+    monkeypatch.setattr(decoder, "CHUNKS", (4, 8, 16))
+    model = small(block_size=32)
+    for count, steps in ((1, [4]), (4, [4]), (5, [8]), (9, [16]), (17, [16, 1]), (21, [16, 8]),
+                         (27, [16, 16])):
+        computed.clear()
+        list(model.stream(list(range(count)), 1))
+        assert computed == steps
+
+
 def test_the_decoder_is_taken_whose_cache_has_most_of_the_text(computed):
     model = small(block_size=32)
     texts = [[n] * 20 for n in (1, 2, 3)]
@@ -83,5 +94,5 @@ def test_a_cache_of_other_weights_is_not_used_again(computed):
     CHANGES["tinygrad's load_state_dict"](model, None)
     computed.clear()
     after = list(model.stream(ids, 4, temperature=0, reuse_cache=True))
-    assert computed == [16, 16, 1, 1, 1]
+    assert computed == [16, 4, 1, 1, 1]
     assert after == list(model.stream(ids, 4, temperature=0))

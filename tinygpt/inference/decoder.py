@@ -17,7 +17,7 @@ from tinygpt.kernels.cpu.replay import DecodeReplay
 from tinygpt.kernels.jit import compiled
 from tinygpt.kernels.random import make_key
 
-CHUNKS = 32, 256  # tokens of a short and of a long prompt that are read at once
+CHUNKS = 32, 64, 128, 192, 256  # tokens of a prompt that are read at once: as few as hold it
 MOST_AHEAD, SECONDS_AHEAD = 16, 0.01  # tokens of a text that are drawn in one call, and their time
 MOST_IDLE = 8  # decoders that are kept for a model, each with a cache
 
@@ -96,10 +96,10 @@ class Needs(NamedTuple):
 class Decoder:
     """Writes texts with a model, over a key-value cache.
 
-    Prompts are read in chunks of two lengths, new tokens one at a time; start_pos and row are
-    symbolic, so that no step is compiled again as the text grows. Steps read the memory of the
-    weights: they are compiled again after weights or layers of the model were replaced. Where a
-    step can be replayed by C, one call of it draws several tokens.
+    Prompts are read in chunks of a few lengths, each compiled when it is needed, and new tokens one
+    at a time; start_pos and row are symbolic, so that no step is compiled again as the text grows.
+    Steps read the memory of the weights: they are compiled again after weights or layers of the
+    model were replaced. Where a step can be replayed by C, one call of it draws several tokens.
 
     Prompts of several lengths are aligned at their ends. `start` (B,) int32 is the number of
     padding tokens before each in the window, which attention does not see.
@@ -109,18 +109,19 @@ class Decoder:
         self.model, self.needs = model, needs
         self.block_size = model.config.block_size
         self.parameters = SamplingParameters(needs.enabled)
-        B, chunks = needs.batch_size, [min(length, self.block_size) for length in CHUNKS]
+        B = needs.batch_size
+        self.chunks = sorted({min(length, self.block_size) for length in CHUNKS})
 
         def buffer(*shape: int, dtype, device=None) -> Tensor:
             return Tensor.zeros(*shape, dtype=dtype).to(device).contiguous().realize()
         self.seen = buffer(B, needs.vocab_size, dtype=dtypes.bool)
         self.key = buffer(B if needs.ragged else 1, dtype=dtypes.uint32)
         self.tokens = {T: buffer(B, T, dtype=dtypes.int32, device=needs.device)
-                       for T in {1, *chunks}}
+                       for T in {1, *self.chunks}}
         self.start = buffer(B, dtype=dtypes.int32, device=needs.device) if needs.ragged else None
         self.cache = model._new_cache(B, self.start)
         self.cached_tokens = np.empty((B, 0), np.int32)  # whose keys and values the cache has
-        self.chunks, self.parts, self.steps, self.replays, self.ahead = chunks, [], {}, {}, 1
+        self.parts, self.steps, self.replays, self.ahead = [], {}, {}, 1
 
     def run(self, prompts: list[np.ndarray], config: SampleConfig, reuse_cache: bool,
             with_logits: bool) -> Iterator[Drawn]:
@@ -189,15 +190,15 @@ class Decoder:
     def _next(self, window: np.ndarray, cached: int, keys: np.ndarray) -> tuple[np.ndarray, Tensor]:
         """The tokens (n, B) that n keys draw after window (B, T), the first `cached` columns of
         which are cached, and the last logits (B, V). More than one where all but one are cached."""
-        end, (short, long) = window.shape[1], self.chunks
-        T = short if end - cached <= long * 5 // 8 else long
-        while end - cached > T:
+        end, longest = window.shape[1], self.chunks[-1]
+        while end - cached > longest:
             seen = device.read(self.seen)
-            self._call(window[:, cached:cached + T], cached, T - 1, keys[:1])
+            self._call(window[:, cached:cached + longest], cached, longest - 1, keys[:1])
             device.write(self.seen, seen)  # what was drawn on the way is no part of the text
-            cached += T
+            cached += longest
         if 0 < cached == end - 1:
             return self._call(window[:, cached:], cached, 0, keys)
+        T = next(length for length in self.chunks if length >= end - cached)
         begin = max(0, end - T)  # the last chunk may overlap what is cached: it writes the same
         padded = np.zeros((len(window), T), np.int32)
         padded[:, :end - begin] = window[:, begin:]

@@ -25,7 +25,7 @@ KERNEL void NAME(ARGUMENTS) {
   DECLARE_NAMES
   gemv_t g = {.x = x, .weight = weight, .scale = scale, .bias = bias, .residual = residual,
               .y = y, .M = M, .N = N, .K = K};
-  long tasks = MIN(4 * (long)shared->pool->threads, M * N * K / 32768);
+  long tasks = MIN(2 * (long)shared->pool->threads, M * N * K / 32768);
   tasks = MAX(MIN(tasks, N), 1);
   g.share = (N + tasks - 1) / tasks;
   parallel_for(shared->pool, rows_of_w, &g, (N + g.share - 1) / g.share);
