@@ -15,6 +15,8 @@ HOT void dot_runs(const gemv_t* g, long m, const long n[RUNS], float y[RUNS]) {
   long k = 0;
   for (; k + 2 * LANES <= K; k += 2 * LANES)
     UNROLL for (int r = 0; r < RUNS; r++) {
+      /* of wider weights the processor fetches enough by itself */
+      if (sizeof(weight_t) == 1) __builtin_prefetch(w[r] + k + 2048);
       UNROLL for (int j = 0; j < 2; j++)
         sum[r][j] += LOAD(x + k + j * LANES) * LOAD_WEIGHTS(w[r] + k + j * LANES);
     }
