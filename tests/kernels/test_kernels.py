@@ -274,7 +274,8 @@ def c_sources():
                 run(operation, "cpu", draw(shapes), options)
         for defines in ({}, {"VNNI": 1}):
             patch.setattr(kernels.cpu, "integer_defines", lambda defines=defines: defines)
-            for weight, scale in ((filled(6, 32, dtype=dtypes.int8), filled(6)),
+            for weight, scale in ((filled(6, 32, dtype=dtypes.float16), None),
+                                  (filled(6, 32, dtype=dtypes.int8), filled(6)),
                                   (filled(6, 16, dtype=dtypes.uint8),
                                    filled(6, 1, dtype=dtypes.float16))):
                 kernels.quantized_linear(filled(9, 32), weight, scale,

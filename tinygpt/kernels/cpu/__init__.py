@@ -82,10 +82,12 @@ def quantized_linear(x, scale, bias, residual, weight):
     bias, residual = _float(bias), residual if residual is None else residual.cast(x.dtype)
     if M <= QUANTIZED_GEMV_ROWS:
         return _gemv(x, weight, scale, bias, residual)
-    integers = {} if weight.dtype == dtypes.float16 else integer_defines()
+    defines = {}
+    if weight.dtype != dtypes.float16:
+        defines = dict(QUANTIZED=1) | _int4(weight) | integer_defines()
     return _gemm(_empty(*x.shape[:-1], N, dtype=x.dtype),
                  dict(a=x, b=weight, scale=scale, bias=bias, residual=residual),
-                 dict(M=M, N=N, K=K, ta=0, tb=1), QUANTIZED=1, **_int4(weight), **integers)["c"]
+                 dict(M=M, N=N, K=K, ta=0, tb=1), **defines)["c"]
 
 
 def _int4(weight: Tensor) -> dict[str, int]:
@@ -106,7 +108,8 @@ def _gemm(c, inputs, sizes, sums=None, gradient=None, **defines):
     """c = op(a) op(b) + bias + residual, and sums, the column sums of a; by name."""
     M, N, K = (sizes[name] for name in "MNK")
     narrow = c.dtype != dtypes.float32 and K > GEMM_SLICE
-    if inputs["a"].dtype == dtypes.bfloat16 and not defines:
+    a, b = inputs["a"].dtype, inputs["b"].dtype
+    if a == dtypes.bfloat16 and b != dtypes.float16 and not defines:
         defines = bfloat16_defines()
     return Kernel("gemm.c", **defines)(
         outputs=dict(c=c, sums=sums, partial=_empty(M, min(N, GEMM_STRIP)) if narrow else None),
