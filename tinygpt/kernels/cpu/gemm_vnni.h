@@ -21,10 +21,11 @@ HOT vint dot_integers(vint sum, vint a, vint b) {
 #endif
 }
 
+/* 32 integers in 16 pairs */
 HOT int16 pairs_of(short16 low, short16 high) {
-  return (int16)__builtin_shufflevector(low, high, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14,
-                                        15, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29,
-                                        30, 31);
+  short32 row;
+  row.lo = low, row.hi = high;
+  return (int16)row;
 }
 
 /* GROUP numbers from p on, those from the n-th on zero */
