@@ -124,7 +124,7 @@ def main() -> None:
             readers = {f"reading {kind}": reading(model) for kind, model in models.items()}
             peers = writers | (readers if work[1] > 1 else {})
             times = in_turn({peer: lambda run=run, work=work: run(*work)
-                             for peer, run in peers.items()}, seconds=12)
+                             for peer, run in peers.items()}, seconds=12, rounds=20)
             for kind in KINDS:
                 for peer in ("torch", f"llama.cpp {kind}", f"reading {kind}"):
                     if peer in times:
