@@ -121,8 +121,9 @@ def main() -> None:
         if find_spec("llama_cpp"):
             writers |= {f"llama.cpp {kind}": llamas(case, kind) for kind in KINDS}
         for name, work in works(case).items():
-            readers = {f"reading {kind}": reading(model) for kind, model in models.items()}
-            peers = writers | (readers if work[1] > 1 else {})
+            peers = dict(writers)
+            if work[1] > 1:
+                peers |= {f"reading {kind}": reading(model) for kind, model in models.items()}
             times = in_turn({peer: lambda run=run, work=work: run(*work)
                              for peer, run in peers.items()}, seconds=12, rounds=20)
             for kind in KINDS:

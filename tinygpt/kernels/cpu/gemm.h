@@ -144,3 +144,18 @@ HOT void store_block(const gemm_t* g, long i, long j, const float* block, long l
     for (; x < cols; x++) store_sum(g, i + r, j + x, block[r * ld + x]);
   }
 }
+
+#if !AMX
+/* the same of a block in vectors */
+HOT void store_vectors(const gemm_t* g, long i, long j, vfloat sum[GM][GV], long rows, long cols) {
+  if (rows == GM && cols == GN) {
+    UNROLL for (int r = 0; r < GM; r++)
+      UNROLL for (int x = 0; x < GV; x++) store_sums(g, i + r, j + x * LANES, sum[r][x]);
+    return;
+  }
+  float block[GM * GN];
+  UNROLL for (int r = 0; r < GM; r++)
+    UNROLL for (int x = 0; x < GV; x++) STORE(block + r * GN + x * LANES, sum[r][x]);
+  store_block(g, i, j, block, GN, rows, cols);
+}
+#endif

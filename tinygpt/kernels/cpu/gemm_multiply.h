@@ -19,14 +19,6 @@ KERNEL static void multiply(void* args, int index) {
       }
       block_kernel(packed_a + (i - first) / GM * A_STRIDE(depth),
                    (const int*)g->packed_b + j / GN * B_STRIDE(depth), depth, sum);
-      if (rows == GM && cols == GN) {
-        UNROLL for (int r = 0; r < GM; r++)
-          UNROLL for (int x = 0; x < GV; x++) store_sums(g, i + r, j + x * LANES, sum[r][x]);
-        continue;
-      }
-      float block[GM * GN];
-      UNROLL for (int r = 0; r < GM; r++)
-        UNROLL for (int x = 0; x < GV; x++) STORE(block + r * GN + x * LANES, sum[r][x]);
-      store_block(g, i, j, block, GN, rows, cols);
+      store_vectors(g, i, j, sum, rows, cols);
     }
 }
